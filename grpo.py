@@ -30,7 +30,7 @@ def _centred(reward, ok):
 
 
 def group_std(rewards, weights):
-    """name -> (C,) std of each group's successful members: its maximum over groups and ranks is Eq. 5's max_std."""
+    """name -> (C,) std of each group's successful members; the maximum over groups and ranks is for Eq. 5."""
     ok = succeeded(rewards, weights)
     return {name: _centred(reward, ok)[1] for name, reward in rewards.items() if weights[name]}
 
@@ -39,8 +39,8 @@ def advantages(rewards, weights, max_std=None, normalise="max", bound=5.0, floor
     """Advantages (C, G) float32 of C groups of G members from named rewards (Eq. 5-6), clamped to +-bound.
 
     rewards: name -> (C, G), higher is better, NaN or inf where a member failed; weights: name -> float.
-    max_std: name -> largest group std of all ranks (None: of these groups). A group whose rewards hardly differ
-    stays small; where even the largest std is below `floor` (in the reward's units) advantages are 0, not noise.
+    max_std: name -> largest group std of all ranks (None: of these groups). A group whose rewards hardly
+    differ stays small; where even the largest std is below `floor` (reward's units) it is 0, not noise.
     normalise="group" divides by each group's own std instead (the original GRPO, for ablation).
     A member with any failed reward counts for neither mean nor std, and its advantage is exactly 0.
     """
@@ -52,7 +52,8 @@ def advantages(rewards, weights, max_std=None, normalise="max", bound=5.0, floor
         if weights[name]:
             centred, std = _centred(reward, ok)
             if normalise == "max":
-                std = (std.max() if max_std is None else torch.as_tensor(max_std[name]).to(std)).expand_as(std)
+                largest = std.max() if max_std is None else torch.as_tensor(max_std[name]).to(std)
+                std = largest.expand_as(std)
             std = std.unsqueeze(1)
             total += weights[name] * torch.where(std > floor, centred / std.clamp(min=floor), 0)
     return total.clamp(-bound, bound).float()
@@ -69,14 +70,15 @@ def micro_batches(rollout, k, rows=None):
 
 def policy_loss(policy, rollout, k, advantages, total=None, conditions=slice(None), members=slice(None),
                 clip=1e-4, reweight=True, kl=0.0, reference=None):
-    """The share of L (Eq. 7) of window step k and slices of conditions and members -> (0-dim loss, statistics).
+    """The share of L (Eq. 7) of window step k and slices of conditions and members: (0-dim loss, statistics).
 
     L is the sum, over window steps, conditions and members, of
-      - lambda_t min(r A, clip(r, 1 - clip, 1 + clip) A) / total,   r = p_new / p_old,  lambda_t = sigma_t / sqrt(dt)
-    advantages: (C, G). total: conditions of all ranks x members x window steps (None: this rollout's), so that
+      -lambda_t min(r A, clip(r, 1 - clip, 1 + clip) A) / total
+    with r = p_new / p_old and lambda_t = sigma_t / sqrt(dt).
+    advantages: (C, G). total: conditions of all ranks x members x window steps (None: this rollout's), so
     gradients are to be *summed* over ranks; failed members count, as zeros.
-    Where a group shares x the network runs once per condition and its velocity serves all members: the gradients
-    of G losses add up at that one v, and one backward carries their sum.
+    Where a group shares x the network runs once per condition and its velocity serves all members: the
+    gradients of G losses add up at that one v, and one backward carries their sum.
     reweight=False leaves lambda_t out (ablation). kl > 0 adds kl lambda_t^2 KL(new || reference) per member
     (LongCat-Video; ablation), `reference` another policy.
     Statistics stay tensors, so nothing waits for the device: give the list of them to `summary`.
@@ -85,7 +87,7 @@ def policy_loss(policy, rollout, k, advantages, total=None, conditions=slice(Non
         raise ValueError("kl > 0 needs a reference policy")
     x, x_next = rollout.x[k][conditions], rollout.x_next[k][conditions, members]
     x = x if x.shape[1] == 1 else x[:, members]
-    t, t_next = rollout.t[k], rollout.t_next[k]
+    t, t_next, sde = rollout.t[k], rollout.t_next[k], (rollout.eta, rollout.tau, rollout.t_max)
     negative = None if rollout.negative is None else rollout.negative[conditions]
     old, advantage = rollout.log_prob[k][conditions, members], advantages[conditions, members]
     total = rollout.log_prob.numel() if total is None else total
@@ -93,8 +95,8 @@ def policy_loss(policy, rollout, k, advantages, total=None, conditions=slice(Non
     def score(policy):
         v = velocity(policy, x.flatten(0, 1), t, rollout.condition[conditions], negative, rollout.guidance)
         v = v.unflatten(0, x.shape[:2]).expand_as(x_next)  # (c, 1, ...) -> (c, G, ...) where x is shared
-        _, log_prob, mean, std = sde_step(x.expand_as(x_next).flatten(0, 1), v.flatten(0, 1), t, t_next,
-                                          rollout.eta, rollout.tau, rollout.t_max, x_next=x_next.flatten(0, 1))
+        _, log_prob, mean, std = sde_step(x.expand_as(x_next).flatten(0, 1), v.flatten(0, 1), t, t_next, *sde,
+                                          x_next=x_next.flatten(0, 1))
         return log_prob.view(old.shape), mean, std
 
     log_prob, mean, std = score(policy)
@@ -117,7 +119,8 @@ def policy_loss(policy, rollout, k, advantages, total=None, conditions=slice(Non
 def summary(stats):
     """From a list of policy_loss's statistics, one set: 0-dim tensors, and loss_per_step (n,).
 
-    On the first pass ratio_error, max |r - 1|, must be well below the clip range: else update and rollout differ.
+    On the first pass ratio_error, max |r - 1|, must be well below the clip range: else the update's numerics
+    are not the rollout's.
     """
     def every(name):
         return torch.cat([s[name] for s in stats])

@@ -1,23 +1,24 @@
 """The mixed ODE-SDE sampler: schedule, steps, window, rollout (paper Sec. 3.2, after MixGRPO).
 
-Flow matching: x_t = (1-t) x_0 + t eps, t = 1 is noise; a policy predicts v = eps - x_0. Inside a sliding window
-of steps the sampler is stochastic, so that transitions have a density to do policy gradients with; everywhere
-else it is the deterministic ODE. The equations are those of Flow-GRPO (SDE), MixGRPO (window, fast tail) and
-LongCat-Video (capped std, shared initial noise).
+Flow matching: x_t = (1-t) x_0 + t eps, t = 1 is noise; a policy predicts v = eps - x_0. Inside a sliding
+window of steps the sampler is stochastic, so that transitions have a density to do policy gradients with;
+everywhere else it is the deterministic ODE. The equations are those of Flow-GRPO (SDE), MixGRPO (window, fast
+tail) and LongCat-Video (capped std, shared initial noise).
 
-A `policy` is any callable policy(x, t, condition) -> velocity: x (B, ...), t 0-dim in [0, 1], and a condition of
-b rows, b dividing B, where row r of x belongs to condition r // (B // b). A condition can be sliced ([i:j]) and
-concatenated (.cat([a, b])); nothing else is known about it here. All state is float32, whatever the policy's
-dtype.
+A `policy` is any callable policy(x, t, condition) -> velocity: x (B, ...), t 0-dim in [0, 1], and a condition
+of b rows, b dividing B, where row r of x belongs to condition r // (B // b). A condition can be sliced
+([i:j]) and concatenated (.cat([a, b])); nothing else is known of it here. All state is float32, whatever the
+policy's dtype.
 """
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
 
 
 def schedule(steps, shift):
-    """Noise levels of `steps` denoising steps: (steps + 1,) float32 from 1 to 0, `shift` > 1 pushes to noise."""
+    """Noise levels for `steps` denoising steps, (steps+1,) float32 from 1 to 0; shift > 1 pushes to noise."""
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return (shift * u / (1 + (shift - 1) * u)).float()
 
@@ -50,13 +51,14 @@ def ode_step(x, v, t, t_next):
 
 
 def sde_step(x, v, t, t_next, eta=1.0, tau=0.45, t_max=None, noise=None, x_next=None):
-    """One Euler-Maruyama step of the SDE with the ODE's marginals, sigma_t = eta sqrt(t / (1 - t)) (Flow-GRPO).
+    """An Euler-Maruyama step of an SDE with the ODE's marginals, sigma_t = eta sqrt(t / (1 - t)) (Flow-GRPO).
 
     x, v (B, ...); t > t_next noise levels, 0-dim or (B,). Give `noise` (B, ...) to sample (absent: drawn from
     torch's global generator) or `x_next` (B, ...) to score a step already taken.
     sigma_t is infinite at t = 1. Two cures: `tau` caps the step's std, in the drift too (LongCat-Video, the
-    default); `t_max`, the schedule's second value, replaces a larger t in 1 - t (Flow-GRPO, MixGRPO; with tau=None).
-    Returns x_next (B, ...), log_prob (B,), mean (B, ...), std (0-dim; (B, 1, ..., 1) if t is (B,)), all float32.
+    default); `t_max`, the schedule's second value, replaces a larger t in 1 - t (Flow-GRPO, MixGRPO; then
+    tau=None). With neither, t = 1 raises ValueError.
+    Returns x_next (B, ...), log_prob (B,), mean (B, ...), std (0-dim; (B, 1, ..., 1) if t is (B,)), float32.
     log_prob is the mean over elements, not the sum: ratios stay readable at any latent size.
     """
     if eta <= 0:
@@ -74,14 +76,14 @@ def sde_step(x, v, t, t_next, eta=1.0, tau=0.45, t_max=None, noise=None, x_next=
     if x_next is None:
         x_next = mean + std * (torch.randn_like(x) if noise is None else noise.float())
     z = (x_next.float() - mean) / std  # not `noise`: scoring later repeats these very sums, so r is exactly 1
-    log_prob = -0.5 * z.square().flatten(1).mean(1) - std.log().flatten() - 0.9189385332046727  # log sqrt(2 pi)
+    log_prob = -0.5 * z.square().flatten(1).mean(1) - std.log().flatten() - math.log(2 * math.pi) / 2
     return x_next.float(), log_prob, mean, std
 
 
 def dpm_step(x, x0, t, t_next, x0_before=None, t_before=None):
-    """One step of DPM-Solver++(2M), data prediction, midpoint; first order without the last step's x0 and t."""
+    """One step of DPM-Solver++(2M), data prediction, midpoint; first order without the one before."""
     def log_snr(t):
-        return torch.log((1 - t) / t)  # infinite at t = 0 and 1, where the expressions below have their limits
+        return torch.log((1 - t) / t)  # infinite at t = 0 and 1: the expressions below have limits there
     x, x0, t, t_next = x.float(), x0.float(), _level(t, x), _level(t_next, x)
     h = log_snr(t_next) - log_snr(t)
     if x0_before is not None:
@@ -89,11 +91,12 @@ def dpm_step(x, x0, t, t_next, x0_before=None, t_before=None):
     return t_next / t * x - (1 - t_next) * torch.expm1(-h) * x0
 
 
-def window(iteration, steps, size=4, strategy="progressive", stride=1, iters_per_window=1, first=None, seed=0):
-    """The consecutive steps that are stochastic, and trained on, at an iteration (from 0): a tuple of indices.
+def window(iteration, steps, size=4, strategy="progressive", stride=1, iters_per_window=1, first=None,
+           seed=0):
+    """The consecutive steps that are stochastic and trained on at an iteration (from 0): a tuple of indices.
 
-    A function of the iteration alone, so that it is right after a resume. Always `size` wide, never the last step
-    (t -> 0), and within the first `first` steps if given. Raises ValueError where that cannot be.
+    A function of the iteration alone, so that it is right after a resume. Always `size` wide, never the last
+    step (t -> 0), and within the first `first` steps if given; ValueError where that cannot be.
     progressive: advance by `stride` every `iters_per_window` iterations; back to 0 before width would be lost
     random: uniform start, drawn anew every iteration (LongCat-Video: size 1, first 6 of 16)
     all: every usable step (Flow-GRPO); `size` is not used
@@ -118,7 +121,8 @@ def window(iteration, steps, size=4, strategy="progressive", stride=1, iters_per
 
 def _hash(*key):
     """A 63-bit integer from a key, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "little") >> 1
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _noise(shape, *key, generator=torch.Generator()):
@@ -127,7 +131,7 @@ def _noise(shape, *key, generator=torch.Generator()):
 
 
 def velocity(policy, x, t, condition, negative=None, guidance=1.0):
-    """The policy's velocity (B, ...) float32 at x (B, ...); guided, if there is a negative and guidance is not 1.
+    """The policy's velocity (B, ...) float32 at x (B, ...), guided if there is a negative and guidance not 1.
 
     v = v_neg + guidance (v_pos - v_neg), both branches from one batch [negative; positive].
     """
@@ -182,9 +186,9 @@ def rollout(policy, condition, members, window, *, sigmas, shape, seed, conditio
     sigmas: a `schedule`; window: consecutive steps, may be empty, without the last.
     Noise depends on (seed, iteration, condition id, member) alone: not on ranks, device or micro-batch.
     micro_batch: rows per network call at most, both branches of guidance counted (None: all at once).
-    share_noise: a group starts from one noise (LongCat-Video, MixGRPO). share_prefix: it is then one latent up to
-      the first window step, and needs one velocity there too. Exact; False computes all G, for comparison.
-    tail: fraction of the steps after the window to keep, with DPM-Solver++(2M) (MixGRPO-Flash: 0.4); None: ODE.
+    share_noise: groups start from one noise (LongCat-Video, MixGRPO). share_prefix: then it is one latent up
+      to the first window step, and needs one velocity there too. Exact; False computes all G, for comparison.
+    tail: fraction of the steps after the window to keep, by DPM-Solver++(2M) (MixGRPO-Flash: 0.4); None: ODE.
     """
     steps, n, window = len(sigmas) - 1, len(window), tuple(window)
     if n and (window != tuple(range(window[0], window[0] + n)) or window[0] < 0 or window[-1] > steps - 2):
@@ -193,8 +197,8 @@ def rollout(policy, condition, members, window, *, sigmas, shape, seed, conditio
     levels = None if tail is None else compress(sigmas, stop, tail).to(device)
     sigmas = sigmas.to(device)
     at = torch.tensor(window, dtype=torch.long, device=device)
-    out = Rollout(None, window, sigmas[at], sigmas[at + 1], [], [], torch.zeros(n, C, G, device=device), condition,
-                  negative, guidance, eta, tau, t_max, 0)
+    out = Rollout(None, window, sigmas[at], sigmas[at + 1], [], [], torch.zeros(n, C, G, device=device),
+                  condition, negative, guidance, eta, tau, t_max, 0)
 
     def draw(count, what, *shape):
         return torch.stack([torch.stack([_noise(shape, seed, iteration, i, g, what) for g in range(count)])
@@ -237,6 +241,6 @@ def rollout(policy, condition, members, window, *, sigmas, shape, seed, conditio
 
 
 def sample(policy, condition, *, sigmas, shape, seed, condition_ids, **options):
-    """One sample per condition by the plain ODE, (C, ...): `rollout` with an empty window, and its options."""
-    return rollout(policy, condition, 1, (), sigmas=sigmas, shape=shape, seed=seed, condition_ids=condition_ids,
-                   **options).latents[:, 0]
+    """One sample per condition by the plain ODE, (C, ...): a `rollout` with an empty window; same options."""
+    return rollout(policy, condition, 1, (), sigmas=sigmas, shape=shape, seed=seed,
+                   condition_ids=condition_ids, **options).latents[:, 0]
