@@ -7,6 +7,8 @@ device, scene a `Scene` with one row per video; higher is better, NaN where it f
 |-----------|----------------------|----------------------------------------------------------------------------|
 | trans     | metres               | minus the weighted position error of the estimated cameras (Eq. 3)         |
 | rot       | radians              | minus their weighted rotation error (Eq. 4)                                |
+| vq mq ta  | standard deviations  | VideoAlign: visual quality, motion quality, text alignment                 |
+| hpsv3     | HPSv3's own          | human preference for single frames, mean over the frames                   |
 | sharpness | log ratio            | minus the distance of the video's detail from the source's (no model)      |
 | flicker   | share of full scale  | minus the brightness flicker beyond the source's (no model)                |
 | exposure  | share of pixels      | minus the share of blown-out or black pixels (no model)                    |
@@ -14,17 +16,35 @@ device, scene a `Scene` with one row per video; higher is better, NaN where it f
 
 The last four know nothing of the scene: blurred, blinking, over-exposed or recoloured videos lose, but a video that
 wins them is not therefore good. They are meant as small weights, and (weight 0) as alarms for reward hacking.
+
+The models' files are looked for in one folder, `weights`, each only if its reward is named:
+  trans, rot   map-anything/ (config.json, model.safetensors) and the mapanything package
+  vq, mq, ta   VideoReward/ (model_config.json, checkpoint-<step>/ with model.pth, or with adapter_model.safetensors
+               and non_lora_state_dict.pth), Qwen2-VL-2B-Instruct/ (config.json, tokenizer.json,
+               tokenizer_config.json; for the adapter layout also its *.safetensors)
+  hpsv3        HPSv3/HPSv3.safetensors, Qwen2-VL-7B-Instruct/ (config.json, tokenizer.json, tokenizer_config.json)
+Sources: MapAnything (Keetha et al., arXiv 2509.13414), VideoAlign (Liu et al., arXiv 2501.13918), HPSv3 (Ma et al.,
+arXiv 2508.03789), LongCat-Video (arXiv 2510.22200).
 """
 import difflib
+import functools
 import importlib.util
 import inspect
+import json
 import math
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.spatial.transform import Rotation, Slerp
+from torch import nn
+
+import trajectories
+from vae import fill, read_weights
 
 
 @dataclass
@@ -133,22 +153,341 @@ def geometry(estimator, names=("trans", "rot"), schedule="linear"):
     estimator(videos, scene) -> c2w (n, T, 4, 4), metres, any world frame, a NaN row where it failed: both paths are
     made relative to their first frame. Frame weights grow with time, since drift accumulates (trajectories).
     """
-    import trajectories
-
     def reward(videos, scene):
         pred = estimator(videos, scene)
         if not torch.is_tensor(pred) or pred.shape != scene.c2w.shape:
             found = tuple(pred.shape) if torch.is_tensor(pred) else type(pred).__name__
             raise TypeError(f"estimator: expected c2w {tuple(scene.c2w.shape)}, found {found}")
-        pred, target = pred.double(), scene.c2w.double().to(pred.device)
-        failed = ~torch.isfinite(pred).flatten(1).all(1)
-        pred = torch.where(failed[:, None, None, None], target, pred)
-        weights = trajectories.frame_weights(pred.shape[1], schedule)
-        trans, rot = trajectories.pose_errors(pred, target, weights)
-        return {name: (-error).masked_fill(failed, math.nan).float()
-                for name, error in (("trans", trans), ("rot", rot)) if name in names}
+        pred = pred.masked_fill(~pred.isfinite(), math.nan)
+        trans, rot = trajectories.pose_errors(pred, scene.c2w, schedule)
+        return {name: -error for name, error in (("trans", trans), ("rot", rot)) if name in names}
 
+    trajectories.frame_weights(2, schedule)  # refuses an unknown schedule now rather than at the first video
     reward.names, reward.module = names, getattr(estimator, "module", None)
+    return reward
+
+
+def spread(count, frames):
+    """`count` of `frames` frame indices, evenly spaced from the first to the last, rounded half to even."""
+    return torch.linspace(0, frames - 1, count).round().long()
+
+
+def fill_in(c2w, kept, frames):
+    """Poses (n, K, 4, 4) at the frames `kept` -> (n, frames, 4, 4): positions linear, rotations along geodesics."""
+    out = torch.full((len(c2w), frames, 4, 4), math.nan, dtype=torch.float64)
+    for poses, row in zip(c2w.double().cpu().numpy(), out.numpy()):
+        if np.isfinite(poses).all():
+            at = np.arange(frames)
+            row[:, :3, :3] = Slerp(kept, Rotation.from_matrix(poses[:, :3, :3]))(at).as_matrix()
+            row[:, :3, 3] = np.stack([np.interp(at, kept, x) for x in poses[:, :3, 3].T], -1)
+            row[:, 3] = 0, 0, 0, 1
+    return out.to(c2w.device)
+
+
+# MapAnything's sizes (width, height), all multiples of its patch 14, by aspect ratio as its package rounds them.
+MAPANYTHING_SIZES = {1.0: (518, 518), 1.321: (518, 392), 1.542: (518, 336), 1.762: (518, 294), 2.056: (518, 252),
+                     3.083: (518, 168), 0.757: (392, 518), 0.649: (336, 518), 0.567: (294, 518), 0.486: (252, 518)}
+
+
+def mapanything_views(frames):
+    """uint8 (..., H, W, 3) -> float32 (..., 3, h, w), as MapAnything's preprocess_inputs: Pillow's Lanczos (bicubic
+    where enlarged) until it covers the size of the nearest aspect ratio, centre crop, ImageNet mean and deviation."""
+    H, W = frames.shape[-3:-1]
+    width, height = MAPANYTHING_SIZES[min(MAPANYTHING_SIZES, key=lambda ratio: abs(ratio - W / H))]
+    scale = max(width / W, height / H) + 1e-8
+    h, w = int(H * scale), int(W * scale)
+    x = resize(frames.reshape(-1, H, W, 3), h, w, "lanczos" if scale < 1 else "bicubic")
+    top, left = (h - height) // 2, (w - width) // 2
+    x = x[:, top:top + height, left:left + width].permute(0, 3, 1, 2).float() / 255
+    mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return ((x - mean) / std).unflatten(0, frames.shape[:-3])
+
+
+def mapanything(folder, device="cpu", stride=1):
+    """MapAnything as a pose estimator: videos uint8 (n, T, H, W, 3) -> metric c2w (n, T, 4, 4), all n in one pass.
+
+    stride > 1 estimates only every stride-th frame (evenly spread, the first and last included) and interpolates
+    the rest. folder: config.json and model.safetensors. bfloat16 autocast on a GPU (its own default), else float32.
+    Its constructor asks torch.hub for DINOv2: offline, that must be in torch.hub's cache, and config.json must say
+    "torch_hub_pretrained": false. FileNotFoundError without the files, ValueError without the package.
+    """
+    for file in ("config.json", "model.safetensors"):
+        expect(Path(folder) / file, "MapAnything")
+    try:
+        from mapanything.models import MapAnything
+    except ImportError as error:
+        raise ValueError("trans and rot need MapAnything: pip install "
+                         f"git+https://github.com/facebookresearch/map-anything ({error})") from None
+    model = MapAnything.from_pretrained(str(folder), strict=True).eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def estimator(videos, scene=None):
+        frames = videos.shape[1]
+        kept = spread(math.ceil((frames - 1) / stride) + 1, frames)
+        images = mapanything_views(videos[:, kept.to(videos.device)])
+        views = [{"img": image, "data_norm_type": ["dinov2"]} for image in images.unbind(1)]
+        with on_device(model, videos.device):  # masks cost time and no pose depends on them; 8 dense maps need 5 GB
+            views = model.infer(views, use_amp=videos.is_cuda, apply_mask=False, mask_edges=False, minibatch_size=8)
+        c2w = torch.stack([view["camera_poses"] for view in views], 1)  # a copy: theirs are inference tensors
+        return fill_in(c2w, kept.numpy(), frames)
+
+    estimator.module = model
+    return estimator
+
+
+# ---- pixels ----
+
+@functools.lru_cache(maxsize=64)
+def _taps(size, new, kernel):
+    """Pillow's resampling of one axis as a matrix (new, size), in its fixed point: weights times 2^22, integers."""
+    stretch = max(size / new, 1)  # shrinking widens the kernel
+    centre = (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * size / new
+    reach = {"bicubic": 2, "lanczos": 3}[kernel] * stretch
+    pixel = torch.arange(size, dtype=torch.float64)
+    x = ((pixel + 0.5 - centre) / stretch).abs()
+    if kernel == "lanczos":
+        weight = torch.sinc(x) * torch.sinc(x / 3) * (x < 3)
+    else:  # a = -0.5
+        weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
+    inside = (pixel >= (centre - reach + 0.5).floor()) & (pixel < (centre + reach + 0.5).floor())
+    weight = weight * inside
+    weight = weight / weight.sum(1, keepdim=True) * 2 ** 22
+    return torch.where(weight < 0, (weight - 0.5).ceil(), (weight + 0.5).floor())
+
+
+def resize(frames, height, width, kernel):
+    """uint8 (n, H, W, 3) -> (n, height, width, 3), bit for bit what Pillow's resize gives ("bicubic" or "lanczos").
+
+    float64 holds its integer sums exactly; it rounds and clips after each axis, the horizontal one first.
+    """
+    out = []
+    for x in frames.split(8):  # bounds the float64 copies
+        for axis, new in ((2, width), (1, height)):
+            if x.shape[axis] != new:
+                taps = _taps(x.shape[axis], new, kernel).to(x.device)
+                x = torch.tensordot(x.double(), taps, ([axis], [1])).movedim(-1, axis)
+                x = ((x + 2 ** 21) / 2 ** 22).floor().clamp(0, 255).byte()
+        out.append(x)
+    return torch.cat(out)
+
+
+def smart_size(height, width, least, most):
+    """Qwen2-VL's size for an image: multiples of 28, aspect ratio about kept, `least` to `most` pixels."""
+    h, w = (max(28, round(x / 28) * 28) for x in (height, width))
+    if h * w > most:
+        beta = math.sqrt(height * width / most)
+        h, w = (math.floor(x / beta / 28) * 28 for x in (height, width))
+    elif h * w < least:
+        beta = math.sqrt(least / (height * width))
+        h, w = (math.ceil(x * beta / 28) * 28 for x in (height, width))
+    return h, w
+
+
+def patchify(clip):
+    """uint8 (t, H, W, 3) -> Qwen2-VL's patches (t/2 * H/14 * W/14, 3*2*14*14) uint8 and the grid (t/2, H/14, W/14).
+
+    Patches of 2 x 14 x 14, in 2 x 2 groups; a single image counts as two equal frames.
+    """
+    if len(clip) == 1:
+        clip = clip.expand(2, -1, -1, -1)
+    t, h, w = len(clip) // 2, clip.shape[1] // 14, clip.shape[2] // 14
+    x = clip.permute(0, 3, 1, 2).reshape(t, 2, 3, h // 2, 2, 14, w // 2, 2, 14)
+    return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1), (t, h, w)
+
+
+def normalise(patches):
+    """uint8 patches (N, 3*2*14*14) -> float32, by CLIP's mean and deviation."""
+    mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
+    table = ((torch.arange(256, dtype=torch.float64) * (1 / 255)).float() - mean[:, None]) / std[:, None]
+    table = table.to(patches.device)
+    return torch.stack([table[c][x.int()] for c, x in enumerate(patches.view(len(patches), 3, -1).unbind(1))],
+                       1).flatten(1)
+
+
+# ---- Qwen2-VL reward models: VideoAlign and HPSv3 ----
+
+def expect(path, what):
+    """The path, if it is there; else FileNotFoundError that says what was looked for."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; expected there for {what} (rewards.py's header lists the files)")
+    return path
+
+
+def merge_lora(state, scale):
+    """PEFT state dict -> plain keys of transformers' Qwen2VLModel, adapters folded in (W + scale B A, in float32)."""
+    plain = {}
+    for key, x in state.items():
+        name = key.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default", "")
+        name = re.sub(r"^model\.", "language_model.", name)
+        if not name.startswith("lm_head."):
+            plain[name] = x
+    for name in [name for name in plain if ".lora_A." in name]:
+        weight, a, b = name.replace(".lora_A", ""), plain.pop(name), plain.pop(name.replace("lora_A", "lora_B"))
+        plain[weight] = plain[weight].float() + scale * b.float() @ a.float()
+    return plain
+
+
+def reward_head(state):
+    """Takes rm_head.* out of a state dict -> its Linear layers with ReLU between (dropout is off), in float32."""
+    layers = []
+    for key in sorted(key for key in state if re.fullmatch(r"rm_head\.(\d\.)?weight", key)):
+        weight, bias = state.pop(key).float(), state.pop(key.replace("weight", "bias"), None)
+        layer = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+        layer.load_state_dict({"weight": weight, **({} if bias is None else {"bias": bias.float()})}, assign=True)
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).requires_grad_(False)
+
+
+def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torch.float32):
+    """A Qwen2-VL that reads a clip and a prompt and scores its hidden state at each of `tokens`.
+
+    base: folder with config.json and the tokenizer; state: plain keys (merge_lora) with rm_head.*; file: where it
+    came from, for errors; template: text file in prompts/; media: "image" or "video". Returns
+    read(clips, prompts, batch=8) -> float32 logits (n, tokens, outputs), clips a list of uint8 (t, H, W, 3) of any
+    size divisible by 28 (t even for video, 1 for image). The body runs in `dtype`, the head in float32.
+    """
+    from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
+
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        expect(Path(base) / name, "a reward model's sizes and tokenizer")
+    template = (Path(__file__).parent / "prompts" / template).read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    token_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(tokens)))
+    head = reward_head(state)
+    rows = len(state.get("language_model.embed_tokens.weight", ()))
+    if not len(head) or rows != len(tokenizer):
+        raise ValueError(f"{file}: expected an rm_head and {len(tokenizer)} token embeddings (the tokenizer of {base} "
+                         f"with {', '.join(tokens)}), found {len(head)} head layers and {rows} embeddings")
+    config = AutoConfig.from_pretrained(base)
+    config.text_config.vocab_size = rows
+    with torch.device("meta"):
+        body = Qwen2VLModel(config)
+    fill(body, state, file, device, dtype)
+    for name, module in list(body.named_modules()):
+        if hasattr(module, "inv_freq"):  # no part of a checkpoint, so still on the meta device
+            body.set_submodule(name, type(module)(module.config).to(device))
+    both = nn.ModuleList([body, head.to(device)]).eval()
+    pad = f"<|{media}_pad|>"
+
+    def tokenize(prompts, grids):
+        """Official chat template -> right-padded ids and mask (n, L); one media token per 2 x 2 patches."""
+        texts = [f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+                 f"{pad * (math.prod(grid) // 4)}<|vision_end|>{template.replace('{text_prompt}', prompt)}"
+                 f"<|im_end|>\n<|im_start|>assistant\n" for prompt, grid in zip(prompts, grids)]
+        inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        return inputs["input_ids"], inputs["attention_mask"]
+
+    @torch.no_grad()
+    def read(clips, prompts, batch=8):
+        if len(clips) > batch:
+            return torch.cat([read(clips[i:i + batch], prompts[i:i + batch])
+                              for i in range(0, len(clips), batch)])
+        patches, grids = zip(*map(patchify, clips))
+        ids, mask = tokenize(prompts, grids)
+        at = (ids[..., None] == token_ids).nonzero()  # (n * tokens, 3): row, position, which token
+        if not torch.equal(at[:, ::2], torch.cartesian_prod(torch.arange(len(ids)), torch.arange(len(tokens)))):
+            raise RuntimeError(f"a prompt holds a special token of the reward model: {prompts}")
+        device = patches[0].device
+        with on_device(both, device):
+            hidden = body(
+                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False,
+                # Plain positions, as both were trained; without them transformers takes 3-D ones, off by 0.1-0.2.
+                position_ids=torch.arange(ids.shape[1], device=device).expand(3, *ids.shape),
+                **{f"{media}_grid_thw": torch.tensor(grids, device=device),
+                   {"image": "pixel_values", "video": "pixel_values_videos"}[media]:
+                   normalise(torch.cat(patches)).to(dtype)}).last_hidden_state
+            return head(hidden[at[:, 0].to(device), at[:, 1].to(device)].float()).view(len(ids), len(tokens), -1)
+
+    read.module, read.tokenize = both, tokenize
+    return read
+
+
+def frame_count(frames, fps, rate):
+    """How many of `frames` frames at `fps` VideoAlign looks at: `rate` a second, an even number, at least 4."""
+    if frames < 2:
+        raise ValueError(f"VideoAlign needs at least 2 frames, found {frames}")
+    return round(min(max(frames / fps * rate, 4), frames // 2 * 2) / 2) * 2
+
+
+def videoalign_frames(video, fps, rate=2.0, most=448 * 448):
+    """uint8 (T, H, W, 3) -> the frames (t, h, w, 3) VideoAlign sees: sampled, resized as torchvision does tensors."""
+    x = video[spread(frame_count(len(video), fps, rate), len(video)).to(video.device)]
+    size = smart_size(*video.shape[1:3], 128 * 28 * 28, most)
+    x = F.interpolate(x.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True)
+    return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1)
+
+
+def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dtype=torch.float32):
+    """VideoAlign's reward model (VideoReward), both published layouts, LoRA merged by hand.
+
+    Scores are in standard deviations of its own training set where model_config.json has inference_config, else raw.
+    Frames come from the tensor, where the official code reads an mp4. grey_mq: motion is judged without colour, in a
+    second pass (LongCat-Video): VideoAlign alone rewards over-exposed, over-saturated videos.
+    """
+    folder, base = Path(folder), Path(base)
+    file = expect(folder / "model_config.json", "VideoAlign")
+    try:
+        config = json.loads(file.read_text())
+        data, lora = config["data_config"], config["peft_lora_config"]
+        found = data["prompt_template_type"], data["num_frames"], config["model_config"]["reward_token"]
+        scale, norm = lora["lora_alpha"] / lora["lora_r"], config.get("inference_config")
+        rate, most = data["fps"], data["max_frame_pixels"]
+        mean, std = ([norm[f"{name}_{what}"] for name in ("VQ", "MQ", "TA")] if norm else default
+                     for what, default in (("mean", [0.0] * 3), ("std", [1.0] * 3)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not VideoAlign's ({type(error).__name__}: {error})") from None
+    if found != ("detailed_special", None, "special"):
+        raise ValueError(f"{file}: expected prompt, num_frames, token detailed_special, null, special, found {found}")
+    steps = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    if not steps:
+        raise FileNotFoundError(f"{folder}/checkpoint-<step>: not found; expected there for VideoAlign")
+    step = steps[max(steps)]
+    if (step / "model.pth").exists():
+        state = read_weights(step / "model.pth")
+    else:
+        adapter = expect(step / "adapter_model.safetensors", "VideoAlign (or model.pth beside it)")
+        files = sorted(base.glob("*.safetensors")) or [expect(base / "model.safetensors", "VideoAlign's adapters")]
+        state = {}
+        for file in [*files, adapter, expect(step / "non_lora_state_dict.pth", "VideoAlign's adapters")]:
+            state |= {key.removeprefix("base_model.model."): x for key, x in read_weights(file).items()}
+    tokens = [f"<|{name}_reward|>" for name in ("VQ", "MQ", "TA")]
+    read = qwen2vl(base, merge_lora(state, scale), step, "videoalign.txt", tokens, "video", device, dtype)
+
+    def grade(videos, scene):
+        x = read([videoalign_frames(video, scene.fps, rate, most) for video in videos], scene.prompt)
+        x = x[..., 0] if x.shape[-1] == 1 else x.diagonal(dim1=1, dim2=2)
+        return dict(zip(("vq", "mq", "ta"), ((x - x.new_tensor(mean)) / x.new_tensor(std)).unbind(1)))
+
+    def reward(videos, scene):
+        scores = grade(videos, scene) if set(names) - {"mq"} or not grey_mq else {}
+        if grey_mq and "mq" in names:
+            grey = (_luma(videos) * 255).round().byte()[..., None].expand(videos.shape)
+            scores["mq"] = grade(grey, scene)["mq"]
+        return {name: scores[name] for name in names}
+
+    reward.names, reward.module, reward.read = names, read.module, read
+    return reward
+
+
+def hpsv3(file, base, prompt=None, stride=1, device="cpu", dtype=torch.float32):
+    """HPSv3's mean score mu over every stride-th frame.
+
+    prompt: one fixed text for all frames in place of each video's own (LongCat-Video: "A high-quality image"), which
+    leaves text alignment out. Pixels are bit for bit Pillow's bicubic, as in the official code for image files.
+    """
+    expect(Path(file), "HPSv3")
+    read = qwen2vl(base, merge_lora(read_weights(file), 0), file, "hpsv3.txt", ["<|Reward|>"], "image", device, dtype)
+
+    def reward(videos, scene):
+        frames = videos[:, ::stride]
+        size = smart_size(*videos.shape[2:4], 448 * 448, 448 * 448)
+        images = resize(frames.flatten(0, 1), *size, "bicubic").unsqueeze(1).unbind()
+        prompts = [prompt or text for text in scene.prompt for _ in range(frames.shape[1])]
+        mu = read(images, prompts)[:, 0, 0]  # the second output is a log deviation
+        return {"hpsv3": mu.view(frames.shape[:2]).mean(1)}
+
+    reward.names, reward.module, reward.read = ("hpsv3",), read.module, read
     return reward
 
 
@@ -205,7 +544,7 @@ def colour(videos, scene):
 # ---- choosing ----
 
 MODEL_FREE = (sharpness, flicker, exposure, colour)
-NAMES = ("trans", "rot", *(f.__name__ for f in MODEL_FREE))
+NAMES = ("trans", "rot", "vq", "mq", "ta", "hpsv3", *(f.__name__ for f in MODEL_FREE))
 
 
 def _from_file(path, function):
@@ -231,14 +570,18 @@ def _from_file(path, function):
     return named
 
 
-def load(spec, estimator=None, schedule="linear"):
+def load(spec, weights="weights", device="cpu", dtype=None, park=False, estimator=None, schedule="linear", stride=1,
+         grey_mq=False, hpsv3_prompt=None, hpsv3_stride=1):
     """"trans=1,rot=1,my.py:f=0.5" -> (reward callables, name -> weight). Weight 0: computed and logged, not trained on.
 
-    my.py:f is a function `f(videos, scene)` in a file of one's own; it returns (n,) or {"f": (n,)}.
-    estimator(videos, scene) -> c2w (n, T, 4, 4) serves trans and rot; schedule: their frame weights.
+    my.py:f is a function `f(videos, scene)` in a file of one's own; it returns (n,) or {"f": (n,)}. A model is loaded
+    once, and only if one of its rewards is named; `weights`: the folder of their files (see the top of this page).
+    device, dtype: where and in what the models run (None: bfloat16 on a GPU, else float32); park: they live on the
+    CPU and visit the videos' device when used. estimator(videos, scene) -> c2w (n, T, 4, 4) takes MapAnything's
+    place; schedule, stride: geometry's frame weights and estimated frames; the rest: see videoalign and hpsv3.
     Raises ValueError for an unknown name or a bad weight, FileNotFoundError for a missing file.
     """
-    weights, files = {}, {}
+    chosen, files = {}, {}
     for item in filter(None, (part.strip() for part in spec.split(","))):
         key, _, weight = item.rpartition("=")
         path, _, name = key.rpartition(":")
@@ -246,21 +589,30 @@ def load(spec, estimator=None, schedule="linear"):
             files[name] = path
         if bool(path) == (name in NAMES):
             near = difflib.get_close_matches(name, NAMES, 1)
-            raise ValueError(f"rewards: expected name=weight with a name of {', '.join(NAMES)} or another as my_file.py:name, "
-                             f"found {item!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ValueError(f"rewards: expected name=weight with a name of {', '.join(NAMES)} or another as "
+                             f"my_file.py:name, found {item!r}" + (f"; did you mean {near[0]}?" if near else ""))
         try:
             value = float(weight)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or name in weights:
+        if not math.isfinite(value) or name in chosen:
             raise ValueError(f"rewards: expected each name once with a number, found {item!r}")
-        weights[name] = value
-    if not weights:
+        chosen[name] = value
+    if not chosen:
         raise ValueError("rewards: expected at least one name=weight, found none")
+    named = lambda *names: tuple(name for name in names if name in chosen)
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    weights, home = Path(weights), "cpu" if park else device
     rewards = []
-    poses = tuple(name for name in ("trans", "rot") if name in weights)
-    if poses:
-        rewards.append(geometry(estimator, poses, schedule))
-    rewards += [f for f in MODEL_FREE if f.__name__ in weights]
+    if named("trans", "rot"):
+        estimator = estimator or mapanything(weights / "map-anything", home, stride)
+        rewards.append(geometry(estimator, named("trans", "rot"), schedule))
+    if named("vq", "mq", "ta"):
+        rewards.append(videoalign(weights / "VideoReward", weights / "Qwen2-VL-2B-Instruct", named("vq", "mq", "ta"),
+                                  grey_mq, home, dtype))
+    if named("hpsv3"):
+        rewards.append(hpsv3(weights / "HPSv3/HPSv3.safetensors", weights / "Qwen2-VL-7B-Instruct", hpsv3_prompt,
+                             hpsv3_stride, home, dtype))
+    rewards += [f for f in MODEL_FREE if f.__name__ in chosen]
     rewards += [_from_file(path, name) for name, path in files.items()]
-    return rewards, weights
+    return rewards, chosen
