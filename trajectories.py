@@ -1,0 +1,426 @@
+"""Cameras and their paths: metric rescaling, the ten evaluation paths, readers, Pluecker maps, pose errors.
+
+A path is c2w (T, 4, 4) float64: camera-to-world, OpenCV axes (x right, y down, z forward), metres where the
+source is metric, one pose per frame. Angles are radians, speeds per frame. Equation numbers are the paper's.
+
+Deviations from the paper: what does not move (maximum speed below 1e-8) is scaled by 1, where Eq. 12 adds a
+small constant to the denominator, so that rescaled maxima are exact. Its speed bounds are unpublished: those
+below are ours, for 24 to 30 frames per second.
+"""
+import json
+import os
+import re
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation, Slerp
+from scipy.special import ndtr, ndtri
+
+# lowest, highest, mean and standard deviation of the truncated Gaussians (Eq. 10-11)
+V_BOUNDS = (0.005, 0.06, 0.025, 0.015)  # metres per frame
+OMEGA_BOUNDS = tuple(np.radians([0.05, 0.8, 0.3, 0.2]))  # radians per frame
+PATHS = ("pan_right", "pan_left", "tilt_up", "tilt_down", "zoom_in", "zoom_out",
+         "translate_up", "translate_down", "arc_left", "arc_right")  # ReCamMaster's, numbered from 1
+
+# ---- path basics
+def check(c2w, name="path"):
+    """c2w as a valid path: float64 (T, 4, 4), T >= 1, rotations projected on SO(3).
+
+    ValueError naming `name`, frame and reason unless all numbers are finite, last rows 0 0 0 1 and rotations
+    orthonormal to 1e-4 with determinant +1.
+    """
+    c2w = np.array(c2w, np.float64)
+    if c2w.ndim != 3 or c2w.shape[1:] != (4, 4) or not len(c2w):
+        raise ValueError(f"{name}: wrong shape (expected (T, 4, 4), found {c2w.shape})")
+    R = c2w[:, :3, :3]
+    with np.errstate(invalid="ignore", over="ignore"):
+        off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max((1, 2))
+        for reason, bad in (("not finite", ~np.isfinite(c2w).all((1, 2))),
+                            ("last row is not 0 0 0 1", np.abs(c2w[:, 3] - [0, 0, 0, 1]).max(1) > 1e-4),
+                            ("not a rotation", off > 1e-4),
+                            ("a reflection, not a rotation", np.linalg.det(R) < 0)):
+            if bad.any():
+                i = bad.argmax()
+                raise ValueError(f"{name}: frame {i}: {reason} (found {c2w[i, :3].round(4).tolist()})")
+    R[:] = Rotation.from_matrix(R).as_matrix()  # rounding in a file must not look like motion
+    return c2w
+
+def relative(c2w):
+    """c2w (..., T, 4, 4), numpy or torch, relative to each path's first camera, which is the identity."""
+    cat = torch.cat if torch.is_tensor(c2w) else np.concatenate
+    Rt = c2w[..., :1, :3, :3].swapaxes(-1, -2)  # its inverse, where NaN poses (failed videos) only stay NaN
+    R, t = Rt @ c2w[..., :3, :3], Rt @ (c2w[..., :3, 3:] - c2w[..., :1, :3, 3:])
+    return cat([cat([R, t], -1), c2w[..., 3:, :]], -2)
+
+def increments(c2w):
+    """Motion of c2w (T, 4, 4) to the next frame, in each frame's axes: rotation vectors, steps (T-1, 3)."""
+    Rt = c2w[:-1, :3, :3].swapaxes(1, 2)
+    rotvecs = Rotation.from_matrix(Rt @ c2w[1:, :3, :3]).as_rotvec() if len(c2w) > 1 else np.zeros((0, 3))
+    return rotvecs, (Rt @ np.diff(c2w[:, :3, 3:], axis=0))[..., 0]
+
+def speeds(c2w):
+    """Maximum speeds (v_max, omega_max) of c2w (T, 4, 4): metres, radians per frame; 0 if T = 1. Eq. 8-9"""
+    rotvecs, steps = increments(np.asarray(c2w, np.float64))
+    return tuple(float(np.linalg.norm(x, axis=1).max(initial=0)) for x in (steps, rotvecs))
+
+def resample(c2w, frames):
+    """The path c2w (T, 4, 4) from start to end in `frames` frames: slerp of rotations, positions linear."""
+    c2w, where = np.array(c2w, np.float64), np.linspace(0, len(c2w) - 1, frames)
+    if frames == len(c2w):
+        return c2w
+    out, at = np.tile(c2w[0], (frames, 1, 1)), np.arange(len(c2w))
+    if len(c2w) > 1:
+        out[:, :3, :3] = Slerp(at, Rotation.from_matrix(c2w[:, :3, :3]))(where).as_matrix()
+        out[:, :3, 3] = np.stack([np.interp(where, at, c2w[:, j, 3]) for j in range(3)], 1)
+    return out
+
+# ---- metric-aware rescaling (paper, section 3.4)
+def scale_motion(c2w, s_t, s_r):
+    """c2w (T, 4, 4), positions scaled by s_t (Eq. 13) and every increment's rotation vector by s_r (Eq. 14).
+
+    Positions scale about the origin of their frame: give a path relative to its first camera.
+    """
+    c2w = np.array(c2w, np.float64)
+    rotvecs = s_r * increments(c2w)[0]  # not the total rotation, so that turns of more than pi survive
+    for i, dR in enumerate(Rotation.from_rotvec(rotvecs).as_matrix() if len(c2w) > 1 else ()):
+        c2w[i + 1, :3, :3] = c2w[i, :3, :3] @ dR
+    c2w[:, :3, 3] *= s_t
+    return c2w
+
+def rescale(c2w, v, omega):
+    """c2w (T, 4, 4) rescaled to maximum speeds v (metres per frame) and omega (radians per frame). Eq. 12-14
+
+    What does not move stays still, whatever is asked. ValueError unless 0 <= v < inf and 0 <= omega <= pi.
+    """
+    if not (0 <= v < np.inf and 0 <= omega <= np.pi):
+        raise ValueError(f"cannot rescale to v = {v}, omega = {omega}: need 0 <= v and 0 <= omega <= pi")
+    v_max, omega_max = speeds(c2w)
+    return scale_motion(c2w, v / v_max if v_max >= 1e-8 else 1, omega / omega_max if omega_max >= 1e-8 else 1)
+
+def draw_speeds(rng, v=V_BOUNDS, omega=OMEGA_BOUNDS):
+    """(v, omega) to rescale a path to, from truncated Gaussians, metres and radians per frame. Eq. 10-11
+
+    rng is a numpy Generator; v and omega are (lowest, highest, mean, standard deviation). By inverse CDF, two
+    uniform numbers a call. ValueError for bounds out of order.
+    """
+    def draw(lowest, highest, mean, sd):
+        if not (0 <= lowest <= highest and sd > 0):
+            raise ValueError(f"speed bounds {lowest}, {highest}, sd {sd}: need 0 <= low <= high, sd > 0")
+        a, b = ndtr((lowest - mean) / sd), ndtr((highest - mean) / sd)
+        return float(np.clip(mean + sd * ndtri(a + (b - a) * rng.random()), lowest, highest))
+
+    return draw(*v), draw(*omega)
+
+# ---- the ten evaluation paths of ReCamMaster, resampled as ReDirector does
+def published(number):
+    """ReCamMaster's path 1-10 in closed form, c2w (81, 4, 4), metres; its file agrees to its own rounding."""
+    a, kind, sign = np.arange(81) / 80.5, (number - 1) // 2, 1 if number % 2 else -1
+    rotvec, t = np.zeros((81, 3)), np.zeros((81, 3))
+    if kind == 0:  # pan
+        rotvec[:, 1] = sign * np.radians(20) * a
+    elif kind == 1:  # tilt
+        rotvec[:, 0] = sign * np.radians(10) * a
+    elif kind == 2:  # zoom
+        t[:, 2] = sign * 2 * a
+    elif kind == 3:  # translate
+        t[:, 1] = -sign * a
+    else:  # arc
+        t[:, 0], t[:, 2] = -sign * 2 * a, (4 - 2 * np.sqrt(3)) * a
+    if kind >= 3:  # these keep looking at the point 4 m ahead of the first camera
+        x, y, z = ([0, 0, 4] - t).T
+        rotvec[:, 0], rotvec[:, 1] = -np.arctan2(y, z), np.arctan2(x, z)
+    c2w = np.tile(np.eye(4), (81, 1, 1))
+    c2w[:, :3, :3], c2w[:, :3, 3] = Rotation.from_rotvec(rotvec).as_matrix(), t
+    return c2w
+
+def recammaster(path, frames=81, speed=1.0):
+    """One of the ten evaluation paths by number 1-10 or name (PATHS): c2w (frames, 4, 4), metres, first = I.
+
+    As ReDirector makes them: increments are resampled to frames - 1, times speed, and integrated about one
+    axis, at 81 frames and speed 1 too (paths 7-10 then lie up to 0.013 m from the published ones). Another
+    length so keeps the speed, not the distance. ValueError for an unknown path or frames < 1.
+    """
+    number = PATHS.index(path) + 1 if path in PATHS else int(path) if str(path).isdecimal() else 0
+    if not 1 <= number <= 10:
+        raise ValueError(f"no evaluation path {path!r}: expected 1-10 or one of {', '.join(PATHS)}")
+    if frames < 1:
+        raise ValueError(f"a path needs at least 1 frame, found {frames}")
+    rotvecs, steps = increments(published(number))
+    axis = rotvecs.sum(0) / max(np.linalg.norm(rotvecs.sum(0)), 1e-6)
+    at, where = np.linspace(0, 1, 80), np.linspace(0, 1, frames - 1)
+    angles, *steps = (speed * np.interp(where, at, x) for x in (rotvecs @ axis, *steps.T))  # (frames-1,) each
+    R = Rotation.from_rotvec(np.cumsum(np.append(0, angles))[:, None] * axis).as_matrix()
+    c2w = np.tile(np.eye(4), (frames, 1, 1))
+    c2w[:, :3, :3] = R
+    c2w[1:, :3, 3] = np.cumsum((R[1:] @ np.stack(steps, 1)[..., None])[..., 0], 0)  # R after the turn: theirs
+    return c2w
+
+def named_path(path, frames=81, speed=1.0):
+    """A path as users name it, an evaluation path, "static" or a camera file: c2w (frames, 4, 4), first = I.
+
+    A file (see read_path) is resampled from start to end, then its motion multiplied by speed.
+    """
+    if path in PATHS or str(path).isdecimal():
+        return recammaster(path, frames, speed)
+    if path == "static":
+        return resample(np.eye(4)[None], frames)
+    if not split_name(path)[0].is_file():
+        raise FileNotFoundError(f"no path {str(path)!r}: expected 1-10, {', '.join(PATHS)}, static or a file")
+    return scale_motion(resample(read_path(path), frames), speed, speed)
+
+# ---- readers of camera files
+def split_name(name):
+    """"a/camera_extrinsics.json#cam03" -> (Path of the file, "cam03"); any other name -> (Path, None)."""
+    match = re.fullmatch(r"(.+)#(cam\d+)", str(name))
+    return (Path(match[1]), match[2]) if match else (Path(name), None)
+
+def read_path(name):
+    """One camera file -> c2w (T, 4, 4) relative to its first frame, in its unit (MultiCamVideo: metres).
+
+    - OmniWorld-Game camera/split_<i>.json: quats (w, x, y, z) and trans, world-to-camera; as many frames as
+      split_info.json, beside the camera folder, says (where there is one);
+    - OmniWorld's coarser recon/split_<i>/info.json and droidclib/split_<i>.json: extrinsics (T, 4, 4), c2w;
+    - MultiCamVideo camera_extrinsics.json: ten cameras in a file, one of which is named as file.json#cam03;
+    - .npz: c2w, or extrinsic (Sekai), cam_c2w (MegaSaM), data (ViPE), or its only (T, 4, 4) array; .npy.
+
+    FileNotFoundError, or a ValueError naming file, frame (if one is to blame) and reason.
+    """
+    file, camera = split_name(name)
+    if not file.is_file():
+        raise FileNotFoundError(f"{name}: no such camera file")
+    try:
+        if file.suffix in (".npz", ".npy"):
+            return relative(check(read_numpy(file), name))
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"expected a JSON object, found a {type(data).__name__}")
+        if "extrinsics" in data:
+            return relative(check(data["extrinsics"], name))
+        if not any(key.startswith("frame") for key in data):
+            return relative(check(read_omniworld(file, data), name))
+        c2w = check(read_unreal(data, camera), name)
+        # Unreal: camera axes forward, right, up in a left-handed world, centimetres. Renaming the axes leaves
+        # absolute poses with determinant -1; only relative ones are rotations.
+        c2w = c2w[..., [1, 2, 0, 3]] * [1, -1, 1, 1]
+        c2w[:, :3, 3] /= 100
+        return relative(c2w)
+    except OSError:
+        raise
+    except (json.JSONDecodeError, UnicodeDecodeError, EOFError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{name}: truncated or broken file ({e})") from None
+    except KeyError as e:
+        raise ValueError(f"{name}: missing key {e}") from None
+    except Exception as e:  # whatever else a malformed file makes numpy, scipy or zlib raise
+        raise ValueError(f"{name}: {str(e).removeprefix(f'{name}: ')}") from None
+
+def read_numpy(file):
+    array = np.load(file)  # refuses pickles
+    if file.suffix == ".npy":
+        return array
+    with array:
+        for key in ("c2w", "extrinsic", "cam_c2w", "data"):
+            if key in array:
+                return array[key]
+        shapes = {key: array[key].shape for key in array}
+        paths = [key for key, shape in shapes.items() if len(shape) == 3 and shape[1:] == (4, 4)]
+        if len(paths) != 1:
+            raise ValueError(f"missing key 'c2w' or 'extrinsic' (found {shapes})")
+        return array[paths[0]]
+
+def read_omniworld(file, data):
+    quats, trans = np.array(data["quats"], np.float64), np.array(data["trans"], np.float64)
+    frames, info = len(trans), file.parent.parent / "split_info.json"
+    if info.is_file():
+        frames = len(json.loads(info.read_text())["split"][int(file.stem.removeprefix("split_"))])
+    if quats.shape != (frames, 4) or trans.shape != (frames, 3):
+        raise ValueError(f"wrong number of frames (expected {frames}, found {quats.shape} and {trans.shape})")
+    bad = ~(np.linalg.norm(quats, axis=1) > 1e-8)  # NaN too
+    if bad.any():
+        i = bad.argmax()
+        raise ValueError(f"frame {i}: not a rotation (found quaternion {quats[i].tolist()})")
+    c2w = np.tile(np.eye(4), (frames, 1, 1))
+    c2w[:, :3, :3] = Rotation.from_quat(quats[:, [1, 2, 3, 0]]).inv().as_matrix()  # scipy: x, y, z, w
+    c2w[:, :3, 3:] = -c2w[:, :3, :3] @ trans[..., None]
+    return c2w
+
+def read_unreal(data, camera):
+    """{"frame0": {"cam01": "[r r r 0] [r r r 0] [r r r 0] [x y z 1] ", ..}, ..} -> one camera's (T, 4, 4)."""
+    poses = []
+    for i in range(sum(key.startswith("frame") for key in data)):
+        cameras = data.get(f"frame{i}", {})
+        if camera is None and len(cameras) > 1:
+            raise ValueError(f"{len(cameras)} cameras in one file, name one as in file.json#{min(cameras)}")
+        text = cameras.get(camera or min(cameras, default=None))
+        if text is None:
+            raise ValueError(f"frame {i}: missing" + (f" {camera}" if cameras else ""))
+        numbers = text.replace("[", " ").replace("]", " ").split()
+        if len(numbers) != 16:
+            raise ValueError(f"frame {i}: wrong shape (expected 16 numbers, found {len(numbers)})")
+        poses.append(np.array(numbers, np.float64).reshape(4, 4).T)
+    return np.stack(poses)
+
+def find_paths(folder):
+    """Sorted names, as read_path takes them, of all camera files below a folder; none is opened.
+
+    Folders of images, masks and text, and OmniWorld-Game's coarser droidclib poses, are not entered. Each
+    camera_extrinsics.json counts as its ten cameras. FileNotFoundError for a missing folder.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of camera paths")
+    others = {"color", "depth", "prior_depth", "flow", "gdino_mask", "subject_masks", "text", "droidclib"}
+    names = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [f for f in folders if f not in others]
+        for file in (os.path.join(root, f) for f in files):
+            if file.endswith("camera_extrinsics.json"):
+                names += [f"{file}#cam{i:02d}" for i in range(1, 11)]
+            elif re.search(r"\.np[yz]$|split_\d+\.json$|split_\d+/info\.json$", file):
+                names.append(file)
+    return sorted(names)
+
+class PathFolder:
+    """The camera paths below a folder, opened when drawn: a folder of 96,000 is only listed at the start.
+
+    What cannot be read or has fewer than `frames` frames is skipped and counted with its reason; ValueError
+    where nothing is usable.
+    """
+
+    def __init__(self, folder, frames=1):
+        self.folder, self.frames, self.names, self.skipped = folder, frames, find_paths(folder), {}
+        if next(iter(self), None) is None:  # opens files up to the first usable one
+            raise ValueError(f"{folder}: no usable camera path of {frames} or more frames: {self.summary()}")
+
+    def __len__(self):
+        return len(self.names)
+
+    def __iter__(self):
+        """All usable whole paths, c2w (T, 4, 4), one after another."""
+        return (c2w for c2w in map(self.read, self.names) if c2w is not None)
+
+    def read(self, name):
+        """One whole path, or None after noting why it is skipped."""
+        try:
+            if name not in self.skipped:
+                c2w = read_path(name)
+                if len(c2w) >= self.frames:
+                    return c2w
+                self.skipped[name] = f"too short (found {len(c2w)} frames, expected {self.frames})"
+        except (ValueError, OSError) as e:
+            self.skipped[name] = str(e).removeprefix(f"{name}: ")
+
+    def draw(self, rng):
+        """A random stretch of a random path, c2w (frames, 4, 4), first = identity, by a numpy Generator.
+
+        The same rng state gives the same stretch whatever was drawn before.
+        """
+        while len(self.skipped) < len(self):
+            c2w = self.read(self.names[rng.integers(len(self))])
+            if c2w is not None:
+                start = rng.integers(len(c2w) - self.frames + 1)
+                return relative(c2w[start:start + self.frames])
+        raise ValueError(f"{self.folder}: no usable camera path is left: {self.summary()}")
+
+    def summary(self):
+        """One line: how many paths are listed, how many of those opened were skipped and why."""
+        why = Counter(re.sub(r"^frame \d+: | \(.*\)$", "", reason) for reason in self.skipped.values())
+        first = "".join(f"; first: {name}: {reason}" for name, reason in list(self.skipped.items())[:1])
+        return (f"{len(self)} camera paths, {len(self.skipped)} skipped"
+                + "".join(f", {n} x {reason}" for reason, n in why.most_common()) + first)
+
+# ---- Pluecker maps for the model
+def camera_maps(c2w, intrinsics, height, width):
+    """Rays packed as latents are: c2w (B, T, 4, 4), normalised fx fy cx cy (B, 4) -> (B, 24, F, H, W) float32
+
+    on c2w's device, F = (T-1)/4 + 1. The ray through pixel centre (i + 0.5, j + 0.5) has direction
+    d = R normalise(K^-1 [u, v, 1]) and moment o x d. Channel 4c + k is channel c of (o x d, d) in the k-th of
+    four consecutive frames, the first frame standing four times. ValueError unless T = 4k + 1. (ReDirector)
+    """
+    c2w = torch.as_tensor(c2w).double()
+    intrinsics = torch.as_tensor(intrinsics, device=c2w.device).double()
+    B, T, f64 = len(c2w), c2w.shape[1] if c2w.ndim == 4 else 0, dict(dtype=torch.float64, device=c2w.device)
+    if c2w.shape != (B, T, 4, 4) or T % 4 != 1 or intrinsics.shape != (B, 4):
+        raise ValueError("camera_maps: expected c2w (B, T, 4, 4) with T = 4k + 1 and intrinsics (B, 4), "
+                         f"found {tuple(c2w.shape)} and {tuple(intrinsics.shape)}")
+    R, o = c2w[..., :3, :3], c2w[..., :3, 3:]
+    M = torch.cat([torch.linalg.cross(o.expand_as(R), R, dim=-2), R], -2)  # (B, T, 6, 3): ray -> o x d, d
+    pack = torch.arange(-3, T, device=c2w.device).clamp(min=0).view(-1, 4)  # 0 0 0 0 | 1 2 3 4 | 5 ...
+    M = M[:, pack].permute(0, 3, 2, 1, 4).reshape(B, -1, 1, 1, 3)  # (B, 24 F, 1, 1, 3)
+    fx, fy, cx, cy = intrinsics.view(B, 4, 1, 1, 1).unbind(1)
+    x = ((torch.arange(width, **f64) + 0.5) / width - cx) / fx  # (B, 1, 1, W)
+    y = ((torch.arange(height, **f64)[:, None] + 0.5) / height - cy) / fy  # (B, 1, H, 1)
+    # M (x, y, 1) is separable: one sum and one product over the big array, and no matrix product for TF32 or
+    # autocast to round
+    maps = (M[..., 0] * x).float() + (M[..., 1] * y + M[..., 2]).float()  # (B, 24 F, H, W)
+    return maps.mul_((1 + x ** 2 + y ** 2).rsqrt().float()).view(B, 24, -1, height, width)
+
+# ---- pose errors
+def rotation_angle(A, B):
+    """Angle (...) in [0, pi] between rotations A and B (..., 3, 3), torch.
+
+    From sine and cosine, both by way of A - B: accurate near 0 and pi, exactly 0 with gradient 0 for A == B,
+    where arccos of the trace loses half the digits and has an infinite gradient.
+    """
+    D = A - B
+    S = D @ B.transpose(-1, -2)
+    S = S - S.transpose(-1, -2)  # A B^T - B A^T = 2 sin(angle) [axis]x
+    sin = torch.linalg.vector_norm(torch.stack([S[..., 2, 1], S[..., 0, 2], S[..., 1, 0]], -1), dim=-1) / 2
+    return torch.atan2(sin, 1 - (D * D).sum((-1, -2)) / 4)  # |A - B|^2 = 4 (1 - cos(angle))
+
+def frame_weights(n, schedule="linear"):
+    """Weights (n,) of frames i = 0 .. n-1 in Eq. 3-4, proportional to i ("linear"), 1 ("uniform") or i^2
+    ("quadratic"), summing to 1. ValueError for another schedule."""
+    power = {"linear": 1, "uniform": 0, "quadratic": 2}
+    if schedule not in power:
+        raise ValueError(f"no frame weights {schedule!r}: expected one of {', '.join(power)}")
+    w = np.arange(n, dtype=np.float64) ** power[schedule]
+    return w / w.sum() if n > 1 else np.ones(n)
+
+def pose_errors(pred, target, schedule="linear"):
+    """The reward's errors: torch pred, target (..., T, 4, 4) -> translation (...) metres, rotation (...) rad.
+
+    Eq. 3-4 without the minus signs: distance of positions and angle between rotations, both paths relative to
+    their first frame, no scale alignment, averaged with frame_weights. float64; differentiable, gradient 0
+    where a pose is met exactly; NaN for a video with NaN poses. ValueError where shapes differ.
+    """
+    if pred.shape != target.shape:
+        raise ValueError(f"pose_errors: expected poses {tuple(target.shape)}, found {tuple(pred.shape)}")
+    pred, target = relative(pred.double()), relative(target.to(pred.device).double())
+    w = torch.as_tensor(frame_weights(pred.shape[-3], schedule), device=pred.device)
+    distance = torch.linalg.vector_norm(pred[..., :3, 3] - target[..., :3, 3], dim=-1)
+    return (distance * w).sum(-1), (rotation_angle(pred[..., :3, :3], target[..., :3, :3]) * w).sum(-1)
+
+def trans_err(pred, target):
+    """The evaluation's TransErr of pred, target (T, 4, 4): dimensionless, NaN where poses are not finite.
+
+    Mean distance of positions, after the similarity that best aligns pred to target (Umeyama 1991), over the
+    largest distance between two target positions (+ 1e-6). 0 for any estimate of a pure rotation.
+    """
+    pred, target = same_length(pred, target)
+    p, t = pred[:, :3, 3] - pred[:, :3, 3].mean(0), target[:, :3, 3] - target[:, :3, 3].mean(0)
+    if not (np.isfinite(p).all() and np.isfinite(t).all()):
+        return float("nan")
+    U, S, Vt = np.linalg.svd(p.T @ t)
+    signs = np.array([1, 1, np.linalg.det(U @ Vt)])  # a rotation, not its mirror image
+    spread = (p ** 2).sum()
+    scale = (S * signs).sum() / spread if spread > 1e-20 else 0  # an estimate that stands still
+    extent = np.linalg.norm(t[:, None] - t, axis=-1).max()
+    return float(np.linalg.norm(t - scale * p @ (U * signs) @ Vt, axis=1).mean() / (extent + 1e-6))
+
+def rot_err(pred, target):
+    """The evaluation's RotErr of pred, target (T, 4, 4): degrees, NaN where poses are not finite.
+
+    Mean over ordered pairs of frames i != j of the angle between pred's and target's relative rotations.
+    """
+    pred, target = same_length(pred, target)
+    # the angle between P_i^T P_j and T_i^T T_j is that between P_i T_i^T and P_j T_j^T
+    E = torch.from_numpy(pred[:, :3, :3] @ target[:, :3, :3].swapaxes(1, 2))
+    return float(rotation_angle(E[:, None], E).sum().rad2deg() / max(len(E) * (len(E) - 1), 1))
+
+def same_length(pred, target):
+    pred, target = np.asarray(pred, np.float64), np.asarray(target, np.float64)
+    if pred.shape != target.shape:
+        raise ValueError(f"pose errors: pred {pred.shape}, target {target.shape}: resample the target first")
+    return pred, target
