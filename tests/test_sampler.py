@@ -419,7 +419,7 @@ def test_micro_batch_and_company_do_not_matter(share_noise, guidance):
 
 def test_chunks_cover_in_order():
     for C, G, rows in (1, 8, 3), (4, 6, 6), (4, 6, 13), (5, 1, 2), (3, 4, None), (2, 3, 1):
-        calls = [[(c, m) for c in range(C)[cs] for m in range(G)[ms]] for cs, ms in sampler.chunks(C, G, rows)]
+        calls = [[(c, m) for c in range(C)[i] for m in range(G)[j]] for i, j in sampler.chunks(C, G, rows)]
         assert sum(calls, []) == [(c, m) for c in range(C) for m in range(G)]
         assert all(len(call) <= (rows or C * G) for call in calls)
     assert len(sampler.chunks(4, 6, 13)) == 2 and len(sampler.chunks(4, 6, 13, branches=2)) == 4
@@ -490,8 +490,8 @@ def test_wan_sampling_golden():
         for t, t_next in zip(sigmas, sigmas[1:]):
             x = ode_step(x, velocity(dit, x, t, condition, negative, 5.0), t, t_next)
     assert (x - io["euler6_cfg5"]).abs().max() < 1e-3
-    given = {"sigmas": sigmas, "shape": io["x"].shape[1:], "seed": 0, "condition_ids": [0], "negative": negative,
-             "guidance": 5.0}
+    given = {"sigmas": sigmas, "shape": io["x"].shape[1:], "seed": 0, "condition_ids": [0],
+             "negative": negative, "guidance": 5.0}
     whole = rollout(dit, condition, 3, (1, 2), **given)
     same(rollout(dit, condition, 3, (1, 2), micro_batch=2, **given), whole, 1e-4)
     same(rollout(dit, condition, 3, (1, 2), share_prefix=False, **given), whole, 1e-4)
