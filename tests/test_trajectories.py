@@ -1,0 +1,721 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from scipy.optimize import minimize
+from scipy.spatial.transform import Rotation
+from scipy.stats import truncnorm
+
+import trajectories as tr
+
+GOLDEN = Path(__file__).parent / "golden"
+PUBLISHED = Path(__file__).parents[2] / "shared" / "clips" / "recammaster_camera_extrinsics.json"
+
+
+def walk(rng, frames, step=0.3, turn=0.1):
+    """A random path (frames, 4, 4), first pose the identity, of bounded steps and turns."""
+    c2w = np.tile(np.eye(4), (frames, 1, 1))
+    for i in range(1, frames):
+        c2w[i, :3, :3] = c2w[i - 1, :3, :3] @ Rotation.from_rotvec(turn * rng.uniform(-1, 1, 3)).as_matrix()
+        c2w[i, :3, 3] = c2w[i - 1, :3, 3] + step * rng.uniform(-1, 1, 3)
+    return c2w
+
+
+def pose(rng):
+    """A random pose (4, 4), far from the origin."""
+    out = np.eye(4)
+    out[:3, :3], out[:3, 3] = Rotation.random(random_state=rng).as_matrix(), rng.normal(size=3) * 10
+    return out
+
+
+def yaw(angles):
+    """A path (T, 4, 4) that turns about y by the given total angles."""
+    c2w = np.tile(np.eye(4), (len(angles), 1, 1))
+    c2w[:, :3, :3] = Rotation.from_rotvec(np.outer(angles, [0, 1, 0])).as_matrix()
+    return c2w
+
+
+# ---- path basics and rescaling
+
+def test_relative_is_what_the_inverse_of_the_first_pose_does():
+    rng = np.random.default_rng(0)
+    c2w = np.stack([pose(rng) @ walk(rng, 6) for _ in range(3)])
+    expected = np.linalg.inv(c2w[:, :1]) @ c2w
+    np.testing.assert_allclose(tr.relative(c2w), expected, atol=1e-12)
+    np.testing.assert_allclose(tr.relative(torch.from_numpy(c2w)).numpy(), expected, atol=1e-12)
+
+
+def test_speeds_of_a_screw_motion_are_its_closed_form():
+    c2w = yaw(0.02 * np.arange(9))
+    c2w[:, 1, 3] = 0.3 * np.arange(9) ** 2  # steps 0.3 (2i + 1)
+    np.testing.assert_allclose(tr.speeds(c2w), (0.3 * 15, 0.02), rtol=1e-12)
+    rng = np.random.default_rng(1)
+    np.testing.assert_allclose(tr.speeds(pose(rng) @ c2w), tr.speeds(c2w), rtol=1e-9)  # in any world
+    assert tr.speeds(c2w[:1]) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rescaled_maximum_speeds_are_those_asked_for(seed):
+    rng = np.random.default_rng(seed)
+    c2w = walk(rng, rng.integers(2, 200), 10 ** rng.uniform(-4, 3), 10 ** rng.uniform(-4, 0.2))
+    v, omega = tr.draw_speeds(rng)
+    out = tr.rescale(c2w, v, omega)
+    np.testing.assert_allclose(tr.speeds(out), (v, omega), rtol=1e-9)
+    R = out[:, :3, :3]
+    np.testing.assert_allclose(R @ R.swapaxes(1, 2), np.broadcast_to(np.eye(3), R.shape), atol=1e-12)
+    # one factor for all positions, one for all increments: shape and the directions of turning stay
+    np.testing.assert_allclose(out[:, :3, 3], c2w[:, :3, 3] * (v / tr.speeds(c2w)[0]), rtol=1e-9, atol=1e-12)
+    a, b = tr.increments(out)[0], tr.increments(c2w)[0]
+    np.testing.assert_allclose(a, b * (omega / tr.speeds(c2w)[1]), atol=1e-12)
+    np.testing.assert_allclose(tr.rescale(out, *tr.speeds(c2w)), c2w, atol=1e-9 * np.abs(c2w).max())
+
+
+def test_rescaling_keeps_turns_of_more_than_pi():
+    out = tr.rescale(yaw(np.linspace(0, 5 * math.pi, 101)), 0.1, 0.01 * math.pi)  # from 0.05 pi a frame
+    np.testing.assert_allclose(tr.increments(out)[0], np.tile([0, 0.01 * math.pi, 0], (100, 1)), atol=1e-13)
+    np.testing.assert_allclose(out, yaw(np.linspace(0, math.pi, 101)), atol=1e-12)
+    out = tr.rescale(yaw(np.linspace(0, 0.9 * math.pi, 11)), 0.1, 0.5)  # and makes them: 5 rad in all
+    np.testing.assert_allclose(out, yaw(np.linspace(0, 5, 11)), atol=1e-12)
+
+
+def test_what_is_still_stays_still_under_rescaling():
+    rng = np.random.default_rng(3)
+    still = np.tile(pose(rng), (7, 1, 1))
+    np.testing.assert_allclose(tr.rescale(still, 0.05, 0.01), still, atol=1e-12)
+    out = tr.rescale(yaw(np.linspace(0, 1, 9)), 0.05, 0.01)  # a pure rotation gains no translation
+    assert tr.speeds(out)[0] == 0 and tr.speeds(out)[1] == pytest.approx(0.01, rel=1e-9)
+    line = np.tile(np.eye(4), (9, 1, 1))
+    line[:, 2, 3] = np.linspace(0, 3, 9)
+    out = tr.rescale(line, 0.05, 0.01)
+    assert tr.speeds(out)[1] == 0 and tr.speeds(out)[0] == pytest.approx(0.05, rel=1e-9)
+    np.testing.assert_array_equal(tr.rescale(np.eye(4)[None], 1, 1), np.eye(4)[None])
+    np.testing.assert_allclose(tr.rescale(walk(rng, 9), 0, 0), np.tile(np.eye(4), (9, 1, 1)), atol=1e-12)
+
+
+@pytest.mark.parametrize("v, omega", [(-1, 0.1), (math.nan, 0.1), (math.inf, 0.1), (0.1, -1), (0.1, 3.2),
+                                      (0.1, math.nan)])
+def test_rescaling_to_impossible_speeds_is_refused(v, omega):
+    with pytest.raises(ValueError, match="rescale"):
+        tr.rescale(yaw(np.arange(5) * 0.1), v, omega)
+
+
+def test_drawn_speeds_follow_the_truncated_gaussians():
+    rng = np.random.default_rng(0)
+    draws = np.array([tr.draw_speeds(rng) for _ in range(20000)])
+    for x, (low, high, mean, sd) in zip(draws.T, (tr.V_BOUNDS, tr.OMEGA_BOUNDS)):
+        law = truncnorm((low - mean) / sd, (high - mean) / sd, mean, sd)
+        assert low <= x.min() and x.max() <= high
+        assert abs(x.mean() - law.mean()) < 5 * law.std() / math.sqrt(len(x))
+        assert np.abs(np.sort(x) - law.ppf((np.arange(len(x)) + 0.5) / len(x))).max() < 0.05 * sd
+    np.testing.assert_allclose(np.degrees(tr.OMEGA_BOUNDS), (0.05, 0.8, 0.3, 0.2))
+    assert tr.draw_speeds(rng, (0.02, 0.02, 0.5, 0.1), (0.1, 0.2, 0.15, 1)) <= (0.02, 0.2)
+    with pytest.raises(ValueError, match="speed bounds"):
+        tr.draw_speeds(rng, (0.2, 0.1, 0.1, 0.1))
+
+
+def test_resampling_follows_the_same_curve():
+    angles = np.linspace(0, 2, 41)
+    c2w = yaw(angles)
+    c2w[:, :3, 3] = np.outer(angles, [1, -2, 0.5])
+    for frames in (1, 2, 17, 81, 161):
+        out = tr.resample(c2w, frames)
+        expected = yaw(np.linspace(0, 2, frames))
+        expected[:, :3, 3] = np.outer(np.linspace(0, 2, frames), [1, -2, 0.5])
+        np.testing.assert_allclose(out, expected, atol=1e-12)
+    np.testing.assert_array_equal(tr.resample(c2w, 41), c2w)
+    np.testing.assert_array_equal(tr.resample(c2w[3:4], 5), np.tile(c2w[3], (5, 1, 1)))
+
+
+# ---- the ten evaluation paths
+
+def test_evaluation_paths_agree_with_redirector():
+    golden = np.load(GOLDEN / "recammaster_trajectories.npz")
+    assert len(golden.files) == 120
+    for key in golden.files:  # camNN_nFRAMES_sSPEED
+        cam, n, s = key.split("_")
+        c2w = tr.recammaster(int(cam[3:]), int(n[1:]), float(s[1:]))
+        assert c2w.dtype == np.float64
+        np.testing.assert_allclose(c2w, golden[key], atol=1e-3, err_msg=key)
+
+
+def test_evaluation_paths_by_name():
+    for number, name in enumerate(tr.PATHS, 1):
+        np.testing.assert_array_equal(tr.recammaster(name, 17, 1.5), tr.recammaster(number, 17, 1.5))
+        np.testing.assert_array_equal(tr.named_path(str(number), 17, 1.5), tr.recammaster(number, 17, 1.5))
+    end = {name: tr.recammaster(name)[-1] for name in tr.PATHS}  # OpenCV: x right, y down, z forward
+    assert end["pan_right"][0, 2] > 0.3 and end["pan_left"][0, 2] < -0.3  # third column: looks along
+    assert end["tilt_up"][1, 2] < -0.1 and end["tilt_down"][1, 2] > 0.1
+    assert end["zoom_in"][2, 3] > 1.9 and end["zoom_out"][2, 3] < -1.9
+    assert end["translate_up"][1, 3] < -0.9 and end["translate_down"][1, 3] > 0.9
+    assert end["arc_left"][0, 3] < -1.9 and end["arc_right"][0, 3] > 1.9
+
+
+def test_published_paths_look_at_their_point_and_have_the_published_speeds():
+    for number in range(7, 11):
+        c2w = tr.published(number)
+        point = ([0, 0, 4] - c2w[:, :3, 3])[:, None] @ c2w[:, :3, :3]  # in camera axes
+        np.testing.assert_allclose(point[:, 0, :2], 0, atol=1e-12)
+        assert (point[:, 0, 2] > 0).all()
+    rates = np.array([tr.speeds(tr.recammaster(n)) for n in range(1, 11)])
+    assert 0.012 < rates[4:, 0].min() and rates[:, 0].max() < 0.027
+    turns = np.degrees(rates[[0, 1, 2, 3, 6, 7, 8, 9], 1])
+    assert 0.12 < turns.min() and turns.max() < 0.40
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 81, 200])
+def test_evaluation_paths_at_any_length_and_speed(frames):
+    for number in range(1, 11):
+        slow, fast = tr.recammaster(number, frames), tr.recammaster(number, frames, 2)
+        assert slow.shape == (frames, 4, 4)
+        np.testing.assert_array_equal(slow[0], np.eye(4))
+        tr.check(slow)
+        np.testing.assert_allclose(tr.speeds(fast), np.multiply(2, tr.speeds(slow)), rtol=1e-6, atol=1e-9)
+    for bad in (0, 11, "left", "", 2.5, None):
+        with pytest.raises(ValueError, match="arc_left"):
+            tr.recammaster(bad, frames)
+    with pytest.raises(ValueError, match="frame"):
+        tr.recammaster(1, 0)
+
+
+def test_named_paths(tmp_path):
+    np.testing.assert_array_equal(tr.named_path("static", 9), np.tile(np.eye(4), (9, 1, 1)))
+    rng = np.random.default_rng(5)
+    path, world = walk(rng, 33), pose(rng)
+    np.save(tmp_path / "mine.npy", world @ path)
+    np.testing.assert_allclose(tr.named_path(tmp_path / "mine.npy", 33), path, atol=1e-9)
+    v, omega = tr.speeds(tr.named_path(str(tmp_path / "mine.npy"), 17))
+    faster = tr.named_path(tmp_path / "mine.npy", 17, 1.5)
+    np.testing.assert_allclose(tr.speeds(faster), (1.5 * v, 1.5 * omega))
+    with pytest.raises(FileNotFoundError, match="arc_left.*static"):
+        tr.named_path("sideways")
+
+
+# ---- readers
+
+def write_omniworld(scene, paths, change=lambda cameras, splits: None):
+    """An OmniWorld-Game scene: world-to-camera, quaternions w, x, y, z, frames listed in split_info."""
+    cameras, splits, start = [], [], 0
+    for c2w in paths:
+        w2c = np.linalg.inv(c2w)
+        quats = Rotation.from_matrix(w2c[:, :3, :3]).as_quat()[:, [3, 0, 1, 2]] * 1.7  # of any length
+        cameras.append({"focals": [1002.5] * len(c2w), "cx": 640.0, "cy": 360.0, "invalid_frame": [],
+                        "quats": quats.tolist(), "trans": w2c[:, :3, 3].tolist()})
+        splits.append(list(range(start, start + len(c2w))))
+        start += len(c2w) + 3
+    change(cameras, splits)
+    for folder in ("camera", "droidclib", "subject_masks", "color"):
+        (scene / folder).mkdir(parents=True)
+    for i, camera in enumerate(cameras):
+        (scene / "camera" / f"split_{i}.json").write_text(json.dumps(camera))
+        (scene / "droidclib" / f"split_{i}.json").write_text("{}")
+        (scene / "subject_masks" / f"split_{i}.json").write_text("{}")
+    (scene / "split_info.json").write_text(json.dumps({"split_num": len(splits), "split": splits}))
+
+
+def write_unreal(file, paths, change=lambda frames: None):
+    """MultiCamVideo's camera_extrinsics.json of OpenCV paths in metres: transposed, cm, Unreal's axes."""
+    swap = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])  # to forward, right, up
+    start = np.eye(4)
+    start[:3, :3] = Rotation.from_euler("xyz", [0.3, -0.2, 1.1]).as_matrix()
+    start[:3, 3] = 3390, 1380, 240
+    frames = {}
+    for k, c2w in enumerate(paths):
+        unreal = swap @ c2w @ swap.T
+        unreal[:, :3, 3] *= 100
+        for i, matrix in enumerate((start @ unreal).transpose(0, 2, 1)):
+            rows = " ".join("[" + " ".join(f"{x:.9g}" for x in row) + "]" for row in matrix) + " "
+            frames.setdefault(f"frame{i}", {})[f"cam{k + 1:02d}"] = rows
+    change(frames)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(frames))
+
+
+def test_reads_omniworld(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [pose(rng) @ walk(rng, n) for n in (5, 30)]
+    write_omniworld(tmp_path / "b04f88d1f85a", paths)
+    for i, c2w in enumerate(paths):
+        read = tr.read_path(tmp_path / "b04f88d1f85a" / "camera" / f"split_{i}.json")
+        np.testing.assert_allclose(read, tr.relative(c2w), atol=1e-9)
+    (tmp_path / "b04f88d1f85a" / "split_info.json").unlink()  # then the file speaks for itself
+    assert len(tr.read_path(tmp_path / "b04f88d1f85a" / "camera" / "split_1.json")) == 30
+
+
+def test_reads_omniworld_coarse_poses(tmp_path):
+    c2w = walk(np.random.default_rng(0), 12)
+    file = tmp_path / "recon" / "split_0" / "info.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"split": list(range(12)), "extrinsics": c2w.tolist()}))
+    np.testing.assert_allclose(tr.read_path(file), c2w, atol=1e-9)
+    assert tr.find_paths(tmp_path) == [str(file)]
+
+
+@pytest.mark.parametrize("key", ["extrinsic", "c2w", "cam_c2w", "data", "whatever"])
+def test_reads_npz(tmp_path, key):
+    rng = np.random.default_rng(0)
+    path = walk(rng, 20)
+    K = np.tile(np.eye(3), (20, 1, 1))
+    arrays = {"intrinsic": K, "inds": np.arange(20), key: (pose(rng) @ path).astype(np.float32)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    np.testing.assert_allclose(tr.read_path(tmp_path / "a.npz"), path, atol=1e-5)
+
+
+def test_reads_multicamvideo(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [walk(rng, 21) for _ in range(10)]
+    file = tmp_path / "f24_aperture5" / "scene1" / "cameras" / "camera_extrinsics.json"
+    write_unreal(file, paths)
+    for k, c2w in enumerate(paths):
+        np.testing.assert_allclose(tr.read_path(f"{file}#cam{k + 1:02d}"), c2w, atol=1e-6)
+    with pytest.raises(ValueError, match="10 cameras.*json#cam01"):
+        tr.read_path(file)
+    write_unreal(tmp_path / "one.json", paths[:1])
+    np.testing.assert_allclose(tr.read_path(tmp_path / "one.json"), paths[0], atol=1e-6)
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="ReCamMaster's camera file is not in ../shared")
+def test_reads_the_published_recammaster_file():
+    for number in range(1, 11):
+        c2w = tr.read_path(f"{PUBLISHED}#cam{number:02d}")
+        np.testing.assert_allclose(c2w, tr.published(number), atol=1e-4)
+
+
+def spoil(where, value):
+    """A change to write_omniworld: the first camera's entry at the path `where` becomes value."""
+    def change(cameras, splits):
+        x = cameras[0]
+        for key in where[:-1]:
+            x = x[key]
+        x[where[-1]] = value
+    return change
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda cameras, splits: cameras[0].pop("quats"), "missing key 'quats'"),
+    (lambda cameras, splits: cameras[0].pop("trans"), "missing key 'trans'"),
+    (lambda cameras, splits: cameras[0]["quats"].pop(), "wrong number of frames"),
+    (lambda cameras, splits: cameras[0]["trans"].pop(), "wrong number of frames"),
+    (lambda cameras, splits: splits[0].pop(), "wrong number of frames"),
+    (lambda cameras, splits: splits.clear(), "list index out of range"),
+    (spoil(("quats", 2), [0, 0, 0, 0]), "frame 2: not a rotation"),
+    (spoil(("quats", 3, 1), math.nan), "frame 3: not a rotation"),
+    (spoil(("trans", 1, 0), math.inf), "frame 1: not finite"),
+    (spoil(("trans", 4, 2), None), "frame 4: not finite"),
+    (spoil(("quats", 2), [1, 0, 0]), "inhomogeneous"),
+    (spoil(("quats", 2, 0), "x"), "could not convert"),
+    (spoil(("trans",), {}), ""),
+])
+def test_bad_omniworld_files_are_one_error(tmp_path, change, reason):
+    write_omniworld(tmp_path, [walk(np.random.default_rng(0), 6)], change)
+    file = tmp_path / "camera" / "split_0.json"
+    with pytest.raises(ValueError) as e:
+        tr.read_path(file)
+    assert str(e.value).startswith(f"{file}: ") and reason in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda f: f.pop("frame3"), "frame 3: missing"),
+    (lambda f: f["frame2"].pop("cam02"), "frame 2: missing cam02"),
+    (lambda f: f["frame4"].update(cam02="[1 0 0 0] [0 1 0 0] [0 0 1 0]"), "frame 4: wrong shape"),
+    (lambda f: f["frame4"].update(cam02="[1 0 0 0] [0 1 0 0] [0 0 1 0] [a 0 0 1]"), "could not convert"),
+    (lambda f: f["frame0"].update(cam02="[2 0 0 0] [0 2 0 0] [0 0 2 0] [0 0 0 1]"), "frame 0: not a rot"),
+    (lambda f: f["frame1"].update(cam02="[1 0 0 0] [0 1 0 0] [0 0 -1 0] [0 0 0 1]"), "frame 1: a reflection"),
+    (lambda f: f["frame1"].update(cam02="[1 0 0 0] [0 nan 0 0] [0 0 1 0] [0 0 0 1]"), "frame 1: not finite"),
+    (lambda f: f["frame1"].update(cam02="[1 0 0 5] [0 1 0 0] [0 0 1 0] [0 0 0 1]"), "frame 1: last row"),
+    (lambda f: f["frame1"].update(cam02=None), "frame 1: missing cam02"),
+    (lambda f: f.update(frame2=[]), ""),
+    (lambda f: f.clear(), "missing key 'quats'"),
+])
+def test_bad_multicamvideo_files_are_one_error(tmp_path, change, reason):
+    rng = np.random.default_rng(0)
+    write_unreal(tmp_path / "camera_extrinsics.json", [walk(rng, 6), walk(rng, 6)], change)
+    name = f"{tmp_path}/camera_extrinsics.json#cam02"
+    with pytest.raises(ValueError) as e:
+        tr.read_path(name)
+    assert str(e.value).startswith(f"{name}: ") and reason in str(e.value) and "\n" not in str(e.value)
+
+
+def bad_arrays():
+    c2w = walk(np.random.default_rng(0), 8)
+    for index, value, reason in (((3, 0, 0), np.nan, "not finite"), ((7, 1, 3), np.inf, "not finite"),
+                                 ((2, 0, 0), 1.3, "not a rotation"), ((5, 3, 3), 0, "last row")):
+        broken = c2w.copy()
+        broken[index] = value
+        yield broken, f"frame {index[0]}: {reason}"
+    yield c2w * [1, 1, -1, 1], "frame 0: a reflection"
+    yield c2w[0], "wrong shape"
+    yield c2w[:, :3], "wrong shape"
+    yield c2w[:0], "wrong shape"
+    yield np.array(["a"]), "could not convert"
+    yield np.array([{}], object), "allow_pickle"
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+@pytest.mark.parametrize("array, reason", list(bad_arrays()))
+def test_bad_arrays_are_one_error(tmp_path, kind, array, reason):
+    file = tmp_path / f"clip.{kind}"
+    np.save(file, array) if kind == "npy" else np.savez(file, extrinsic=array)
+    with pytest.raises(ValueError) as e:
+        tr.read_path(file)
+    assert str(e.value).startswith(f"{file}: ") and reason in str(e.value) and "\n" not in str(e.value)
+
+
+def test_rotations_off_by_rounding_are_accepted_and_made_exact(tmp_path):
+    c2w = walk(np.random.default_rng(0), 40)
+    np.save(tmp_path / "a.npy", c2w.round(5))
+    R = tr.read_path(tmp_path / "a.npy")[:, :3, :3]
+    np.testing.assert_allclose(R, c2w[:, :3, :3], atol=2e-5)
+    np.testing.assert_allclose(R @ R.swapaxes(1, 2), np.broadcast_to(np.eye(3), R.shape), atol=1e-12)
+
+
+def test_npz_without_one_clear_path_names_what_it_holds(tmp_path):
+    np.savez(tmp_path / "a.npz", left=np.zeros((3, 4, 4)), right=np.zeros((3, 4, 4)))
+    with pytest.raises(ValueError, match="missing key.*left.*right"):
+        tr.read_path(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("suffix", ["npz", "npy", "json"])
+def test_truncated_files_are_one_error(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    write_omniworld(tmp_path, [walk(rng, 30)])
+    whole = tmp_path / "camera" / "split_0.json"
+    if suffix != "json":
+        whole = tmp_path / f"whole.{suffix}"
+        c2w = walk(rng, 30)
+        np.save(whole, c2w) if suffix == "npy" else np.savez_compressed(whole, extrinsic=c2w)
+    data = whole.read_bytes()
+    file = tmp_path / "camera" / f"split_0.{suffix}"
+    for size in (0, 1, 10, 100, len(data) // 2, len(data) - 1):
+        file.write_bytes(data[:size])
+        with pytest.raises(ValueError) as e:
+            tr.read_path(file)
+        assert str(e.value).startswith(f"{file}: ") and "\n" not in str(e.value)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        tr.read_path(tmp_path / f"nowhere.{suffix}")
+
+
+def test_other_json_is_one_error(tmp_path):
+    for text, reason in (("[1, 2]", "expected a JSON object"), ("{}", "missing key"), ("3", "a JSON object")):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            tr.read_path(tmp_path / "a.json")
+
+
+# ---- folders
+
+def dataset(folder):
+    """Three layouts in a folder: 4 OmniWorld splits, 2 Sekai files, a MultiCamVideo file of ten paths."""
+    rng = np.random.default_rng(0)
+    write_omniworld(folder / "OmniWorld-Game" / "020c2bed1dbb" / "020c2bed1dbb_others", [walk(rng, 25)] * 2)
+    write_omniworld(folder / "OmniWorld-Game" / "b04f88d1f85a", [walk(rng, 30), walk(rng, 9)])
+    (folder / "sekai").mkdir()
+    for i in range(2):
+        np.savez(folder / "sekai" / f"xpPEhccDNak_0023550_002535{i}.npz", extrinsic=walk(rng, 40))
+    write_unreal(folder / "train" / "f24_aperture5" / "scene1" / "cameras" / "camera_extrinsics.json",
+                 [walk(rng, 21) for _ in range(10)])
+
+
+def test_finds_every_layout_and_nothing_else(tmp_path):
+    dataset(tmp_path)
+    names = tr.find_paths(tmp_path)
+    assert len(names) == 4 + 2 + 10 and names == sorted(names)
+    assert not any("droidclib" in n or "mask" in n or "split_info" in n for n in names)
+    assert [len(tr.read_path(n)) for n in names] == [25, 25, 30, 9, 40, 40] + [21] * 10
+
+
+def test_a_folder_is_opened_only_where_it_is_drawn_from(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    for i in range(300):
+        np.save(tmp_path / "a" / f"{i:03d}.npy", walk(np.random.default_rng(i), 8))
+    opened = []
+    real = tr.read_path
+    monkeypatch.setattr(tr, "read_path", lambda name: opened.append(name) or real(name))
+    paths = tr.PathFolder(tmp_path, 5)
+    assert len(paths) == 300 and len(opened) <= 1
+    for _ in range(7):
+        paths.draw(np.random.default_rng(0))
+    assert len(opened) <= 8
+
+
+def test_draws_are_stretches_of_the_paths(tmp_path):
+    dataset(tmp_path)
+    paths, rng = tr.PathFolder(tmp_path, 20), np.random.default_rng(0)
+    whole = list(tr.PathFolder(tmp_path))
+    assert len(whole) == 16
+    stretches = [tr.relative(c[i:i + 20]) for c in whole for i in range(len(c) - 19)]
+    seen = set()
+    for _ in range(200):
+        c2w = paths.draw(rng)
+        found = [i for i, s in enumerate(stretches) if np.allclose(c2w, s, atol=1e-9)]
+        assert found
+        seen.update(found)
+    assert len(seen) > 40  # of 6 + 6 + 11 + 21 + 21 + 2 x 10, the first two the same
+    assert "1 x too short" in paths.summary() and "found 9 frames, expected 20" in paths.summary()
+
+
+def test_draws_do_not_depend_on_what_was_drawn_before(tmp_path):
+    dataset(tmp_path)
+    (tmp_path / "sekai" / "broken.npz").write_bytes(b"PK")
+    used = tr.PathFolder(tmp_path, 10)
+    for _ in range(50):
+        used.draw(np.random.default_rng(1))
+    list(used)
+    for seed in range(30):
+        fresh, a, b = tr.PathFolder(tmp_path, 10), np.random.default_rng(seed), np.random.default_rng(seed)
+        np.testing.assert_array_equal(fresh.draw(a), used.draw(b))
+
+
+def test_bad_files_are_skipped_counted_and_explained(tmp_path):
+    dataset(tmp_path)
+    c2w = walk(np.random.default_rng(0), 30)
+    for i in range(3):
+        broken = c2w.copy()
+        broken[i + 2, 0, 3] = np.nan
+        np.save(tmp_path / f"nan{i}.npy", broken)
+    (tmp_path / "sekai" / "cut.npz").write_bytes((tmp_path / "sekai" / "xpPEhccDNak_0023550_0025350.npz")
+                                                 .read_bytes()[:500])
+    paths, rng = tr.PathFolder(tmp_path, 10), np.random.default_rng(0)
+    for _ in range(300):
+        tr.check(paths.draw(rng))
+    text = paths.summary()
+    assert "20 camera paths, 5 skipped" in text and "3 x not finite" in text
+    assert "1 x truncated or broken" in text and "\n" not in text
+    assert sum(1 for _ in paths) == 15
+
+
+def test_a_folder_without_a_usable_path_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        tr.PathFolder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no usable camera path.*0 camera paths"):
+        tr.PathFolder(tmp_path)
+    np.save(tmp_path / "a.npy", np.full((9, 4, 4), np.nan))
+    np.save(tmp_path / "b.npy", walk(np.random.default_rng(0), 9))
+    with pytest.raises(ValueError, match="no usable camera path.*1 x not finite.*1 x too short"):
+        tr.PathFolder(tmp_path, 10)
+    assert len(tr.PathFolder(tmp_path, 9).draw(np.random.default_rng(0))) == 9
+    paths = tr.PathFolder(tmp_path, 9)
+    (tmp_path / "b.npy").unlink()  # gone while training
+    with pytest.raises(ValueError, match="is left.*no such camera file"):
+        paths.draw(np.random.default_rng(0))
+
+
+# ---- Pluecker maps
+
+def test_camera_maps_agree_with_redirector():
+    golden = load_file(GOLDEN / "redirector_io.safetensors")
+    for which in ("target", "cond"):
+        row = golden[f"traj_{which}"]  # (1, T, 19): 0, fx, fy, cx, cy, 0, 0, c2w 3x4
+        c2w = np.tile(np.eye(4, dtype=np.float32), (1, 9, 1, 1))
+        c2w[:, :, :3] = row[..., 7:].reshape(1, 9, 3, 4)
+        maps = tr.camera_maps(torch.from_numpy(c2w), torch.from_numpy(row[:, 0, 1:5]), 32, 48)
+        assert maps.dtype == torch.float32 and maps.is_contiguous()
+        np.testing.assert_allclose(maps.numpy(), golden[f"camera_{which}"], atol=1e-5)
+
+
+@pytest.mark.parametrize("B, T, H, W", [(1, 1, 3, 5), (2, 5, 7, 4), (3, 17, 6, 10)])
+def test_camera_maps_are_the_rays_of_the_pixels(B, T, H, W):
+    rng = np.random.default_rng(T)
+    c2w = np.stack([pose(rng) @ walk(rng, T) for _ in range(B)])
+    intrinsics = rng.uniform([0.6, 0.9, 0.3, 0.4], [1.2, 1.7, 0.7, 0.6], (B, 4))
+    maps = tr.camera_maps(torch.from_numpy(c2w), torch.from_numpy(intrinsics), H, W).numpy()
+    F = (T - 1) // 4 + 1
+    assert maps.shape == (B, 24, F, H, W)
+    for _ in range(200):
+        b, f, k, j, i = (rng.integers(n) for n in (B, F, 4, H, W))
+        frame = 0 if f == 0 else 4 * (f - 1) + 1 + k
+        fx, fy, cx, cy = intrinsics[b] * [W, H, W, H]  # pixels
+        K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+        d = c2w[b, frame, :3, :3] @ np.linalg.inv(K) @ [i + 0.5, j + 0.5, 1]
+        d /= np.linalg.norm(d)
+        o = c2w[b, frame, :3, 3]
+        tolerance = 1e-6 * (1 + np.abs(o).max())
+        np.testing.assert_allclose(maps[b, k::4, f, j, i], [*np.cross(o, d), *d], atol=tolerance)
+        point = o + 3.7 * d  # the moment is that of the whole ray
+        np.testing.assert_allclose(maps[b, k:12:4, f, j, i], np.cross(point, d), atol=2 * tolerance)
+
+
+def test_camera_maps_keep_their_precision_under_autocast():
+    c2w, K = torch.from_numpy(tr.recammaster(9, 5))[None], torch.tensor([[0.9, 1.3, 0.5, 0.5]])
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = tr.camera_maps(c2w, K, 8, 8)
+    assert maps.dtype == torch.float32 and torch.equal(maps, tr.camera_maps(c2w, K, 8, 8))
+
+
+@pytest.mark.parametrize("c2w, intrinsics", [((1, T, 4, 4), (1, 4)) for T in (0, 2, 3, 4, 80)]
+                         + [((5, 4, 4), (1, 4)), ((1, 5, 3, 4), (1, 4)), ((2, 5, 4, 4), (1, 4)),
+                            ((1, 5, 4, 4), (4,))])
+def test_camera_maps_refuse_other_shapes(c2w, intrinsics):
+    with pytest.raises(ValueError, match="4k \\+ 1"):
+        tr.camera_maps(torch.zeros(c2w), torch.ones(intrinsics), 8, 8)
+
+
+# ---- pose errors
+
+@pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-9, 1e-7, 3e-7, 1e-4, 0.1, 1.0, 3.0,
+                                   math.pi - 1e-4, math.pi - 1e-7, math.pi])
+def test_angles_are_exact_near_zero_and_near_pi(angle):
+    rng = np.random.default_rng(0)
+    axes = rng.normal(size=(50, 3))
+    axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+    A = Rotation.random(50, random_state=1)
+    B = A * Rotation.from_rotvec(angle * axes)
+    for x, y in ((A, B), (B, A)):
+        found = tr.rotation_angle(torch.from_numpy(x.as_matrix()), torch.from_numpy(y.as_matrix())).numpy()
+        np.testing.assert_allclose(found, angle, rtol=1e-7, atol=5e-15)
+
+
+def test_errors_are_their_closed_form():
+    T, offset, angle = 9, np.array([0.3, -0.1, 0.2]), 1e-7
+    target = np.tile(np.eye(4), (2, T, 1, 1))
+    pred = target.copy()
+    pred[0, 1:, :3, 3] += offset  # all frames but the first
+    pred[1, -1, :3, :3] = Rotation.from_rotvec([0, angle, 0]).as_matrix()  # the last only
+    expected = {"linear": 2 * 8 / (9 * 8), "uniform": 1 / 9, "quadratic": 64 / 204}  # the last frame's
+    for schedule, last in expected.items():
+        trans, rot = tr.pose_errors(torch.from_numpy(pred), torch.from_numpy(target), schedule)
+        rest = 8 / 9 if schedule == "uniform" else 1
+        np.testing.assert_allclose(trans, [np.linalg.norm(offset) * rest, 0], rtol=1e-12)
+        np.testing.assert_allclose(rot, [0, angle * last], rtol=1e-7, atol=1e-20)
+    with pytest.raises(ValueError, match="linear, uniform, quadratic"):
+        tr.pose_errors(torch.from_numpy(pred), torch.from_numpy(target), "cubic")
+    with pytest.raises(ValueError, match="expected poses"):
+        tr.pose_errors(torch.from_numpy(pred[:, 1:]), torch.from_numpy(target))
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 81])
+def test_frame_weights_sum_to_one_and_never_fall(n):
+    for schedule in ("linear", "uniform", "quadratic"):
+        w = tr.frame_weights(n, schedule)
+        assert w.shape == (n,) and w.sum() == pytest.approx(1) and (np.diff(w) >= 0).all()
+
+
+def test_errors_do_not_depend_on_either_world_frame():
+    rng = np.random.default_rng(0)
+    pred, target = np.stack([walk(rng, 17) for _ in range(4)]), np.stack([walk(rng, 17) for _ in range(4)])
+    before = tr.pose_errors(torch.from_numpy(pred), torch.from_numpy(target))
+    moved = tr.pose_errors(torch.from_numpy(pose(rng) @ pred), torch.from_numpy(pose(rng) @ target))
+    one = tr.pose_errors(torch.from_numpy(pred[2]), torch.from_numpy(target[2]))
+    for a, b, c in zip(before, moved, one):
+        assert a.shape == (4,)
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(a[2], c, atol=1e-14, rtol=1e-14)
+    double = torch.from_numpy(target.copy())
+    double[..., :3, 3] *= 2  # metric: the right shape at the wrong size is an error
+    length = np.linalg.norm(target[..., :3, 3], axis=-1) @ tr.frame_weights(17)
+    np.testing.assert_allclose(tr.pose_errors(double, torch.from_numpy(target))[0], length, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_poses_have_no_error_and_no_gradient(dtype):
+    rng = np.random.default_rng(0)
+    target = torch.from_numpy(np.stack([pose(rng) @ walk(rng, 17) for _ in range(3)])).to(dtype)
+    pred = target.clone().requires_grad_()
+    trans, rot = tr.pose_errors(pred, target)
+    assert trans.tolist() == [0, 0, 0] and rot.tolist() == [0, 0, 0]
+    (trans + rot).sum().backward()
+    assert (pred.grad == 0).all()
+
+
+def test_gradients_are_those_of_the_errors():
+    rng = np.random.default_rng(0)
+    target = torch.from_numpy(walk(rng, 5))[None]
+    pred = torch.from_numpy(walk(rng, 5))[None].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: tr.pose_errors(x, target), pred)
+    turn = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)  # d angle / d turn = 1
+    x, o, i = turn.cos(), torch.zeros_like(turn), torch.ones_like(turn)
+    R = torch.stack([x, o, turn.sin(), o, i, o, -turn.sin(), o, x]).view(3, 3)
+    tr.rotation_angle(R, torch.eye(3, dtype=torch.float64)).backward()
+    assert turn.grad.item() == pytest.approx(1, rel=1e-12)
+
+
+def test_a_failed_video_is_nan_and_touches_no_other():
+    rng = np.random.default_rng(0)
+    target = torch.from_numpy(np.stack([walk(rng, 9) for _ in range(3)]))
+    pred = torch.from_numpy(np.stack([walk(rng, 9) for _ in range(3)]))
+    clean = tr.pose_errors(pred, target)
+    pred[1] = math.nan
+    for a, b in zip(tr.pose_errors(pred, target), clean):
+        assert a.isnan().tolist() == [False, True, False]
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+    assert math.isnan(tr.trans_err(pred[1], target[1])) and math.isnan(tr.rot_err(pred[1], target[1]))
+
+
+def test_evaluation_errors_agree_with_redirector():
+    poses = np.load(GOLDEN / "pose_errors.npz")
+    numbers = json.loads((GOLDEN / "pose_errors.json").read_text())
+    assert len(numbers) == 6
+    for k, expected in numbers.items():
+        pred, target = poses[f"pred{k}"], poses[f"gt{k}"]
+        assert tr.trans_err(pred, target) == pytest.approx(expected["TransErr"], abs=1e-6)
+        assert tr.rot_err(pred, target) == pytest.approx(expected["RotErr_deg"], abs=1e-6)
+
+
+@pytest.mark.parametrize("seed, frames", [(0, 3), (1, 10), (2, 93)])
+def test_evaluation_errors_are_invariant_as_they_should_be(seed, frames):
+    rng = np.random.default_rng(seed)
+    target, noise = walk(rng, frames), rng.normal(size=(frames, 3))
+    pred = target.copy()
+    pred[:, :3, 3] += 0.1 * noise
+    pred[:, :3, :3] = pred[:, :3, :3] @ Rotation.from_rotvec(0.1 * noise).as_matrix()
+    moved = pose(rng) @ pred
+    moved[:, :3, 3] = 3.7 * moved[:, :3, 3] + [5, -2, 1]
+    assert tr.trans_err(moved, target) == pytest.approx(tr.trans_err(pred, target), rel=1e-8)
+    assert tr.rot_err(moved, target) == pytest.approx(tr.rot_err(pred, target), rel=1e-8)
+    assert tr.rot_err(pred, target) == pytest.approx(tr.rot_err(target, pred), rel=1e-9)
+    assert tr.trans_err(target, target) < 1e-12 and tr.rot_err(target, target) < 1e-12
+    world = pose(rng) @ target
+    world[:, :3, 3] *= 0.2
+    assert tr.trans_err(world, target) < 1e-10 and tr.rot_err(world, target) < 1e-9
+    if frames > 3:  # (three points lie in a plane) a mirror image is not a similarity of cameras
+        mirror = target.copy()
+        mirror[:, 0, 3] *= -1
+        assert tr.trans_err(mirror, target) > 1e-3
+
+
+def test_rotation_error_against_brute_force():
+    rng = np.random.default_rng(7)
+    pred, target = walk(rng, 7, turn=2), walk(rng, 7, turn=2)
+    angles = []
+    for i in range(7):
+        for j in range(7):
+            if i != j:
+                P, Q = (x[i, :3, :3].T @ x[j, :3, :3] for x in (pred, target))
+                angles.append(np.degrees(Rotation.from_matrix(P.T @ Q).magnitude()))
+    assert tr.rot_err(pred, target) == pytest.approx(np.mean(angles), rel=1e-10)
+    angles = np.linspace(0, 0.5, 6)  # one path turns twice as fast: |i - j| times 0.1 rad apart
+    expected = np.degrees(0.1) * sum(2 * (6 - k) * k for k in range(1, 6)) / 30
+    assert tr.rot_err(yaw(2 * angles), yaw(angles)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_translation_error_uses_the_best_similarity():
+    rng = np.random.default_rng(7)
+    pred, target = walk(rng, 7), walk(rng, 7)
+    p, t = (x[:, :3, 3] - x[:, :3, 3].mean(0) for x in (pred, target))
+
+    def aligned(x):  # rotation vector, log of the scale
+        return math.exp(x[3]) * p @ Rotation.from_rotvec(x[:3]).as_matrix()
+
+    starts = np.c_[2 * rng.normal(size=(8, 3)), np.zeros(8)]
+    fits = [minimize(lambda x: ((aligned(x) - t) ** 2).sum(), start) for start in starts]
+    best = min(fits, key=lambda fit: fit.fun)
+    extent = np.linalg.norm(t[:, None] - t, axis=-1).max()
+    expected = np.linalg.norm(aligned(best.x) - t, axis=1).mean() / (extent + 1e-6)
+    assert tr.trans_err(pred, target) == pytest.approx(expected, abs=1e-5)
+
+
+def test_translation_error_where_nothing_moves():
+    rng = np.random.default_rng(0)
+    target = tr.recammaster("pan_left", 21)
+    assert tr.trans_err(walk(rng, 21), target) < 1e-12  # a pure rotation: 0 for any estimate
+    line = tr.recammaster("zoom_in", 21)
+    still = np.tile(pose(rng), (21, 1, 1))
+    centre = np.linalg.norm(line[:, :3, 3] - line[:, :3, 3].mean(0), axis=1).mean()
+    assert tr.trans_err(still, line) == pytest.approx(centre / (line[-1, 2, 3] + 1e-6), rel=1e-9)
+    with pytest.raises(ValueError, match="resample the target"):
+        tr.trans_err(line[:9], line)
+    assert tr.trans_err(line[:9], tr.resample(line, 9)) < 1e-12  # the same straight line at another speed
+    assert tr.rot_err(line[:1], line[:1]) == 0
