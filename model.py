@@ -1,16 +1,19 @@
 """The policy: a Wan2.1 video diffusion transformer with ReDirector's camera conditioning.
 
-Read it from the bottom up as one would draw it, or top to bottom as it is built: rotary angles, attention, block,
-what it is conditioned on, the model, loading, what trains. Module names are the official checkpoints' key names.
-
-Sources: Wan2.1 (Wan Team, arXiv 2503.20314); ReDirector (Park et al., arXiv 2511.19827): the source video's
-tokens are appended along frames at the *same* positions as the target's, and Rotary Camera Encoding (RoCE) turns
-each head's height and width pairs by learned per-token camera phases.
-Shapes: B rows, b conditions (b divides B; the m = B // b rows of a condition are neighbours), F latent frames,
-N tokens, D channels, H heads, P complex pairs per head (D = 2 H P).
+From the bottom up, as one would draw it: rotary angles, attention, block, conditions, model, loading, what
+trains. Module names are the official checkpoints' key names.
+Sources: Wan2.1 (Wan Team, arXiv 2503.20314); ReDirector (Park et al., arXiv 2511.19827), which appends the
+source video's tokens along frames, at the *same* positions as the target's, and turns each head's height and
+width pairs by learned per-token camera phases (RoCE, rotary camera encoding).
+Shapes: B rows; b conditions, the B/b rows of each being neighbours; F latent frames; N tokens; D channels;
+H heads of P complex pairs each, D = 2 H P.
+Precision: weights and activations have one type (bfloat16 or float32); norms, modulation, residual sums,
+rotations, time embedding and head are computed in float32 and rounded once. What trains may be kept in
+float32 beside a bfloat16 model: `linear` casts it in every forward, and its gradients are float32.
 """
 import dataclasses
 import functools
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -21,91 +24,92 @@ from torch.utils.checkpoint import checkpoint
 
 
 def wide(x):
-    """x in at least float32: where norms, modulation and rotations are computed (no copy if it is already)."""
+    """x in at least float32: for norms, modulation and rotations. Nothing is copied if it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---- rotary angles ----
 
 def camera_pairs(head_dim):
-    """Complex pairs of a head that encode height and width (RoCE's phases are added to these); the rest is time."""
+    """Complex pairs of a head for height and width, to which RoCE adds its phases; the rest are for time."""
     return 2 * (head_dim // 6)
 
 
 @functools.lru_cache(maxsize=16)
-def rope_angles(frames, height, width, head_dim, device, dtype=torch.float32):
-    """(frames * height * width, P) radians: 3-D rotary positions, theta 10000, pairs split time / height / width."""
+def rope_angles(frames, height, width, head_dim, device, dtype):
+    """3-D rotary positions (frames * height * width, P), radians, theta 10000: pairs of time, height, width."""
     pairs = camera_pairs(head_dim) // 2
-    with torch.inference_mode(False):  # cached: must stay usable under autograd
-        angles = []
-        for size, n in ((frames, head_dim // 2 - 2 * pairs), (height, pairs), (width, pairs)):
-            frequency = 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)
-            angles.append(torch.arange(size, dtype=torch.float64)[:, None] * frequency)
-        f, h, w = angles
+    with torch.inference_mode(False):  # cached, so it must stay usable under autograd
+        count = functools.partial(torch.arange, dtype=torch.float64)
+        f, h, w = (count(size)[:, None] * 10000.0 ** (-count(n) / n)
+                   for size, n in ((frames, head_dim // 2 - 2 * pairs), (height, pairs), (width, pairs)))
         grid = (frames, height, width, -1)
         angles = torch.cat([f[:, None, None].expand(grid), h[:, None].expand(grid), w.expand(grid)], -1)
         return angles.flatten(0, 2).to(device, dtype)
 
 
 def rotate(x, angle):
-    """Turn x's interleaved pairs (2i, 2i+1): x (B, N, H, 2P) by angle (b or 1, N, H or 1, P) radians, b dividing B."""
+    """Turn the interleaved pairs (2i, 2i+1) of x (B, N, H, 2P) by angle (b or 1, N, H or 1, P) radians."""
+    x = wide(x).unflatten(0, (angle.shape[0], -1)).unflatten(-1, (-1, 2))  # (b, B/b, N, H, P, 2)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    real, imag = wide(x).unflatten(0, (angle.shape[0], -1)).unflatten(-1, (-1, 2)).unbind(-1)  # (b, m, N, H, P)
-    return torch.stack((real * cos - imag * sin, real * sin + imag * cos), -1).flatten(-2).flatten(0, 1)
+    if torch.compiler.is_compiling():  # real arithmetic, which fuses with what is around it
+        real, imag = x.unbind(-1)
+        x = torch.stack((real * cos - imag * sin, real * sin + imag * cos), -1)
+    else:  # uncompiled: the same products in one complex64 kernel instead of seven real ones
+        x = torch.view_as_real(torch.view_as_complex(x) * torch.complex(cos, sin))
+    return x.flatten(-2).flatten(0, 1)
 
 
 # ---- attention ----
 
 def linear(x, layer):
-    """layer(x) in x's type: trained weights may be kept in float32 beside a bfloat16 model."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, layer.weight.to(x.dtype), bias)
+    """layer(x) in x's type, whatever type its weights are kept in."""
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def rms_norm(x, weight):
-    """(..., D) normalised over all heads at once, in float32."""
+    """x (..., D) over the root mean square of all its channels (all heads at once), in float32."""
     x = wide(x)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight.to(x.dtype)
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + 1e-6) * weight.to(x.dtype)
 
 
 def prologue(q, k, v, weight_q, weight_k, heads, angle, phase):
-    """RMSNorm of q and k, then rotations: q and k by `angle`, v by -`phase` (None: not). (B, N, D) -> (B, H, N, 2P)."""
-    dtype = v.dtype
-    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (rms_norm(q, weight_q), rms_norm(k, weight_k), v))
-    q, k = rotate(q, angle), rotate(k, angle)
-    if phase is not None:
-        v = rotate(v, -phase)
-    return (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+    """RMSNorm of q and k; rotation of q and k by `angle` and, unless `phase` is None, of v by -phase.
+    q, k, v (B, N, D) -> (B, H, N, 2P) in their own type; angle (b or 1, N, H or 1, P), phase (b, N, H, P)."""
+    q, k = rms_norm(q, weight_q).unflatten(-1, (heads, -1)), rms_norm(k, weight_k).unflatten(-1, (heads, -1))
+    q, k, values = rotate(q, angle), rotate(k, angle), v.unflatten(-1, (heads, -1))
+    values = values if phase is None else rotate(values, -phase)
+    return tuple(x.to(v.dtype).transpose(1, 2) for x in (q, k, values))
 
 
 def epilogue(x, heads, phase):
-    """Turn the attention output, after its projection, back by `phase`. (B, N, D) -> (B, N, D)."""
+    """The attention output, after its projection, turned back by `phase`: (B, N, D) -> (B, N, D)."""
     return rotate(x.unflatten(-1, (heads, -1)), phase).flatten(2).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
-    """Holds a weight; rms_norm does the work."""
-    def __init__(self, dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-
-class SelfAttention(nn.Module):
-    """What the RL stage trains. Self-attention with rotary positions and RoCE."""
-    def __init__(self, dim, heads, roce):
+class Attention(nn.Module):
+    """The projections that both kinds have."""
+    def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+        self.norm_q, self.norm_k = nn.RMSNorm(dim), nn.RMSNorm(dim)  # rms_norm uses their weights
+
+
+class SelfAttention(Attention):
+    """Self-attention with rotary positions and RoCE: the part that the RL stage trains."""
+    def __init__(self, dim, heads, roce):
+        super().__init__(dim, heads)
+        self.frame_pairs = dim // heads // 2 - camera_pairs(dim // heads)
         if roce:
             phases = heads * camera_pairs(dim // heads)
             self.rope_phase_qk = nn.Sequential(nn.SiLU(), nn.Linear(dim, phases, bias=False))
             self.rope_phase_vo = nn.Sequential(nn.SiLU(), nn.Linear(dim, phases, bias=False))
 
     def phase(self, camera, layer):
-        """Camera tokens, SiLU already applied (b, N, D) -> (b, N, H, P) radians, zero for the time pairs."""
+        """SiLU of camera tokens (b, N, D) -> (b, N, H, P) radians, zero for the time pairs."""
         phase = wide(linear(camera, layer[1])).unflatten(-1, (self.heads, -1))
-        return F.pad(phase, (self.q.in_features // self.heads // 2 - phase.shape[-1], 0))
+        return F.pad(phase, (self.frame_pairs, 0))
 
     def forward(self, x, rope, camera):
         angle, phase = rope[None, :, None], None  # (1, N, 1, P)
@@ -114,67 +118,69 @@ class SelfAttention(nn.Module):
             phase = self.phase(camera, self.rope_phase_vo)
         q, k, v = prologue(linear(x, self.q), linear(x, self.k), linear(x, self.v),
                            self.norm_q.weight, self.norm_k.weight, self.heads, angle, phase)
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = linear(x, self.o)
+        x = linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), self.o)
         return x if phase is None else epilogue(x, self.heads, phase)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Attention to text and, separately, to image tokens, summed before the projection."""
     def __init__(self, dim, heads, image):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+        super().__init__(dim, heads)
         if image:
-            self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), RMSNorm(dim)
-
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, H, L, 2P)
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = nn.RMSNorm(dim)
 
     def keys_values(self, text, image):
         """Text and image tokens (b, L, D) -> ((k, v),) or ((k, v), (k_img, v_img)), each (b, H, L, 2P)."""
-        k = rms_norm(self.k(text), self.norm_k.weight).to(text.dtype)
-        pairs = ((self.split(k), self.split(self.v(text))),)
+        pairs = [(rms_norm(self.k(text), self.norm_k.weight), self.v(text))]
         if image is not None:
-            k = rms_norm(self.k_img(image), self.norm_k_img.weight).to(image.dtype)
-            pairs += ((self.split(k), self.split(self.v_img(image))),)
-        return pairs
+            pairs.append((rms_norm(self.k_img(image), self.norm_k_img.weight), self.v_img(image)))
+        return tuple(tuple(x.to(text.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in pair)
+                     for pair in pairs)
 
     def forward(self, x, keys_values):
-        b = keys_values[0][0].shape[0]
         q = rms_norm(self.q(x), self.norm_q.weight).to(x.dtype)
-        q = self.split(q.reshape(b, -1, q.shape[-1]))  # rows of one condition share keys: (b, H, m N, 2P)
-        out = sum(F.scaled_dot_product_attention(q, k, v) for k, v in keys_values)
+        # the rows of a condition share its keys, so they are queries of one sequence: (b, H, B/b N, 2P)
+        q = q.reshape(len(keys_values[0][0]), -1, self.heads, x.shape[-1] // self.heads).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, *keys_values[0])
+        for k, v in keys_values[1:]:
+            out = out + F.scaled_dot_product_attention(q, k, v)
         return self.o(out.transpose(1, 2).reshape(x.shape))
 
 
 # ---- block ----
 
+def mlp(dim_in, hidden, activation, dim_out):
+    return nn.Sequential(nn.Linear(dim_in, hidden), activation, nn.Linear(hidden, dim_out))
+
+
 def modulate(x, shift, scale):
-    """LayerNorm without weights, scaled and shifted in float32: x (B, N, D), shift and scale (B or 1, 1, D)."""
-    normed = F.layer_norm(wide(x), x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+    """LayerNorm without weights, scaled and shifted: x (B, N, D), shift and scale (B or 1, 1, D) float32."""
+    return torch.addcmul(shift, F.layer_norm(wide(x), x.shape[-1:], eps=1e-6), 1 + scale).to(x.dtype)
+
+
+def gated(x, gate, y):
+    """x + gate * y, in x's type."""
+    return torch.addcmul(wide(x), gate, wide(y)).to(x.dtype)
 
 
 class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; the first and last modulated by the noise level."""
     def __init__(self, config):
         super().__init__()
         dim = config.dim
         self.self_attn = SelfAttention(dim, config.num_heads, config.roce)
         self.cross_attn = CrossAttention(dim, config.num_heads, config.image_dim is not None)
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
+        self.ffn = mlp(dim, config.ffn_dim, nn.GELU("tanh"), dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
     def forward(self, x, e, rope, camera, keys_values):
         """x (B, N, D), e (B or 1, 6, D) float32, rope (N, P), camera (b, N, D) or None -> (B, N, D)."""
         shift, scale, gate, shift2, scale2, gate2 = (e + self.modulation).unsqueeze(2).unbind(1)
-        y = self.self_attn(modulate(x, shift, scale), rope, camera)
-        x = torch.addcmul(wide(x), gate, wide(y)).to(x.dtype)
+        x = gated(x, gate, self.self_attn(modulate(x, shift, scale), rope, camera))
         x = x + self.cross_attn(self.norm3(x), keys_values)
-        y = self.ffn(modulate(x, shift2, scale2))
-        return torch.addcmul(wide(x), gate2, wide(y)).to(x.dtype)
+        return gated(x, gate2, self.ffn(modulate(x, shift2, scale2)))
 
 
 # ---- conditions ----
@@ -183,11 +189,13 @@ def tree_map(f, *trees):
     """f on corresponding tensors of nested tuples; None and numbers are passed through."""
     if isinstance(trees[0], tuple):
         return tuple(tree_map(f, *branches) for branches in zip(*trees, strict=True))
+    if any((tree is None) != (trees[0] is None) for tree in trees):
+        raise ValueError("conditions to be joined must all have the same parts")
     return f(*trees) if torch.is_tensor(trees[0]) else trees[0]
 
 
 class Batch:
-    """A dataclass whose tensors all have the batch first: slices, concatenates and moves as one."""
+    """A dataclass of tensors, batch first, that slices (batch[i:j]), concatenates and moves as one."""
     def map(self, f, *others):
         trees = [tuple(getattr(x, field.name) for field in dataclasses.fields(self)) for x in (self, *others)]
         return type(self)(*tree_map(f, *trees))
@@ -199,18 +207,21 @@ class Batch:
     def __getitem__(self, rows):
         return self.map(lambda x: x[rows])
 
-    def __len__(self):
-        return len(self.text)
-
     def to(self, *args, **kwargs):
         return self.map(lambda x: x.to(*args, **kwargs))
+
+    def __len__(self):
+        text = self.text
+        while isinstance(text, tuple):
+            text = text[0]
+        return len(text)
 
 
 @dataclass
 class Condition(Batch):
-    """What the policy is conditioned on, as batched tensors."""
-    text: torch.Tensor                          # (b, L, text_dim) text encoder's output, zeroed past the caption
-    image: torch.Tensor | None = None           # (b, 257, image_dim) CLIP tokens of the source's first frame
+    """What the policy is conditioned on. Which parts a model takes, its Config says."""
+    text: torch.Tensor                          # (b, L, 4096) text encoder's output, zero beyond the caption
+    image: torch.Tensor | None = None           # (b, 257, 1280) CLIP tokens of the source's first frame
     source: torch.Tensor | None = None          # (b, 16, F, h, w) normalised latents of the source video
     camera: torch.Tensor | None = None          # (b, 24, F, 8h, 8w) packed Pluecker maps of the target path
     source_camera: torch.Tensor | None = None   # (b, 24, F, 8h, 8w) and of the source's
@@ -218,22 +229,19 @@ class Condition(Batch):
 
 @dataclass
 class Prepared(Batch):
-    """All that follows from a Condition through frozen weights, whatever t and x are: DiT.prepare makes it."""
-    text: tuple             # per block: ((k, v) of the text[, (k, v) of the image]), each (b, H, L, 2P)
-    target: torch.Tensor | None   # (b, N, D) camera tokens added to the target's
+    """What follows from a Condition whatever x and t are, through weights that the RL stage leaves frozen."""
+    text: tuple                   # per block (k, v) of the text and, if any, of the image, (b, H, L, 2P) each
+    target: torch.Tensor | None   # (b, N, D) camera tokens, added to the target's tokens
     source: torch.Tensor | None   # (b, N, D) the source video's tokens
-    camera: torch.Tensor | None   # (b, 2N, D) SiLU of all camera tokens, for RoCE
-    grid: tuple | None            # latent frames, height and width it is for; None: any
-
-    def __len__(self):
-        return len(self.text[0][0][0])
+    camera: torch.Tensor | None   # (b, 2N, D) SiLU of target's and source's camera tokens: what RoCE reads
+    grid: tuple | None            # latent frames, height, width it was made for; None: any
 
 
 # ---- model ----
 
 @dataclass
 class Config:
-    """A DiT's shape; the optional parts are None or False."""
+    """A DiT's shape. Optional parts default to absent; in_dim 16 is plain T2V, 32 takes a source video."""
     dim: int
     num_heads: int
     num_layers: int
@@ -242,17 +250,10 @@ class Config:
     out_dim: int = 16
     freq_dim: int = 256
     text_dim: int = 4096
-    image_dim: int | None = None      # width of CLIP tokens
+    image_dim: int | None = None      # width of CLIP tokens: 1280
     camera_dim: int | None = None     # channels of a packed Pluecker map: 24
     camera_blocks: int = 1            # residual blocks of the camera adapter
     roce: bool = False                # ReDirector's rotary camera encoding
-
-
-def patches(x):
-    """(B, C, F, h, w) -> (B, N, 4 C): 2x2 patches, channel first, as the patch embedding's kernel is laid out."""
-    b, c, f, h, w = x.shape
-    x = x.reshape(b, c, f, h // 2, 2, w // 2, 2).permute(0, 2, 3, 5, 1, 4, 6)
-    return x.reshape(b, f * (h // 2) * (w // 2), c * 4)
 
 
 class ResidualBlock(nn.Module):
@@ -272,20 +273,9 @@ class CameraAdapter(nn.Module):
         self.residual_blocks = nn.Sequential(*(ResidualBlock(dim) for _ in range(blocks)))
 
     def forward(self, maps):
-        b = maps.shape[0]
         x = F.pixel_unshuffle(maps.transpose(1, 2).flatten(0, 1), 8)
         x = self.residual_blocks(self.conv(x))  # (b F, D, h/2, w/2)
-        return x.unflatten(0, (b, -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)
-
-
-class ImageEmbedding(nn.Module):
-    def __init__(self, image_dim, dim):
-        super().__init__()
-        self.proj = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, image_dim), nn.GELU(),
-                                  nn.Linear(image_dim, dim), nn.LayerNorm(dim))
-
-    def forward(self, x):
-        return self.proj(x)
+        return x.unflatten(0, (len(maps), -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
 class Head(nn.Module):
@@ -295,180 +285,216 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
 
     def forward(self, x, e):
-        """(B, N, D), e (B or 1, D) -> (B, N, 4 out_dim) in float32: it is cheap, and log-probs hang on it."""
+        """(B, N, D), e (B or 1, D) -> (B, N, 4 out_dim) float32: cheap, and log-probs hang on it."""
         shift, scale = (e[:, None] + self.modulation).unsqueeze(2).unbind(1)
         return linear(modulate(wide(x), shift, scale), self.head)
 
 
 class DiT(nn.Module):
-    """velocity = dit(x, t, condition), see forward. Built with Wan's initialisation; load_dit reads official files."""
+    """velocity = dit(x, t, condition), see forward. Starts from Wan's initialisation; load_dit fills it."""
     def __init__(self, config):
         super().__init__()
         dim = config.dim
-        if dim % (2 * config.num_heads):
-            raise ValueError(f"dim {dim} is not a multiple of 2 x num_heads {config.num_heads}")
-        self.config = config
-        self.checkpoint = False  # gradient checkpointing, block by block: recompute instead of storing activations
+        if config.num_heads < 1 or dim % (2 * config.num_heads):
+            raise ValueError(f"dim {dim} is not {config.num_heads} heads of pairs: give num_heads")
+        self.config, self.head_dim = config, dim // config.num_heads
+        self.takes_source = config.in_dim == 2 * config.out_dim  # along frames, with zero channels
+        self.checkpoint = False  # gradient checkpointing: backward recomputes block by block
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, (1, 2, 2), (1, 2, 2))
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.text_embedding = mlp(config.text_dim, dim, nn.GELU("tanh"), dim)
+        self.time_embedding = mlp(config.freq_dim, dim, nn.SiLU(), dim)
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.img_emb = None if config.image_dim is None else ImageEmbedding(config.image_dim, dim)
-        self.control_adapter = None
+        if config.image_dim is not None:
+            layers = mlp(config.image_dim, config.image_dim, nn.GELU(), dim)
+            proj = nn.Sequential(nn.LayerNorm(config.image_dim), *layers, nn.LayerNorm(dim))
+            self.img_emb = nn.ModuleDict({"proj": proj})
         if config.camera_dim is not None:
             self.control_adapter = CameraAdapter(config.camera_dim, dim, config.camera_blocks)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(dim, config.out_dim)
-        self.init()
-
-    @torch.no_grad()
-    def init(self):
-        """Wan's initialisation; RoCE starts at phase 0, the head at velocity 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        zero = [self.head.head]
-        if self.config.roce:
-            for block in self.blocks:
-                zero += [block.self_attn.rope_phase_qk[1], block.self_attn.rope_phase_vo[1]]
-        for layer in zero:
-            nn.init.zeros_(layer.weight)
+        for name, p in self.named_parameters():
+            if name.endswith("bias") or "rope_phase" in name or name == "head.head.weight":
+                nn.init.zeros_(p)  # RoCE starts at phase 0, the model at velocity 0
+            elif name.startswith(("text_embedding", "time_embedding")):
+                nn.init.normal_(p, std=0.02)
+            elif p.ndim > 1 and "modulation" not in name:
+                nn.init.xavier_uniform_(p.data.flatten(1))
 
     def compile(self, **options):
-        """torch.compile each block (they share one graph): norms, modulation and rotations become single kernels."""
+        """torch.compile the blocks, which share one graph."""
         for block in self.blocks:
             block.compile(**options)
 
     def tokens(self, x):
-        """Latents (B, C, F, h, w) -> (B, N, D); channels missing from in_dim count as zeros."""
+        """Patch embedding, (B, C, F, h, w) -> (B, N, D); channels that x lacks of in_dim count as zeros."""
         weight = self.patch_embedding.weight[:, :x.shape[1]].flatten(1)
-        return F.linear(patches(x.to(weight.dtype)), weight, self.patch_embedding.bias)
+        x = x.to(weight.dtype).unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # (B, C, F, h/2, 2, w/2, 2)
+        x = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+        return F.linear(x, weight, self.patch_embedding.bias)
 
     def time(self, t):
-        """t (B,) in [0, 1] -> e (B, D), six modulation vectors (B, 6, D), in float32."""
+        """t (B,) in [0, 1] -> e (B, D) and the six modulation vectors (B, 6, D), float32."""
         half = self.config.freq_dim // 2
         frequency = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=t.device) / half)
-        angle = (1000 * wide(t)).double()[:, None] * frequency  # multiplied first: 0.517 then gives 517 exactly
-        e = torch.cat([angle.cos(), angle.sin()], 1).to(wide(self.patch_embedding.weight[:0]).dtype)
+        angle = (1000 * wide(t)).double()[:, None] * frequency  # 1000 t in t's type: 0.517 gives 517
+        e = torch.cat([angle.cos(), angle.sin()], 1)
+        e = e.to(torch.promote_types(self.patch_embedding.weight.dtype, torch.float32))
         e = linear(F.silu(linear(e, self.time_embedding[0])), self.time_embedding[2])
         return e, linear(F.silu(e), self.time_projection[1]).unflatten(1, (6, -1))
 
-    def prepare(self, condition):
-        """Condition -> Prepared: everything that depends neither on t nor on x nor on what the RL stage trains.
-        Raises ValueError where the condition lacks what this model needs or its shapes disagree."""
-        self.check(condition)
-        dtype = self.patch_embedding.weight.dtype
-        text, image, source, camera, source_camera = (
-            None if x is None else x.to(dtype) for x in tree_map(lambda x: x, tuple(vars(condition).values())))
-        text = self.text_embedding(text)
-        image = None if image is None else self.img_emb(image)
-        pairs = tuple(block.cross_attn.keys_values(text, image) for block in self.blocks)
-        grid = target = phases = None
-        if source is not None:
-            grid, source = tuple(source.shape[2:]), self.tokens(source)
-        if camera is not None:
-            grid = camera.shape[2], camera.shape[3] // 8, camera.shape[4] // 8
-            target = self.control_adapter(camera)
-            both = [target]
-            if source is not None:
-                both.append(self.control_adapter(source_camera))
-                source = source + both[1]
-            phases = F.silu(torch.cat(both, 1)) if self.config.roce else None
-        return Prepared(pairs, target, source, phases, grid)
-
-    def check(self, condition):
-        c, config = condition, self.config
-        for name, here, needed in (("image", c.image, config.image_dim), ("camera", c.camera, config.camera_dim)):
-            if (here is None) != (needed is None):
-                raise ValueError(f"condition.{name}: this model {'takes none' if needed is None else 'needs it'}")
-        if c.source is not None and config.in_dim != 2 * config.out_dim:
-            raise ValueError(f"condition.source: a model of {config.in_dim} input channels takes none")
-        if (c.source_camera is None) != (c.camera is None or c.source is None):
-            raise ValueError("condition.source_camera goes with condition.source and condition.camera")
-        want = {"text": (len(c), None, config.text_dim), "image": (len(c), None, config.image_dim)}
-        grid = (None, None, None) if c.source is None else tuple(c.source.shape[2:])
-        want["source"] = (len(c), config.out_dim, *grid)
-        pixels = tuple(n and k * n for k, n in zip((1, 8, 8), grid))
-        want["camera"] = (len(c), config.camera_dim, *pixels)
-        want["source_camera"] = want["camera"] if c.camera is None else tuple(c.camera.shape)
-        for name, shape in want.items():
+    def check(self, c):
+        """ValueError unless the condition has what this model takes, in shapes that agree."""
+        def expect(name, shape):  # None or False: absent; None in a shape: any size
             x = getattr(c, name)
-            if x is not None and (x.ndim != len(shape) or any(n and n != k for n, k in zip(shape, x.shape))):
-                raise ValueError(f"condition.{name} is {tuple(x.shape)}, expected {shape} (None: any)")
+            if (x is None) == bool(shape):
+                raise ValueError(f"condition.{name}: this model {'needs it' if shape else 'takes none'}")
+            if shape and (x.ndim != len(shape) or any(n and n != k for n, k in zip(shape, x.shape))):
+                wanted = ", ".join(str(n or "any") for n in shape)
+                raise ValueError(f"condition.{name} is {tuple(x.shape)}, expected ({wanted})")
+
+        config, b = self.config, len(c)
+        source = c.source is not None
+        expect("text", (b, None, config.text_dim))
+        expect("image", config.image_dim and (b, None, config.image_dim))
+        expect("source", source and self.takes_source and (b, config.out_dim, None, None, None))
+        frames, height, width = c.source.shape[2:] if source else (None, 0, 0)
+        expect("camera", config.camera_dim and (b, config.camera_dim, frames, 8 * height, 8 * width))
+        expect("source_camera", config.camera_dim and source and c.camera.shape)
+        if c.camera is not None and (c.camera.shape[3] % 16 or c.camera.shape[4] % 16):
+            raise ValueError(f"condition.camera is {tuple(c.camera.shape)}: size no multiple of 16")
+
+    def prepare(self, condition):
+        """Condition -> Prepared, made once and given to forward in the condition's place: same result, same
+        gradients of what `trainable` returns. Raises ValueError as `check` does."""
+        self.check(condition)
+        c = condition.to(self.patch_embedding.weight.dtype)
+        text, image = self.text_embedding(c.text), None if c.image is None else self.img_emb.proj(c.image)
+        keys_values = tuple(block.cross_attn.keys_values(text, image) for block in self.blocks)
+        grid = target = source = camera = None
+        if c.source is not None:
+            grid, source = tuple(c.source.shape[2:]), self.tokens(c.source)
+        if c.camera is not None:
+            grid = c.camera.shape[2], c.camera.shape[3] // 8, c.camera.shape[4] // 8
+            both = [self.control_adapter(x) for x in (c.camera, c.source_camera) if x is not None]
+            target, source = both[0], None if source is None else source + both[1]
+            camera = F.silu(torch.cat(both, 1)) if self.config.roce else None
+        return Prepared(keys_values, target, source, camera, grid)
 
     def forward(self, x, t, condition):
-        """Velocity eps - x_0 (B, 16, F, h, w) of noisy latents x (same shape) at noise level t (B,) or 0-dim in [0, 1].
-        condition: Condition or Prepared of b conditions, b dividing B; row r of x has condition r // (B // b).
-        Raises ValueError where shapes disagree."""
-        rows, channels, frames, height, width = x.shape
-        if height % 2 or width % 2:
-            raise ValueError(f"x is {tuple(x.shape)}: latent height and width must be even (a video's size / 16)")
-        if rows % len(condition):
-            raise ValueError(f"{len(condition)} conditions do not divide {rows} rows")
-        p = condition if isinstance(condition, Prepared) else self.prepare(condition)
-        if p.grid is not None and p.grid != (frames, height, width):
-            raise ValueError(f"x is {(frames, height, width)} latent frames, height, width; its condition {p.grid}")
-        if channels != (self.config.in_dim if p.source is None else self.config.out_dim):
-            raise ValueError(f"x has {channels} channels; in_dim is {self.config.in_dim}, out_dim {self.config.out_dim}")
+        """Velocity eps - x_0 of noisy latents x (B, 16, F, h, w) at noise level t, (B,) or 0-dim in [0, 1].
+        condition: Condition or Prepared of b conditions, b dividing B; row r of x has condition r // (B/b).
+        Raises ValueError where shapes disagree, before any heavy work."""
+        if x.ndim != 5 or x.shape[3] % 2 or x.shape[4] % 2:
+            raise ValueError(f"x is {tuple(x.shape)}, expected (B, C, F, h, w), h and w even")
+        rows, channels, *grid = x.shape
+        if rows % len(condition) or t.numel() not in (1, rows):
+            raise ValueError(f"{rows} rows of x, {len(condition)} conditions, {t.numel()} noise levels")
+        c = condition if isinstance(condition, Prepared) else self.prepare(condition)
+        wanted = (self.config.in_dim if c.source is None else self.config.out_dim, *(c.grid or grid))
+        if (channels, *grid) != wanted:
+            raise ValueError(f"x has channels, frames, height, width {(channels, *grid)}, expected {wanted}")
         e, modulation = self.time(t.reshape(-1))
-        tokens = self.tokens(x).unflatten(0, (len(condition), -1))  # (b, m, N, D)
+        tokens = self.tokens(x).unflatten(0, (len(condition), -1))  # (b, B/b, N, D)
         n = tokens.shape[2]
-        if p.target is not None:
-            tokens = tokens + p.target[:, None]
-        head_dim = self.config.dim // self.config.num_heads
-        rope = rope_angles(frames, height // 2, width // 2, head_dim, x.device, e.dtype)
-        if p.source is not None:  # at the same positions
-            tokens = torch.cat([tokens, p.source[:, None].expand_as(tokens)], 2)
+        rope = rope_angles(grid[0], grid[1] // 2, grid[2] // 2, self.head_dim, x.device, e.dtype)
+        if c.target is not None:
+            tokens = tokens + c.target[:, None]
+        if c.source is not None:  # at the same positions
+            tokens = torch.cat([tokens, c.source[:, None].expand_as(tokens)], 2)
             rope = rope.repeat(2, 1)
         tokens = tokens.flatten(0, 1)
-        for block, keys_values in zip(self.blocks, p.text):
-            args = (tokens, modulation, rope, p.camera, keys_values)
-            if self.checkpoint and torch.is_grad_enabled():
-                tokens = checkpoint(block, *args, use_reentrant=False)
-            else:
-                tokens = block(*args)
-        v = self.head(tokens[:, :n], e)  # target half only; (B, N, 4 C): patch row, patch column, channel
-        v = v.reshape(rows, frames, height // 2, width // 2, 2, 2, -1).permute(0, 6, 1, 2, 4, 3, 5)
-        return v.reshape(rows, -1, frames, height, width).to(x.dtype)
+        for block, keys_values in zip(self.blocks, c.text):
+            args = (tokens, modulation, rope, c.camera, keys_values)
+            recompute = self.checkpoint and torch.is_grad_enabled()
+            tokens = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+        v = self.head(tokens[:, :n], e)  # target half only: (B, N, 4 C), a patch's rows, columns, channels
+        v = v.reshape(rows, grid[0], grid[1] // 2, grid[2] // 2, 2, 2, -1).permute(0, 6, 1, 2, 4, 3, 5)
+        return v.reshape(rows, -1, *grid).to(x.dtype)
 
 
 # ---- loading ----
 
 def config_from(shapes, num_heads=None):
-    """A DiT's Config from its state dict's {key: shape}. num_heads only where the head size isn't Wan's 128."""
-    dim, in_dim = shapes["patch_embedding.weight"][:2]
-    image, camera = shapes.get("img_emb.proj.1.weight"), shapes.get("control_adapter.conv.weight")
-    return Config(
-        dim=dim, num_heads=num_heads or dim // 128, in_dim=in_dim,
-        num_layers=len({k.split(".")[1] for k in shapes if k.startswith("blocks.")}),
-        ffn_dim=shapes["blocks.0.ffn.0.weight"][0], out_dim=shapes["head.head.weight"][0] // 4,
-        freq_dim=shapes["time_embedding.0.weight"][1], text_dim=shapes["text_embedding.0.weight"][1],
-        image_dim=image and image[1], camera_dim=camera and camera[1] // 64,
-        camera_blocks=len({k.split(".")[2] for k in shapes if k.startswith("control_adapter.residual_blocks.")}),
-        roce=any("rope_phase" in k for k in shapes))
+    """A DiT's Config from its state dict's {key: shape}; num_heads only where the head size isn't Wan's 128.
+    Raises ValueError if the keys are not a Wan DiT's."""
+    def size(part, axis):  # as most such keys have it: then a single wrong shape is reported as wrong
+        sizes = [shape[axis] for key, shape in shapes.items() if part in key and len(shape) > axis]
+        return statistics.mode(sizes) if sizes else None
+
+    def count(prefix):
+        return len({key[len(prefix):].split(".")[0] for key in shapes if key.startswith(prefix)})
+
+    needed = {"dim": size(".norm", 0), "ffn_dim": size(".ffn.0.", 0), "out_dim": size("head.head.", 0),
+              "in_dim": size("patch_embedding.weight", 1), "text_dim": size("text_embedding.0.weight", 1),
+              "freq_dim": size("time_embedding.0.weight", 1)}
+    if None in needed.values():
+        unknown = [name for name, n in needed.items() if n is None]
+        raise ValueError(f"not a Wan DiT: {', '.join(unknown)} cannot be told from {sorted(shapes)[:3]} ...")
+    needed["out_dim"] //= 4  # a patch has four
+    camera = size("control_adapter.conv.weight", 1)
+    return Config(**needed, num_heads=num_heads or needed["dim"] // 128, num_layers=count("blocks."),
+                  image_dim=size("img_emb.proj.1.", 0), camera_dim=camera and camera // 64,
+                  camera_blocks=count("control_adapter.residual_blocks."),
+                  roce=any("rope_phase" in key for key in shapes))
 
 
-def load_dit(path, *overlays, num_heads=None, device="cpu", dtype=torch.float32):
-    """Official files -> DiT in eval mode."""
+def read_shapes(path):
+    """{key: shape} of a safetensors file, from its header. ValueError if cut off, foreign or not of floats."""
+    try:
+        with safe_open(path, "pt") as f:
+            slices = {key: f.get_slice(key) for key in f.keys()}
+            strange = [f"{k} ({x.get_dtype()})" for k, x in slices.items() if x.get_dtype() not in FLOATS]
+            shapes = {key: tuple(x.get_shape()) for key, x in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    if strange:
+        raise ValueError(f"{path}: expected types {', '.join(FLOATS)}, found {', '.join(strange)}")
+    return shapes
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+
+
+def load_dit(path, *overlays, num_heads=None, device="cpu", dtype=torch.float32, trained_dtype=None,
+             compile=False):
+    """Official safetensors files, by their own key names -> DiT in eval mode.
+    path: a Wan2.1 DiT (T2V, Fun-Control-Camera). overlays: laid over it in order, each with any of its keys,
+    or RoCE's for all blocks: ReDirector's file, our checkpoints. num_heads: where the head size isn't 128.
+    dtype: bfloat16 or float32. trained_dtype: self-attention's, if another (float32 beside bfloat16).
+    Raises ValueError listing every unexpected, missing and wrongly shaped key; FileNotFoundError."""
+    files = {str(p): read_shapes(p) for p in (path, *overlays)}
+    base = files[str(path)]
+    roce = {key: shape for shapes in files.values() for key, shape in shapes.items() if "rope_phase" in key}
+    try:
+        config = config_from({**base, **roce}, num_heads)
+        with torch.device("meta"):
+            dit = DiT(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    expected = {key: tuple(x.shape) for key, x in dit.state_dict().items()}
+    wrong = [f"missing {key}" for key in expected if key not in base and key not in roce]
+    for file, shapes in files.items():
+        wrong += [f"unexpected {key} in {file}" for key in shapes if key not in expected]
+        wrong += [f"{key} is {shape} in {file}, expected {expected[key]}"
+                  for key, shape in shapes.items() if expected.get(key, shape) != shape]
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} keys do not fit {config}: " + "; ".join(wrong))
     state = {}
-    for p in (path, *overlays):
-        with safe_open(p, "pt") as f:
-            state.update({k: f.get_tensor(k).to(device, dtype) for k in f.keys()})
-    with torch.device("meta"):
-        dit = DiT(config_from({k: tuple(x.shape) for k, x in state.items()}, num_heads))
+    for key in expected:
+        file = [file for file, shapes in files.items() if key in shapes][-1]
+        with safe_open(file, "pt") as f:  # anew for every key: closing it gives the mapped memory back
+            kind = trained_dtype if trained_dtype and ".self_attn." in key else dtype
+            state[key] = f.get_tensor(key).to(device, kind, copy=True)
     dit.load_state_dict(state, assign=True)
+    if compile:
+        dit.compile()
     return dit.eval()
 
 
 # ---- what trains ----
 
 def trainable(dit):
-    """Freeze all but self-attention (q, k, v, o, their norms, RoCE); returns those parameters as a list."""
+    """Freeze all but self-attention (q, k, v, o, their norms, RoCE); return its parameters as a list."""
     for name, parameter in dit.named_parameters():
         parameter.requires_grad_(".self_attn." in name)
     return [parameter for parameter in dit.parameters() if parameter.requires_grad]
