@@ -194,9 +194,9 @@ def test_window_golden():
 @pytest.mark.parametrize("strategy", ["progressive", "random", "all"])
 @pytest.mark.parametrize("steps, size, stride, iters, first", [
     (25, 4, 1, 1, None), (25, 4, 3, 5, None), (24, 4, 4, 2, None), (16, 1, 1, 1, 6), (9, 8, 2, 3, None),
-    (16, 5, 7, 1, 11), (2, 1, 1, 1, None)])
+    (16, 5, 7, 1, 11), (2, 1, 1, 1, None), (6, 2, 1, 1, 6)])
 def test_window_is_always_full_width(strategy, steps, size, stride, iters, first):
-    usable = steps - 1 if first is None else first
+    usable = min(steps - 1, first or steps)
     size = usable if strategy == "all" else size
     seen = set()
     for i in range(10_000):
