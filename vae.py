@@ -196,7 +196,7 @@ class VAE(nn.Module):
         Memory grows with B, H and W, not with T. ValueError for another shape, dtype or range."""
         check(video, "video", 3)
         T, H, W = video.shape[2:]
-        if T % self.time != 1 or H % self.space or W % self.space:
+        if (T - 1) % self.time or H % self.space or W % self.space:
             raise ValueError(f"video: {T} frames of {H}x{W}; expected {self.time}k+1 frames, height and "
                              f"width divisible by {self.space}")
         low, high = video.aminmax()

@@ -55,8 +55,9 @@ def diffusers_key(key):
         key = f"decoder.up_blocks.{level}." + (f"resnets.{i}." if i < 3 else "upsamplers.0.") + m[2]
     names = {"coder.conv1": "coder.conv_in", "head.0": "norm_out", "head.2": "conv_out",
              "downsamples": "down_blocks", "middle.0": "mid_block.resnets.0",
-             "middle.1": "mid_block.attentions.0", "middle.2": "mid_block.resnets.1", "residual.0": "norm1", "residual.2": "conv1",
-             "residual.3": "norm2", "residual.6": "conv2", "shortcut": "conv_shortcut"}
+             "middle.1": "mid_block.attentions.0", "middle.2": "mid_block.resnets.1",
+             "residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
+             "shortcut": "conv_shortcut"}
     for ours, theirs in names.items():
         key = key.replace(ours, theirs)
     return key
@@ -278,9 +279,9 @@ def test_bad_input_before_any_work(vae, monkeypatch):
     monkeypatch.setattr(vae.encoder, "forward", lambda *_: pytest.fail("work was done"))
     monkeypatch.setattr(vae.decoder, "forward", lambda *_: pytest.fail("work was done"))
     x, z = video(5), torch.zeros(1, 16, 2, 2, 2)
-    for bad, word in [(video(8), "4k+1"), (video(5, 12), "divisible by 8"), (video(5, 16, 20), "divisible by 8"),
-                      (x[0], "(B, 3,"), (x[:, :2], "(B, 3,"), (x[:0], "(B, 3,"), (x.byte(), "torch.uint8"),
-                      ((x + 1) * 127, "[-1, 1]"), (x * float("nan"), "[-1, 1]")]:
+    for bad, word in [(video(8), "4k+1"), (video(5, 12), "divisible by 8"),
+                      (video(5, 16, 20), "divisible by 8"), (x[0], "(B, 3,"), (x[:, :2], "(B, 3,"),
+                      (x[:0], "(B, 3,"), (x.byte(), "torch.uint8"), ((x + 1) * 127, "[-1, 1]"), (x * float("nan"), "[-1, 1]")]:
         with pytest.raises(ValueError, match=re.escape(word)):
             vae.encode(bad)
     for bad, word in [(z[:, :4], "(B, 16,"), (z[0], "(B, 16,"), (z[:, :, :0], "(B, 16,"), (z.int(), "int32")]:
