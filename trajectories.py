@@ -207,13 +207,11 @@ def read_path(name):
         c2w = c2w[..., [1, 2, 0, 3]] * [1, -1, 1, 1]
         c2w[:, :3, 3] /= 100
         return relative(c2w)
-    except OSError:
-        raise
     except (json.JSONDecodeError, UnicodeDecodeError, EOFError, zipfile.BadZipFile) as e:
         raise ValueError(f"{name}: truncated or broken file ({e})") from None
     except KeyError as e:
         raise ValueError(f"{name}: missing key {e}") from None
-    except Exception as e:  # whatever else a malformed file makes numpy, scipy or zlib raise
+    except Exception as e:  # whatever else a malformed file makes json, numpy or zlib raise
         raise ValueError(f"{name}: {str(e).removeprefix(f'{name}: ')}") from None
 
 def read_numpy(file):
@@ -234,7 +232,10 @@ def read_omniworld(file, data):
     quats, trans = np.array(data["quats"], np.float64), np.array(data["trans"], np.float64)
     frames, info = len(trans), file.parent.parent / "split_info.json"
     if info.is_file():
-        frames = len(json.loads(info.read_text())["split"][int(file.stem.removeprefix("split_"))])
+        try:
+            frames = len(json.loads(info.read_text())["split"][int(file.stem.removeprefix("split_"))])
+        except Exception as e:
+            raise ValueError(f"its frames are not in split_info.json ({e!r})") from None
     if quats.shape != (frames, 4) or trans.shape != (frames, 3):
         raise ValueError(f"wrong number of frames (expected {frames}, found {quats.shape} and {trans.shape})")
     bad = ~(np.linalg.norm(quats, axis=1) > 1e-8)  # NaN too

@@ -300,7 +300,7 @@ def spoil(where, value):
     (lambda cameras, splits: cameras[0]["quats"].pop(), "wrong number of frames"),
     (lambda cameras, splits: cameras[0]["trans"].pop(), "wrong number of frames"),
     (lambda cameras, splits: splits[0].pop(), "wrong number of frames"),
-    (lambda cameras, splits: splits.clear(), "list index out of range"),
+    (lambda cameras, splits: splits.clear(), "not in split_info.json"),
     (spoil(("quats", 2), [0, 0, 0, 0]), "frame 2: not a rotation"),
     (spoil(("quats", 3, 1), math.nan), "frame 3: not a rotation"),
     (spoil(("trans", 1, 0), math.inf), "frame 1: not finite"),
@@ -341,8 +341,10 @@ def test_bad_multicamvideo_files_are_one_error(tmp_path, change, reason):
 
 def bad_arrays():
     c2w = walk(np.random.default_rng(0), 8)
+    c2w[4] = np.eye(4)
     for index, value, reason in (((3, 0, 0), np.nan, "not finite"), ((7, 1, 3), np.inf, "not finite"),
-                                 ((2, 0, 0), 1.3, "not a rotation"), ((5, 3, 3), 0, "last row")):
+                                 ((2, 0, 0), 1.3, "not a rotation"), ((4, 0, 0), 1.0003, "not a rotation"),
+                                 ((5, 3, 3), 0, "last row")):
         broken = c2w.copy()
         broken[index] = value
         yield broken, f"frame {index[0]}: {reason}"
@@ -398,6 +400,14 @@ def test_truncated_files_are_one_error(tmp_path, suffix):
         tr.read_path(tmp_path / f"nowhere.{suffix}")
 
 
+def test_a_broken_split_info_is_named(tmp_path):
+    write_omniworld(tmp_path, [walk(np.random.default_rng(0), 6)])
+    for text in ("", "{}", '{"split": [[0, 1'):
+        (tmp_path / "split_info.json").write_text(text)
+        with pytest.raises(ValueError, match="split_0.json: .*split_info.json"):
+            tr.read_path(tmp_path / "camera" / "split_0.json")
+
+
 def test_other_json_is_one_error(tmp_path):
     for text, reason in (("[1, 2]", "expected a JSON object"), ("{}", "missing key"), ("3", "a JSON object")):
         (tmp_path / "a.json").write_text(text)
@@ -439,6 +449,12 @@ def test_a_folder_is_opened_only_where_it_is_drawn_from(tmp_path, monkeypatch):
     for _ in range(7):
         paths.draw(np.random.default_rng(0))
     assert len(opened) <= 8
+    for file in (tmp_path / "a").glob("[1-9]*.npy"):
+        file.write_bytes(b"")
+    opened.clear()
+    for seed in range(500):
+        paths.draw(np.random.default_rng(seed))
+    assert max(opened.count(name) for name in paths.skipped) == 1  # a bad file is opened once
 
 
 def test_draws_are_stretches_of_the_paths(tmp_path):
@@ -715,6 +731,7 @@ def test_translation_error_where_nothing_moves():
     still = np.tile(pose(rng), (21, 1, 1))
     centre = np.linalg.norm(line[:, :3, 3] - line[:, :3, 3].mean(0), axis=1).mean()
     assert tr.trans_err(still, line) == pytest.approx(centre / (line[-1, 2, 3] + 1e-6), rel=1e-9)
+    assert tr.trans_err(still * 0, line) == pytest.approx(centre / (line[-1, 2, 3] + 1e-6), rel=1e-9)
     with pytest.raises(ValueError, match="resample the target"):
         tr.trans_err(line[:9], line)
     assert tr.trans_err(line[:9], tr.resample(line, 9)) < 1e-12  # the same straight line at another speed
