@@ -37,7 +37,7 @@ def camera_pairs(head_dim):
 
 @functools.lru_cache(maxsize=16)
 def rope_angles(frames, height, width, head_dim, device, dtype):
-    """3-D rotary positions (frames * height * width, P), radians, theta 10000: pairs of time, height, width."""
+    """3-D rotary positions (frames * height * width, P), radians, theta 10000: time, height, width pairs."""
     pairs = camera_pairs(head_dim) // 2
     with torch.inference_mode(False):  # cached, so it must stay usable under autograd
         count = functools.partial(torch.arange, dtype=torch.float64)
@@ -439,7 +439,7 @@ def config_from(shapes, num_heads=None):
 
 
 def read_shapes(path):
-    """{key: shape} of a safetensors file, from its header. ValueError if cut off, foreign or not of floats."""
+    """{key: shape} of a safetensors file, from its header. ValueError if cut off, foreign, not floats."""
     try:
         with safe_open(path, "pt") as f:
             slices = {key: f.get_slice(key) for key in f.keys()}
