@@ -1,30 +1,32 @@
 """Rewards (paper section 3.2): what the policy is told about its videos.
 
-A reward is any callable `f(videos, scene) -> dict name -> (n,) float tensor`: videos uint8 (n, T, H, W, 3) RGB on the
-device, scene a `Scene` with one row per video; higher is better, NaN where it failed for that video.
+A reward is any callable `f(videos, scene) -> dict name -> (n,) float tensor`: videos uint8 (n, T, H, W, 3)
+RGB on the device, scene a `Scene` with one row per video; higher is better, NaN where it failed.
 
-| name      | unit                 | what                                                                       |
-|-----------|----------------------|----------------------------------------------------------------------------|
-| trans     | metres               | minus the weighted position error of the estimated cameras (Eq. 3)         |
-| rot       | radians              | minus their weighted rotation error (Eq. 4)                                |
-| vq mq ta  | standard deviations  | VideoAlign: visual quality, motion quality, text alignment                 |
-| hpsv3     | HPSv3's own          | human preference for single frames, mean over the frames                   |
-| sharpness | log ratio            | minus the distance of the video's detail from the source's (no model)      |
-| flicker   | share of full scale  | minus the brightness flicker beyond the source's (no model)                |
-| exposure  | share of pixels      | minus the share of blown-out or black pixels (no model)                    |
-| colour    | share of full scale  | minus the shift of colour mean and contrast from the source's (no model)   |
+| name      | unit                | what                                                                  |
+|-----------|---------------------|-----------------------------------------------------------------------|
+| trans     | metres              | minus the weighted position error of the estimated cameras (Eq. 3)    |
+| rot       | radians             | minus their weighted rotation error (Eq. 4)                           |
+| vq mq ta  | standard deviations | VideoAlign: visual quality, motion quality, text alignment            |
+| hpsv3     | HPSv3's own         | human preference for single frames, mean over the frames              |
+| sharpness | log ratio           | minus the distance of the video's detail from the source's            |
+| flicker   | share of full scale | minus the brightness flicker beyond the source's                      |
+| exposure  | share of pixels     | minus the share of blown-out or black pixels                          |
+| colour    | share of full scale | minus the shift of colour mean and contrast from the source's         |
 
-The last four know nothing of the scene: blurred, blinking, over-exposed or recoloured videos lose, but a video that
-wins them is not therefore good. They are meant as small weights, and (weight 0) as alarms for reward hacking.
+The last four need no model and know nothing of the scene: blurred, blinking, over-exposed or recoloured
+videos lose, but a video that wins them is not therefore good. Use them with small weights or, weight 0, as
+alarms for reward hacking.
 
 The models' files are looked for in one folder, `weights`, each only if its reward is named:
-  trans, rot   map-anything/ (config.json, model.safetensors) and the mapanything package
-  vq, mq, ta   VideoReward/ (model_config.json, checkpoint-<step>/ with model.pth, or with adapter_model.safetensors
-               and non_lora_state_dict.pth), Qwen2-VL-2B-Instruct/ (config.json, tokenizer.json,
-               tokenizer_config.json; for the adapter layout also its *.safetensors)
-  hpsv3        HPSv3/HPSv3.safetensors, Qwen2-VL-7B-Instruct/ (config.json, tokenizer.json, tokenizer_config.json)
-Sources: MapAnything (Keetha et al., arXiv 2509.13414), VideoAlign (Liu et al., arXiv 2501.13918), HPSv3 (Ma et al.,
-arXiv 2508.03789), LongCat-Video (arXiv 2510.22200).
+  trans, rot   map-anything/{config.json, model.safetensors}, and the mapanything package
+  vq, mq, ta   VideoReward/{model_config.json, checkpoint-<step>/model.pth}, or in the place of model.pth
+               adapter_model.safetensors and non_lora_state_dict.pth;
+               Qwen2-VL-2B-Instruct/{config.json, tokenizer.json, tokenizer_config.json} (with
+               adapters its *.safetensors too)
+  hpsv3        HPSv3/HPSv3.safetensors; Qwen2-VL-7B-Instruct/{config.json, tokenizer.json, ...}, as above
+Sources: MapAnything (Keetha et al., arXiv 2509.13414), VideoAlign (Liu et al., arXiv 2501.13918), HPSv3
+(Ma et al., arXiv 2508.03789), LongCat-Video (arXiv 2510.22200).
 """
 import difflib
 import functools
@@ -51,8 +53,8 @@ from vae import fill, read_weights
 class Scene:
     """What n videos should show. scene[i:j] or scene[[0, 0, 1]] takes rows.
 
-    c2w (n,T,4,4): target path, metres, relative to the source's first camera; intrinsics (n,4): fx/W, fy/H, cx/W,
-    cy/H; prompt: n strings; fps: float; source uint8 (n,T,H,W,3) or None; source_c2w (n,T,4,4) or None.
+    c2w (n,T,4,4): target path, metres, relative to the source's first camera; intrinsics (n,4): fx/W, fy/H,
+    cx/W, cy/H; prompt: n strings; fps: float; source uint8 (n,T,H,W,3) or None; source_c2w (n,T,4,4) or None.
     """
     c2w: torch.Tensor
     intrinsics: torch.Tensor
@@ -72,7 +74,7 @@ class Scene:
 
 @contextmanager
 def on_device(module, device):
-    """Frozen weights that live elsewhere visit the device: only the copy there is paid, none is copied back."""
+    """Frozen weights that live elsewhere visit the device; none is copied back."""
     tensors = [] if module is None else [*module.parameters(), *module.buffers()]
     home = [(tensor, tensor.data) for tensor in tensors if tensor.device != device]
     try:
@@ -88,21 +90,28 @@ def _names(reward):
     return getattr(reward, "names", None) or (reward.__name__,)
 
 
+def _join(parts, names, step):
+    """[(scores, failures) of `step` videos each] -> those of all."""
+    scores = {name: torch.cat([part[name] for part, _ in parts]) for name in names}
+    failures = {name: {k * step + i: why for k, (_, part) in enumerate(parts)
+                       for i, why in part[name].items()} for name in names}
+    return scores, failures
+
+
 def _attempt(reward, videos, scene):
-    """Scores of these videos, and member -> reason; a batch that fails is repeated one video at a time."""
-    n, names = len(videos), _names(reward)
+    """score() of one micro-batch by one reward; a batch that fails is repeated one video at a time."""
+    n, names, reason = len(videos), _names(reward), None
     try:
         scores = reward(videos, scene)
-    except (TypeError, NameError, AttributeError, ImportError, OSError) as error:  # the code is wrong, not a video
+    except (TypeError, NameError, AttributeError, ImportError, OSError) as error:  # no property of a video
         raise ValueError(f"reward {', '.join(names)}: {type(error).__name__}: {error}") from error
     except Exception as error:
-        if n > 1:
-            parts = [_attempt(reward, videos[i:i + 1], scene[i:i + 1]) for i in range(n)]
-            return ({name: torch.cat([scores[name] for scores, _ in parts]) for name in names},
-                    {name: {i: why[name][0] for i, (_, why) in enumerate(parts) if why[name]} for name in names})
-        if isinstance(error, torch.OutOfMemoryError):
+        if n == 1 and isinstance(error, torch.OutOfMemoryError):
             raise
         reason = f"{type(error).__name__}: {error}"
+    if reason and n > 1:  # not in the except clause: the error would keep the batch's memory alive
+        return _join([_attempt(reward, videos[i:i + 1], scene[i:i + 1]) for i in range(n)], names, 1)
+    if reason:
         return ({name: torch.full((1,), math.nan, device=videos.device) for name in names},
                 {name: {0: reason} for name in names})
     if torch.is_tensor(scores) and len(names) == 1:
@@ -114,9 +123,9 @@ def _attempt(reward, videos, scene):
     for name, x in scores.items():
         if not torch.is_tensor(x) or x.shape != (n,) or not x.is_floating_point():
             found = f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
-            raise ValueError(f"reward {name}: expected a float tensor ({n},), one score per video, found {found}")
+            raise ValueError(f"reward {name}: expected float scores ({n},), one per video, found {found}")
         if torch.isinf(x).any():
-            raise ValueError(f"reward {name}: expected finite scores (NaN where it failed), found {x.tolist()}")
+            raise ValueError(f"reward {name}: expected finite scores or NaN, found {x.tolist()}")
         checked[name] = x.detach().to(videos.device, torch.float32)
         failed[name] = {i: "no score (NaN)" for i in torch.isnan(x).nonzero().flatten().tolist()}
     return checked, failed
@@ -126,32 +135,31 @@ def _attempt(reward, videos, scene):
 def score(rewards, videos, scene, micro_batch=None):
     """All rewards of n videos -> (name -> (n,) float32, name -> {member: why it failed}).
 
-    videos uint8 (n, T, H, W, 3), scene: one row per video; micro_batch: how many videos at a time (None: all).
-    A reward that raises for one video gives NaN for that video only. A reward that is itself wrong (returns other
-    names or shapes, infinities, or raises TypeError, NameError, AttributeError, ImportError or OSError) raises
-    ValueError: that is no property of a video.
+    videos uint8 (n, T, H, W, 3), scene: one row per video; micro_batch: how many videos at a time (None:
+    all). A reward that raises for one video gives NaN for that video only. A reward that is itself wrong
+    (returns other names or shapes, infinities, or raises TypeError, NameError, AttributeError, ImportError or
+    OSError) raises ValueError: that is no property of a video.
     """
-    if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or len(videos) != len(scene.prompt):
+    n, step = len(videos), micro_batch or len(videos)
+    if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or n != len(scene.prompt):
         raise ValueError(f"videos: expected uint8 ({len(scene.prompt)}, T, H, W, 3) as the scene has rows, "
                          f"found {videos.dtype} {tuple(videos.shape)}")
-    n, step = len(videos), micro_batch or len(videos)
     scores, failures = {}, {}
     for reward in rewards:
         with on_device(getattr(reward, "module", None), videos.device):
             parts = [_attempt(reward, videos[i:i + step], scene[i:i + step]) for i in range(0, n, step)]
-        for name in _names(reward):
-            scores[name] = torch.cat([part[name] for part, _ in parts])
-            failures[name] = {k * step + i: why for k, (_, part) in enumerate(parts) for i, why in part[name].items()}
+        for total, new in zip((scores, failures), _join(parts, _names(reward), step)):
+            total.update(new)
     return scores, failures
 
 
 # ---- geometry (Eq. 3-4) ----
 
 def geometry(estimator, names=("trans", "rot"), schedule="linear"):
-    """Reward of the cameras seen in the video. Metric: a path of the right shape and half the size is penalised.
+    """Reward of the cameras seen in the video. Metric: a path of the right shape but half the size loses.
 
-    estimator(videos, scene) -> c2w (n, T, 4, 4), metres, any world frame, a NaN row where it failed: both paths are
-    made relative to their first frame. Frame weights grow with time, since drift accumulates (trajectories).
+    estimator(videos, scene) -> c2w (n, T, 4, 4), metres, any world frame, a NaN row where it failed: both
+    paths are made relative to their first frame. Frame weights grow with time, since drift accumulates.
     """
     def reward(videos, scene):
         pred = estimator(videos, scene)
@@ -173,7 +181,7 @@ def spread(count, frames):
 
 
 def fill_in(c2w, kept, frames):
-    """Poses (n, K, 4, 4) at the frames `kept` -> (n, frames, 4, 4): positions linear, rotations along geodesics."""
+    """Poses (n, K, 4, 4) at frames `kept` -> (n, frames, 4, 4): positions linear, rotations on geodesics."""
     out = torch.full((len(c2w), frames, 4, 4), math.nan, dtype=torch.float64)
     for poses, row in zip(c2w.double().cpu().numpy(), out.numpy()):
         if np.isfinite(poses).all():
@@ -184,19 +192,25 @@ def fill_in(c2w, kept, frames):
     return out.to(c2w.device)
 
 
-# MapAnything's sizes (width, height), all multiples of its patch 14, by aspect ratio as its package rounds them.
-MAPANYTHING_SIZES = {1.0: (518, 518), 1.321: (518, 392), 1.542: (518, 336), 1.762: (518, 294), 2.056: (518, 252),
-                     3.083: (518, 168), 0.757: (392, 518), 0.649: (336, 518), 0.567: (294, 518), 0.486: (252, 518)}
+# MapAnything's sizes (width, height), multiples of its patch, 14, by aspect ratio as its package rounds them.
+MAPANYTHING_SIZES = {
+    1.0: (518, 518), 1.321: (518, 392), 1.542: (518, 336), 1.762: (518, 294), 2.056: (518, 252),
+    3.083: (518, 168), 0.757: (392, 518), 0.649: (336, 518), 0.567: (294, 518), 0.486: (252, 518)}
+
+
+def mapanything_size(H, W):
+    """MapAnything's (height, width) for frames of H x W, and (h, w), their size before the crop."""
+    width, height = MAPANYTHING_SIZES[min(MAPANYTHING_SIZES, key=lambda ratio: abs(ratio - W / H))]
+    scale = max(width / W, height / H) + 1e-8
+    return (height, width), (int(H * scale), int(W * scale))
 
 
 def mapanything_views(frames):
-    """uint8 (..., H, W, 3) -> float32 (..., 3, h, w), as MapAnything's preprocess_inputs: Pillow's Lanczos (bicubic
-    where enlarged) until it covers the size of the nearest aspect ratio, centre crop, ImageNet mean and deviation."""
+    """uint8 (..., H, W, 3) -> float32 (..., 3, height, width), bit for bit MapAnything's preprocess_inputs:
+    Pillow's Lanczos (bicubic where enlarged), centre crop, ImageNet mean and deviation."""
     H, W = frames.shape[-3:-1]
-    width, height = MAPANYTHING_SIZES[min(MAPANYTHING_SIZES, key=lambda ratio: abs(ratio - W / H))]
-    scale = max(width / W, height / H) + 1e-8
-    h, w = int(H * scale), int(W * scale)
-    x = resize(frames.reshape(-1, H, W, 3), h, w, "lanczos" if scale < 1 else "bicubic")
+    (height, width), (h, w) = mapanything_size(H, W)
+    x = resize(frames.reshape(-1, H, W, 3), h, w, "lanczos" if max(height / H, width / W) < 1 else "bicubic")
     top, left = (h - height) // 2, (w - width) // 2
     x = x[:, top:top + height, left:left + width].permute(0, 3, 1, 2).float() / 255
     mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
@@ -204,12 +218,15 @@ def mapanything_views(frames):
 
 
 def mapanything(folder, device="cpu", stride=1):
-    """MapAnything as a pose estimator: videos uint8 (n, T, H, W, 3) -> metric c2w (n, T, 4, 4), all n in one pass.
+    """MapAnything as a pose estimator: uint8 (n, T, H, W, 3) -> metric c2w (n, T, 4, 4), all n in one pass.
 
-    stride > 1 estimates only every stride-th frame (evenly spread, the first and last included) and interpolates
-    the rest. folder: config.json and model.safetensors. bfloat16 autocast on a GPU (its own default), else float32.
-    Its constructor asks torch.hub for DINOv2: offline, that must be in torch.hub's cache, and config.json must say
+    Its attribute cameras(videos) -> (c2w, intrinsics (n, 4) fx/W fy/H 0.5 0.5 of the first frame). stride > 1
+    estimates every stride-th frame only (evenly spread, first and last included) and interpolates the rest:
+    on the ten evaluation paths at up to double speed that alone costs at most 0.22 mm at stride 3.
+    folder: config.json and model.safetensors. bfloat16 autocast on a GPU (its own default), else float32. Its
+    constructor asks torch.hub for DINOv2: offline, that must be in torch.hub's cache and config.json must say
     "torch_hub_pretrained": false. FileNotFoundError without the files, ValueError without the package.
+    It answers for any video, featureless ones too: only poses that are not finite count as failed.
     """
     for file in ("config.json", "model.safetensors"):
         expect(Path(folder) / file, "MapAnything")
@@ -218,20 +235,30 @@ def mapanything(folder, device="cpu", stride=1):
     except ImportError as error:
         raise ValueError("trans and rot need MapAnything: pip install "
                          f"git+https://github.com/facebookresearch/map-anything ({error})") from None
-    model = MapAnything.from_pretrained(str(folder), strict=True).eval().requires_grad_(False).to(device)
+    try:
+        model = MapAnything.from_pretrained(str(folder), strict=True).eval().requires_grad_(False).to(device)
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{folder}: no MapAnything checkpoint ({str(error).splitlines()[0]})") from error
 
     @torch.no_grad()
-    def estimator(videos, scene=None):
-        frames = videos.shape[1]
+    def cameras(videos):
+        frames, H, W = videos.shape[1:4]
         kept = spread(math.ceil((frames - 1) / stride) + 1, frames)
         images = mapanything_views(videos[:, kept.to(videos.device)])
         views = [{"img": image, "data_norm_type": ["dinov2"]} for image in images.unbind(1)]
-        with on_device(model, videos.device):  # masks cost time and no pose depends on them; 8 dense maps need 5 GB
-            views = model.infer(views, use_amp=videos.is_cuda, apply_mask=False, mask_edges=False, minibatch_size=8)
+        with on_device(model, videos.device):  # masks take time and touch no pose; 8 dense maps take 5 GB
+            views = model.infer(views, use_amp=videos.is_cuda, apply_mask=False, mask_edges=False,
+                                minibatch_size=8)
         c2w = torch.stack([view["camera_poses"] for view in views], 1)  # a copy: theirs are inference tensors
-        return fill_in(c2w, kept.numpy(), frames)
+        h, w = mapanything_size(H, W)[1]
+        fx, fy = (views[0]["intrinsics"][:, i, i].double() / size for i, size in ((0, w), (1, h)))
+        half = torch.full_like(fx, 0.5)
+        return fill_in(c2w, kept.numpy(), frames), torch.stack([fx, fy, half, half], 1)
 
-    estimator.module = model
+    def estimator(videos, scene=None):
+        return cameras(videos)[0]
+
+    estimator.module, estimator.cameras = model, cameras
     return estimator
 
 
@@ -239,7 +266,7 @@ def mapanything(folder, device="cpu", stride=1):
 
 @functools.lru_cache(maxsize=64)
 def _taps(size, new, kernel):
-    """Pillow's resampling of one axis as a matrix (new, size), in its fixed point: weights times 2^22, integers."""
+    """Pillow's resampling of one axis as a matrix (new, size): weights in its fixed point, times 2^22."""
     stretch = max(size / new, 1)  # shrinking widens the kernel
     centre = (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * size / new
     reach = {"bicubic": 2, "lanczos": 3}[kernel] * stretch
@@ -256,7 +283,7 @@ def _taps(size, new, kernel):
 
 
 def resize(frames, height, width, kernel):
-    """uint8 (n, H, W, 3) -> (n, height, width, 3), bit for bit what Pillow's resize gives ("bicubic" or "lanczos").
+    """uint8 (n, H, W, 3) -> (n, height, width, 3), bit for bit Pillow's resize; "bicubic" or "lanczos".
 
     float64 holds its integer sums exactly; it rounds and clips after each axis, the horizontal one first.
     """
@@ -284,9 +311,9 @@ def smart_size(height, width, least, most):
 
 
 def patchify(clip):
-    """uint8 (t, H, W, 3) -> Qwen2-VL's patches (t/2 * H/14 * W/14, 3*2*14*14) uint8 and the grid (t/2, H/14, W/14).
+    """uint8 (t, H, W, 3) -> Qwen2-VL's patches, uint8 (t/2 * H/14 * W/14, 3*2*14*14), and (t/2, H/14, W/14).
 
-    Patches of 2 x 14 x 14, in 2 x 2 groups; a single image counts as two equal frames.
+    Patches of 2 x 14 x 14 pixels, in 2 x 2 groups; a single image counts as two equal frames.
     """
     if len(clip) == 1:
         clip = clip.expand(2, -1, -1, -1)
@@ -298,10 +325,10 @@ def patchify(clip):
 def normalise(patches):
     """uint8 patches (N, 3*2*14*14) -> float32, by CLIP's mean and deviation."""
     mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
-    table = ((torch.arange(256, dtype=torch.float64) * (1 / 255)).float() - mean[:, None]) / std[:, None]
-    table = table.to(patches.device)
-    return torch.stack([table[c][x.int()] for c, x in enumerate(patches.view(len(patches), 3, -1).unbind(1))],
-                       1).flatten(1)
+    grey = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float()  # as the official code rounds it
+    table = ((grey - mean[:, None]) / std[:, None]).to(patches.device)
+    channels = patches.view(len(patches), 3, -1).int().unbind(1)
+    return torch.cat([row[x] for row, x in zip(table, channels)], 1)
 
 
 # ---- Qwen2-VL reward models: VideoAlign and HPSv3 ----
@@ -309,31 +336,36 @@ def normalise(patches):
 def expect(path, what):
     """The path, if it is there; else FileNotFoundError that says what was looked for."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; expected there for {what} (rewards.py's header lists the files)")
+        raise FileNotFoundError(f"{path}: not found; expected for {what} (rewards.py lists all files)")
     return path
 
 
-def merge_lora(state, scale):
-    """PEFT state dict -> plain keys of transformers' Qwen2VLModel, adapters folded in (W + scale B A, in float32)."""
+def merge_lora(state, scale, file):
+    """State dict of a checkpoint (PEFT's or plain) -> keys of transformers' Qwen2VLModel and rm_head.*,
+    adapters folded in: W + scale B A, in float32. The language-model head is dropped. file: for the error."""
     plain = {}
     for key, x in state.items():
-        name = key.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default", "")
-        name = re.sub(r"^model\.", "language_model.", name)
-        if not name.startswith("lm_head."):
-            plain[name] = x
-    for name in [name for name in plain if ".lora_A." in name]:
-        weight, a, b = name.replace(".lora_A", ""), plain.pop(name), plain.pop(name.replace("lora_A", "lora_B"))
+        key = key.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default", "")
+        if not key.startswith("lm_head."):
+            plain[re.sub(r"^model\.", "language_model.", key)] = x
+    for key in [key for key in plain if ".lora_A." in key]:
+        weight = key.replace(".lora_A", "")
+        a, b = plain.pop(key), plain.pop(key.replace("lora_A", "lora_B"), None)
+        if b is None or weight not in plain:
+            raise ValueError(f"{file}: {key} lacks {weight if b is not None else 'its lora_B'}")
         plain[weight] = plain[weight].float() + scale * b.float() @ a.float()
     return plain
 
 
 def reward_head(state):
-    """Takes rm_head.* out of a state dict -> its Linear layers with ReLU between (dropout is off), in float32."""
+    """Takes rm_head.* out of a state dict: its Linear layers in float32, ReLU between them, no dropout."""
     layers = []
     for key in sorted(key for key in state if re.fullmatch(r"rm_head\.(\d\.)?weight", key)):
         weight, bias = state.pop(key).float(), state.pop(key.replace("weight", "bias"), None)
         layer = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
-        layer.load_state_dict({"weight": weight, **({} if bias is None else {"bias": bias.float()})}, assign=True)
+        layer.weight = nn.Parameter(weight)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.float())
         layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers[:-1]).requires_grad_(False)
 
@@ -341,10 +373,10 @@ def reward_head(state):
 def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torch.float32):
     """A Qwen2-VL that reads a clip and a prompt and scores its hidden state at each of `tokens`.
 
-    base: folder with config.json and the tokenizer; state: plain keys (merge_lora) with rm_head.*; file: where it
-    came from, for errors; template: text file in prompts/; media: "image" or "video". Returns
-    read(clips, prompts, batch=8) -> float32 logits (n, tokens, outputs), clips a list of uint8 (t, H, W, 3) of any
-    size divisible by 28 (t even for video, 1 for image). The body runs in `dtype`, the head in float32.
+    base: folder with config.json and the tokenizer; state: as merge_lora gives it; file: where it came from,
+    for errors; template: text file in prompts/; media: "image" or "video". Returns read(clips, prompts,
+    batch=8) -> float32 logits (n, tokens, outputs), clips a list of uint8 (t, H, W, 3) of any size divisible
+    by 28 (t even for video, 1 for image). The body runs in `dtype`, the head in float32.
     """
     from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
 
@@ -357,8 +389,8 @@ def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torc
     head = reward_head(state)
     rows = len(state.get("language_model.embed_tokens.weight", ()))
     if not len(head) or rows != len(tokenizer):
-        raise ValueError(f"{file}: expected an rm_head and {len(tokenizer)} token embeddings (the tokenizer of {base} "
-                         f"with {', '.join(tokens)}), found {len(head)} head layers and {rows} embeddings")
+        raise ValueError(f"{file}: expected rm_head and {len(tokenizer)} embeddings (the tokenizer of {base} "
+                         f"and {', '.join(tokens)}), found {len(head)} head layers and {rows} embeddings")
     config = AutoConfig.from_pretrained(base)
     config.text_config.vocab_size = rows
     with torch.device("meta"):
@@ -372,9 +404,10 @@ def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torc
 
     def tokenize(prompts, grids):
         """Official chat template -> right-padded ids and mask (n, L); one media token per 2 x 2 patches."""
-        texts = [f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-                 f"{pad * (math.prod(grid) // 4)}<|vision_end|>{template.replace('{text_prompt}', prompt)}"
-                 f"<|im_end|>\n<|im_start|>assistant\n" for prompt, grid in zip(prompts, grids)]
+        texts = ["<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                 f"<|vision_start|>{pad * (math.prod(grid) // 4)}<|vision_end|>"
+                 f"{template.replace('{text_prompt}', prompt)}<|im_end|>\n<|im_start|>assistant\n"
+                 for prompt, grid in zip(prompts, grids)]
         inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         return inputs["input_ids"], inputs["attention_mask"]
 
@@ -386,32 +419,34 @@ def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torc
         patches, grids = zip(*map(patchify, clips))
         ids, mask = tokenize(prompts, grids)
         at = (ids[..., None] == token_ids).nonzero()  # (n * tokens, 3): row, position, which token
-        if not torch.equal(at[:, ::2], torch.cartesian_prod(torch.arange(len(ids)), torch.arange(len(tokens)))):
+        once = torch.cartesian_prod(torch.arange(len(ids)), torch.arange(len(tokens)))
+        if not torch.equal(at[:, ::2], once):
             raise RuntimeError(f"a prompt holds a special token of the reward model: {prompts}")
         device = patches[0].device
         with on_device(both, device):
             hidden = body(
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False,
-                # Plain positions, as both were trained; without them transformers takes 3-D ones, off by 0.1-0.2.
+                # Plain positions, as both were trained; transformers' default, 3-D ones, is off by 0.1-0.5.
                 position_ids=torch.arange(ids.shape[1], device=device).expand(3, *ids.shape),
                 **{f"{media}_grid_thw": torch.tensor(grids, device=device),
                    {"image": "pixel_values", "video": "pixel_values_videos"}[media]:
                    normalise(torch.cat(patches)).to(dtype)}).last_hidden_state
-            return head(hidden[at[:, 0].to(device), at[:, 1].to(device)].float()).view(len(ids), len(tokens), -1)
+            rows, columns = at[:, :2].to(device).unbind(1)
+            return head(hidden[rows, columns].float()).view(len(ids), len(tokens), -1)
 
     read.module, read.tokenize = both, tokenize
     return read
 
 
 def frame_count(frames, fps, rate):
-    """How many of `frames` frames at `fps` VideoAlign looks at: `rate` a second, an even number, at least 4."""
+    """How many of `frames` frames at `fps` VideoAlign looks at: `rate` a second, even, at least 4."""
     if frames < 2:
         raise ValueError(f"VideoAlign needs at least 2 frames, found {frames}")
     return round(min(max(frames / fps * rate, 4), frames // 2 * 2) / 2) * 2
 
 
 def videoalign_frames(video, fps, rate=2.0, most=448 * 448):
-    """uint8 (T, H, W, 3) -> the frames (t, h, w, 3) VideoAlign sees: sampled, resized as torchvision does tensors."""
+    """uint8 (T, H, W, 3) -> the frames (t, h, w, 3) VideoAlign sees; resized as torchvision would."""
     x = video[spread(frame_count(len(video), fps, rate), len(video)).to(video.device)]
     size = smart_size(*video.shape[1:3], 128 * 28 * 28, most)
     x = F.interpolate(x.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True)
@@ -419,11 +454,14 @@ def videoalign_frames(video, fps, rate=2.0, most=448 * 448):
 
 
 def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dtype=torch.float32):
-    """VideoAlign's reward model (VideoReward), both published layouts, LoRA merged by hand.
+    """VideoAlign's reward model (VideoReward), either published layout, LoRA merged by hand.
 
-    Scores are in standard deviations of its own training set where model_config.json has inference_config, else raw.
-    Frames come from the tensor, where the official code reads an mp4. grey_mq: motion is judged without colour, in a
-    second pass (LongCat-Video): VideoAlign alone rewards over-exposed, over-saturated videos.
+    Scores are in standard deviations of its training set where model_config.json has inference_config, else
+    raw. grey_mq: motion is judged without colour, in a second pass (LongCat-Video), since VideoAlign alone
+    rewards over-exposed, over-saturated videos. Frames come from the tensor, where the official code decodes
+    an mp4. On two real 480p clips, H.264 at crf 18-28 (41-33 dB) moved scores by up to 0.02, which lies
+    between what +-1 grey level of noise does (0.003) and what tells the clips apart (0.04-0.19); measured
+    with small random weights.
     """
     folder, base = Path(folder), Path(base)
     file = expect(folder / "model_config.json", "VideoAlign")
@@ -438,7 +476,8 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not VideoAlign's ({type(error).__name__}: {error})") from None
     if found != ("detailed_special", None, "special"):
-        raise ValueError(f"{file}: expected prompt, num_frames, token detailed_special, null, special, found {found}")
+        raise ValueError(f"{file}: expected prompt_template_type, num_frames, reward_token to be "
+                         f"detailed_special, None, special, found {found}")
     steps = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     if not steps:
         raise FileNotFoundError(f"{folder}/checkpoint-<step>: not found; expected there for VideoAlign")
@@ -447,12 +486,14 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
         state = read_weights(step / "model.pth")
     else:
         adapter = expect(step / "adapter_model.safetensors", "VideoAlign (or model.pth beside it)")
-        files = sorted(base.glob("*.safetensors")) or [expect(base / "model.safetensors", "VideoAlign's adapters")]
+        others = expect(step / "non_lora_state_dict.pth", "VideoAlign")
+        files = sorted(base.glob("*.safetensors")) or [expect(base / "model.safetensors", "the adapters")]
         state = {}
-        for file in [*files, adapter, expect(step / "non_lora_state_dict.pth", "VideoAlign's adapters")]:
+        for file in [*files, adapter, others]:
             state |= {key.removeprefix("base_model.model."): x for key, x in read_weights(file).items()}
     tokens = [f"<|{name}_reward|>" for name in ("VQ", "MQ", "TA")]
-    read = qwen2vl(base, merge_lora(state, scale), step, "videoalign.txt", tokens, "video", device, dtype)
+    state = merge_lora(state, scale, step)
+    read = qwen2vl(base, state, step, "videoalign.txt", tokens, "video", device, dtype)
 
     def grade(videos, scene):
         x = read([videoalign_frames(video, scene.fps, rate, most) for video in videos], scene.prompt)
@@ -473,11 +514,12 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
 def hpsv3(file, base, prompt=None, stride=1, device="cpu", dtype=torch.float32):
     """HPSv3's mean score mu over every stride-th frame.
 
-    prompt: one fixed text for all frames in place of each video's own (LongCat-Video: "A high-quality image"), which
-    leaves text alignment out. Pixels are bit for bit Pillow's bicubic, as in the official code for image files.
+    prompt: one fixed text for all frames in place of each video's own (LongCat-Video: "A high-quality
+    image"), which leaves text alignment out. Pixels are bit for bit the official code's for image files
+    (Pillow's bicubic).
     """
-    expect(Path(file), "HPSv3")
-    read = qwen2vl(base, merge_lora(read_weights(file), 0), file, "hpsv3.txt", ["<|Reward|>"], "image", device, dtype)
+    state = merge_lora(read_weights(expect(Path(file), "HPSv3")), 1, file)
+    read = qwen2vl(base, state, file, "hpsv3.txt", ["<|Reward|>"], "image", device, dtype)
 
     def reward(videos, scene):
         frames = videos[:, ::stride]
@@ -507,21 +549,22 @@ def _source(videos, scene, name):
 
 
 def sharpness(videos, scene):
-    """-|log(detail / source's detail)|, detail = mean squared Laplacian of brightness; blur and grain both lose.
+    """-|log(detail / source's detail)|, detail: mean squared Laplacian of brightness. Blur and grain lose.
 
-    Another view of the scene may honestly hold more or less detail: compare within a group, not across scenes.
+    Another view of a scene may honestly hold more or less detail: compare within a group, not across scenes.
     """
     def detail(x):
         x = _luma(x)
-        edges = 4 * x[..., 1:-1, 1:-1] - x[..., :-2, 1:-1] - x[..., 2:, 1:-1] - x[..., 1:-1, :-2] - x[..., 1:-1, 2:]
-        return edges.square().mean((1, 2, 3)) + 1 / 255 ** 2  # one grey level: no logarithm of 0 on a flat frame
+        edges = 2 * x[..., 1:-1] - x[..., :-2] - x[..., 2:]
+        edges = edges[..., 1:-1, :] + (2 * x[..., 1:-1, :] - x[..., :-2, :] - x[..., 2:, :])[..., 1:-1]
+        return edges.square().mean((1, 2, 3)) + 1 / 255 ** 2  # one grey level: no log of 0 on flat frames
     return {"sharpness": -(detail(videos) / detail(_source(videos, scene, "sharpness"))).log().abs()}
 
 
 def flicker(videos, scene):
-    """-(flicker beyond the source's), in shares of full scale; not flickering at all earns no more than the source.
+    """-(flicker beyond the source's), in shares of full scale; flickering less earns no more than the source.
 
-    Flicker: mean |second difference in time| of brightness averaged over an 8 x 8 grid, where motion nearly cancels.
+    Flicker: mean |second difference in time| of brightness in 8 x 8 cells, where motion averages out.
     """
     def amount(x):
         cells = F.adaptive_avg_pool2d(_luma(x), (8, 8))
@@ -530,7 +573,7 @@ def flicker(videos, scene):
 
 
 def exposure(videos, scene):
-    """-(share of pixels all of whose channels are above 250 or below 5): blown out or black. Needs no source."""
+    """-(share of pixels with all channels above 250, or all below 5): blown out or black. Needs no source."""
     clipped = (videos > 250).all(-1) | (videos < 5).all(-1)
     return {"exposure": -clipped.float().mean((1, 2, 3))}
 
@@ -544,13 +587,14 @@ def colour(videos, scene):
 # ---- choosing ----
 
 MODEL_FREE = (sharpness, flicker, exposure, colour)
-NAMES = ("trans", "rot", "vq", "mq", "ta", "hpsv3", *(f.__name__ for f in MODEL_FREE))
+POSES, GRADES = ("trans", "rot"), ("vq", "mq", "ta")
+NAMES = (*POSES, *GRADES, "hpsv3", *(f.__name__ for f in MODEL_FREE))
 
 
 def _from_file(path, function):
     """A user's reward `function` in the python file `path`: called with (videos, scene)."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; a reward of your own is my_file.py:my_function=weight")
+        raise FileNotFoundError(f"{path}: no such file; a reward of your own is my_file.py:function=weight")
     spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -563,23 +607,22 @@ def _from_file(path, function):
         raise ValueError(f"{path}: expected {function}(videos, scene), "
                          f"found {function}{inspect.signature(reward)}") from None
 
-    def named(videos, scene):
-        return reward(videos, scene)
-
-    named.names = (function,)
-    return named
+    reward = functools.partial(reward)  # takes attributes whatever it is
+    reward.names = (function,)
+    return reward
 
 
-def load(spec, weights="weights", device="cpu", dtype=None, park=False, estimator=None, schedule="linear", stride=1,
-         grey_mq=False, hpsv3_prompt=None, hpsv3_stride=1):
-    """"trans=1,rot=1,my.py:f=0.5" -> (reward callables, name -> weight). Weight 0: computed and logged, not trained on.
+def load(spec, weights="weights", device="cpu", dtype=None, park=False, estimator=None, schedule="linear",
+         stride=1, grey_mq=False, hpsv3_prompt=None, hpsv3_stride=1):
+    """"trans=1,rot=1,my.py:f=0.5" -> (reward callables, name -> weight); weight 0: logged, not trained on.
 
-    my.py:f is a function `f(videos, scene)` in a file of one's own; it returns (n,) or {"f": (n,)}. A model is loaded
-    once, and only if one of its rewards is named; `weights`: the folder of their files (see the top of this page).
-    device, dtype: where and in what the models run (None: bfloat16 on a GPU, else float32); park: they live on the
-    CPU and visit the videos' device when used. estimator(videos, scene) -> c2w (n, T, 4, 4) takes MapAnything's
-    place; schedule, stride: geometry's frame weights and estimated frames; the rest: see videoalign and hpsv3.
-    Raises ValueError for an unknown name or a bad weight, FileNotFoundError for a missing file.
+    my.py:f is a function `f(videos, scene)` in a file of one's own; it returns (n,) or {"f": (n,)}. A model
+    is loaded once, and only if one of its rewards is named; weights: the folder of their files (top of this
+    page). device, dtype: where and in what the models run (None: bfloat16 on a GPU, else float32); park: they
+    live on the CPU and visit the videos' device when used. estimator(videos, scene) -> c2w (n, T, 4, 4) takes
+    MapAnything's place; schedule, stride: geometry's frame weights and estimated frames; the rest: see
+    videoalign and hpsv3. Raises ValueError for an unknown name or a bad weight, FileNotFoundError for a
+    missing file.
     """
     chosen, files = {}, {}
     for item in filter(None, (part.strip() for part in spec.split(","))):
@@ -590,7 +633,7 @@ def load(spec, weights="weights", device="cpu", dtype=None, park=False, estimato
         if bool(path) == (name in NAMES):
             near = difflib.get_close_matches(name, NAMES, 1)
             raise ValueError(f"rewards: expected name=weight with a name of {', '.join(NAMES)} or another as "
-                             f"my_file.py:name, found {item!r}" + (f"; did you mean {near[0]}?" if near else ""))
+                             f"my.py:name, found {item!r}" + (f"; did you mean {near[0]}?" if near else ""))
         try:
             value = float(weight)
         except ValueError:
@@ -600,19 +643,19 @@ def load(spec, weights="weights", device="cpu", dtype=None, park=False, estimato
         chosen[name] = value
     if not chosen:
         raise ValueError("rewards: expected at least one name=weight, found none")
-    named = lambda *names: tuple(name for name in names if name in chosen)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    weights, home = Path(weights), "cpu" if park else device
+    folder, home = Path(weights), "cpu" if park else device
+    poses, grades = (tuple(name for name in names if name in chosen) for names in (POSES, GRADES))
     rewards = []
-    if named("trans", "rot"):
-        estimator = estimator or mapanything(weights / "map-anything", home, stride)
-        rewards.append(geometry(estimator, named("trans", "rot"), schedule))
-    if named("vq", "mq", "ta"):
-        rewards.append(videoalign(weights / "VideoReward", weights / "Qwen2-VL-2B-Instruct", named("vq", "mq", "ta"),
-                                  grey_mq, home, dtype))
-    if named("hpsv3"):
-        rewards.append(hpsv3(weights / "HPSv3/HPSv3.safetensors", weights / "Qwen2-VL-7B-Instruct", hpsv3_prompt,
-                             hpsv3_stride, home, dtype))
+    if poses:
+        estimator = estimator or mapanything(folder / "map-anything", home, stride)
+        rewards.append(geometry(estimator, poses, schedule))
+    if grades:
+        base = folder / "Qwen2-VL-2B-Instruct"
+        rewards.append(videoalign(folder / "VideoReward", base, grades, grey_mq, home, dtype))
+    if "hpsv3" in chosen:
+        file, base = folder / "HPSv3/HPSv3.safetensors", folder / "Qwen2-VL-7B-Instruct"
+        rewards.append(hpsv3(file, base, hpsv3_prompt, hpsv3_stride, home, dtype))
     rewards += [f for f in MODEL_FREE if f.__name__ in chosen]
     rewards += [_from_file(path, name) for name, path in files.items()]
     return rewards, chosen
