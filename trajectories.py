@@ -25,7 +25,9 @@ OMEGA_BOUNDS = tuple(np.radians([0.05, 0.8, 0.3, 0.2]))  # radians per frame
 PATHS = ("pan_right", "pan_left", "tilt_up", "tilt_down", "zoom_in", "zoom_out",
          "translate_up", "translate_down", "arc_left", "arc_right")  # ReCamMaster's, numbered from 1
 
+
 # ---- path basics
+
 def check(c2w, name="path"):
     """c2w as a valid path: float64 (T, 4, 4), T >= 1, rotations projected on SO(3).
 
@@ -48,6 +50,7 @@ def check(c2w, name="path"):
     R[:] = Rotation.from_matrix(R).as_matrix()  # rounding in a file must not look like motion
     return c2w
 
+
 def relative(c2w):
     """c2w (..., T, 4, 4), numpy or torch, relative to each path's first camera, which is the identity."""
     cat = torch.cat if torch.is_tensor(c2w) else np.concatenate
@@ -55,19 +58,25 @@ def relative(c2w):
     R, t = Rt @ c2w[..., :3, :3], Rt @ (c2w[..., :3, 3:] - c2w[..., :1, :3, 3:])
     return cat([cat([R, t], -1), c2w[..., 3:, :]], -2)
 
+
 def increments(c2w):
     """Motion of c2w (T, 4, 4) to the next frame, in each frame's axes: rotation vectors, steps (T-1, 3)."""
     Rt = c2w[:-1, :3, :3].swapaxes(1, 2)
     rotvecs = Rotation.from_matrix(Rt @ c2w[1:, :3, :3]).as_rotvec() if len(c2w) > 1 else np.zeros((0, 3))
     return rotvecs, (Rt @ np.diff(c2w[:, :3, 3:], axis=0))[..., 0]
 
+
 def speeds(c2w):
     """Maximum speeds (v_max, omega_max) of c2w (T, 4, 4): metres, radians per frame; 0 if T = 1. Eq. 8-9"""
-    rotvecs, steps = increments(np.asarray(c2w, np.float64))
+    c2w = np.asarray(c2w, np.float64)
+    steps, rotvecs = np.diff(c2w[:, :3, 3], axis=0), increments(c2w)[0]
     return tuple(float(np.linalg.norm(x, axis=1).max(initial=0)) for x in (steps, rotvecs))
+
 
 def resample(c2w, frames):
     """The path c2w (T, 4, 4) from start to end in `frames` frames: slerp of rotations, positions linear."""
+    if frames < 1:
+        raise ValueError(f"a path needs at least 1 frame, found {frames}")
     c2w, where = np.array(c2w, np.float64), np.linspace(0, len(c2w) - 1, frames)
     if frames == len(c2w):
         return c2w
@@ -77,7 +86,9 @@ def resample(c2w, frames):
         out[:, :3, 3] = np.stack([np.interp(where, at, c2w[:, j, 3]) for j in range(3)], 1)
     return out
 
+
 # ---- metric-aware rescaling (paper, section 3.4)
+
 def scale_motion(c2w, s_t, s_r):
     """c2w (T, 4, 4), positions scaled by s_t (Eq. 13) and every increment's rotation vector by s_r (Eq. 14).
 
@@ -85,10 +96,12 @@ def scale_motion(c2w, s_t, s_r):
     """
     c2w = np.array(c2w, np.float64)
     rotvecs = s_r * increments(c2w)[0]  # not the total rotation, so that turns of more than pi survive
+    c2w[0, :3, :3] = Rotation.from_matrix(c2w[0, :3, :3]).as_matrix()  # as exact as the increments
     for i, dR in enumerate(Rotation.from_rotvec(rotvecs).as_matrix() if len(c2w) > 1 else ()):
         c2w[i + 1, :3, :3] = c2w[i, :3, :3] @ dR
     c2w[:, :3, 3] *= s_t
     return c2w
+
 
 def rescale(c2w, v, omega):
     """c2w (T, 4, 4) rescaled to maximum speeds v (metres per frame) and omega (radians per frame). Eq. 12-14
@@ -99,6 +112,7 @@ def rescale(c2w, v, omega):
         raise ValueError(f"cannot rescale to v = {v}, omega = {omega}: need 0 <= v and 0 <= omega <= pi")
     v_max, omega_max = speeds(c2w)
     return scale_motion(c2w, v / v_max if v_max >= 1e-8 else 1, omega / omega_max if omega_max >= 1e-8 else 1)
+
 
 def draw_speeds(rng, v=V_BOUNDS, omega=OMEGA_BOUNDS):
     """(v, omega) to rescale a path to, from truncated Gaussians, metres and radians per frame. Eq. 10-11
@@ -114,7 +128,9 @@ def draw_speeds(rng, v=V_BOUNDS, omega=OMEGA_BOUNDS):
 
     return draw(*v), draw(*omega)
 
+
 # ---- the ten evaluation paths of ReCamMaster, resampled as ReDirector does
+
 def published(number):
     """ReCamMaster's path 1-10 in closed form, c2w (81, 4, 4), metres; its file agrees to its own rounding."""
     a, kind, sign = np.arange(81) / 80.5, (number - 1) // 2, 1 if number % 2 else -1
@@ -135,6 +151,7 @@ def published(number):
     c2w = np.tile(np.eye(4), (81, 1, 1))
     c2w[:, :3, :3], c2w[:, :3, 3] = Rotation.from_rotvec(rotvec).as_matrix(), t
     return c2w
+
 
 def recammaster(path, frames=81, speed=1.0):
     """One of the ten evaluation paths by number 1-10 or name (PATHS): c2w (frames, 4, 4), metres, first = I.
@@ -158,6 +175,7 @@ def recammaster(path, frames=81, speed=1.0):
     c2w[1:, :3, 3] = np.cumsum((R[1:] @ np.stack(steps, 1)[..., None])[..., 0], 0)  # R after the turn: theirs
     return c2w
 
+
 def named_path(path, frames=81, speed=1.0):
     """A path as users name it, an evaluation path, "static" or a camera file: c2w (frames, 4, 4), first = I.
 
@@ -171,11 +189,14 @@ def named_path(path, frames=81, speed=1.0):
         raise FileNotFoundError(f"no path {str(path)!r}: expected 1-10, {', '.join(PATHS)}, static or a file")
     return scale_motion(resample(read_path(path), frames), speed, speed)
 
+
 # ---- readers of camera files
+
 def split_name(name):
     """"a/camera_extrinsics.json#cam03" -> (Path of the file, "cam03"); any other name -> (Path, None)."""
     match = re.fullmatch(r"(.+)#(cam\d+)", str(name))
     return (Path(match[1]), match[2]) if match else (Path(name), None)
+
 
 def read_path(name):
     """One camera file -> c2w (T, 4, 4) relative to its first frame, in its unit (MultiCamVideo: metres).
@@ -214,6 +235,7 @@ def read_path(name):
     except Exception as e:  # whatever else a malformed file makes json, numpy or zlib raise
         raise ValueError(f"{name}: {str(e).removeprefix(f'{name}: ')}") from None
 
+
 def read_numpy(file):
     array = np.load(file)  # refuses pickles
     if file.suffix == ".npy":
@@ -227,6 +249,7 @@ def read_numpy(file):
         if len(paths) != 1:
             raise ValueError(f"missing key 'c2w' or 'extrinsic' (found {shapes})")
         return array[paths[0]]
+
 
 def read_omniworld(file, data):
     quats, trans = np.array(data["quats"], np.float64), np.array(data["trans"], np.float64)
@@ -247,6 +270,7 @@ def read_omniworld(file, data):
     c2w[:, :3, 3:] = -c2w[:, :3, :3] @ trans[..., None]
     return c2w
 
+
 def read_unreal(data, camera):
     """{"frame0": {"cam01": "[r r r 0] [r r r 0] [r r r 0] [x y z 1] ", ..}, ..} -> one camera's (T, 4, 4)."""
     poses = []
@@ -262,6 +286,7 @@ def read_unreal(data, camera):
             raise ValueError(f"frame {i}: wrong shape (expected 16 numbers, found {len(numbers)})")
         poses.append(np.array(numbers, np.float64).reshape(4, 4).T)
     return np.stack(poses)
+
 
 def find_paths(folder):
     """Sorted names, as read_path takes them, of all camera files below a folder; none is opened.
@@ -281,6 +306,7 @@ def find_paths(folder):
             elif re.search(r"\.np[yz]$|split_\d+\.json$|split_\d+/info\.json$", file):
                 names.append(file)
     return sorted(names)
+
 
 class PathFolder:
     """The camera paths below a folder, opened when drawn: a folder of 96,000 is only listed at the start.
@@ -331,11 +357,13 @@ class PathFolder:
         return (f"{len(self)} camera paths, {len(self.skipped)} skipped"
                 + "".join(f", {n} x {reason}" for reason, n in why.most_common()) + first)
 
-# ---- Pluecker maps for the model
-def camera_maps(c2w, intrinsics, height, width):
-    """Rays packed as latents are: c2w (B, T, 4, 4), normalised fx fy cx cy (B, 4) -> (B, 24, F, H, W) float32
 
-    on c2w's device, F = (T-1)/4 + 1. The ray through pixel centre (i + 0.5, j + 0.5) has direction
+# ---- Pluecker maps for the model
+
+def camera_maps(c2w, intrinsics, height, width):
+    """Packed rays of c2w (B, T, 4, 4) and normalised fx fy cx cy (B, 4): (B, 24, F, H, W) float32.
+
+    On c2w's device, F = (T-1)/4 + 1. The ray through pixel centre (i + 0.5, j + 0.5) has direction
     d = R normalise(K^-1 [u, v, 1]) and moment o x d. Channel 4c + k is channel c of (o x d, d) in the k-th of
     four consecutive frames, the first frame standing four times. ValueError unless T = 4k + 1. (ReDirector)
     """
@@ -357,7 +385,9 @@ def camera_maps(c2w, intrinsics, height, width):
     maps = (M[..., 0] * x).float() + (M[..., 1] * y + M[..., 2]).float()  # (B, 24 F, H, W)
     return maps.mul_((1 + x ** 2 + y ** 2).rsqrt().float()).view(B, 24, -1, height, width)
 
+
 # ---- pose errors
+
 def rotation_angle(A, B):
     """Angle (...) in [0, pi] between rotations A and B (..., 3, 3), torch.
 
@@ -370,6 +400,7 @@ def rotation_angle(A, B):
     sin = torch.linalg.vector_norm(torch.stack([S[..., 2, 1], S[..., 0, 2], S[..., 1, 0]], -1), dim=-1) / 2
     return torch.atan2(sin, 1 - (D * D).sum((-1, -2)) / 4)  # |A - B|^2 = 4 (1 - cos(angle))
 
+
 def frame_weights(n, schedule="linear"):
     """Weights (n,) of frames i = 0 .. n-1 in Eq. 3-4, proportional to i ("linear"), 1 ("uniform") or i^2
     ("quadratic"), summing to 1. ValueError for another schedule."""
@@ -378,6 +409,7 @@ def frame_weights(n, schedule="linear"):
         raise ValueError(f"no frame weights {schedule!r}: expected one of {', '.join(power)}")
     w = np.arange(n, dtype=np.float64) ** power[schedule]
     return w / w.sum() if n > 1 else np.ones(n)
+
 
 def pose_errors(pred, target, schedule="linear"):
     """The reward's errors: torch pred, target (..., T, 4, 4) -> translation (...) metres, rotation (...) rad.
@@ -392,6 +424,14 @@ def pose_errors(pred, target, schedule="linear"):
     w = torch.as_tensor(frame_weights(pred.shape[-3], schedule), device=pred.device)
     distance = torch.linalg.vector_norm(pred[..., :3, 3] - target[..., :3, 3], dim=-1)
     return (distance * w).sum(-1), (rotation_angle(pred[..., :3, :3], target[..., :3, :3]) * w).sum(-1)
+
+
+def same_length(pred, target):
+    pred, target = np.asarray(pred, np.float64), np.asarray(target, np.float64)
+    if pred.shape != target.shape:
+        raise ValueError(f"pose errors: pred {pred.shape}, target {target.shape}: resample the target first")
+    return pred, target
+
 
 def trans_err(pred, target):
     """The evaluation's TransErr of pred, target (T, 4, 4): dimensionless, NaN where poses are not finite.
@@ -410,6 +450,7 @@ def trans_err(pred, target):
     extent = np.linalg.norm(t[:, None] - t, axis=-1).max()
     return float(np.linalg.norm(t - scale * p @ (U * signs) @ Vt, axis=1).mean() / (extent + 1e-6))
 
+
 def rot_err(pred, target):
     """The evaluation's RotErr of pred, target (T, 4, 4): degrees, NaN where poses are not finite.
 
@@ -419,9 +460,3 @@ def rot_err(pred, target):
     # the angle between P_i^T P_j and T_i^T T_j is that between P_i T_i^T and P_j T_j^T
     E = torch.from_numpy(pred[:, :3, :3] @ target[:, :3, :3].swapaxes(1, 2))
     return float(rotation_angle(E[:, None], E).sum().rad2deg() / max(len(E) * (len(E) - 1), 1))
-
-def same_length(pred, target):
-    pred, target = np.asarray(pred, np.float64), np.asarray(target, np.float64)
-    if pred.shape != target.shape:
-        raise ValueError(f"pose errors: pred {pred.shape}, target {target.shape}: resample the target first")
-    return pred, target

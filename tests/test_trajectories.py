@@ -74,6 +74,13 @@ def test_rescaled_maximum_speeds_are_those_asked_for(seed):
     np.testing.assert_allclose(tr.rescale(out, *tr.speeds(c2w)), c2w, atol=1e-9 * np.abs(c2w).max())
 
 
+def test_rescaling_is_as_exact_for_a_path_rounded_to_float32():
+    rng = np.random.default_rng(0)
+    c2w = (pose(rng) @ walk(rng, 50)).astype(np.float32)
+    for path in (c2w, tr.relative(c2w)):
+        np.testing.assert_allclose(tr.speeds(tr.rescale(path, 0.03, 0.004)), (0.03, 0.004), rtol=1e-9)
+
+
 def test_rescaling_keeps_turns_of_more_than_pi():
     out = tr.rescale(yaw(np.linspace(0, 5 * math.pi, 101)), 0.1, 0.01 * math.pi)  # from 0.05 pi a frame
     np.testing.assert_allclose(tr.increments(out)[0], np.tile([0, 0.01 * math.pi, 0], (100, 1)), atol=1e-13)
@@ -127,6 +134,8 @@ def test_resampling_follows_the_same_curve():
         expected[:, :3, 3] = np.outer(np.linspace(0, 2, frames), [1, -2, 0.5])
         np.testing.assert_allclose(out, expected, atol=1e-12)
     np.testing.assert_array_equal(tr.resample(c2w, 41), c2w)
+    with pytest.raises(ValueError, match="at least 1 frame"):
+        tr.resample(c2w, 0)
     np.testing.assert_array_equal(tr.resample(c2w[3:4], 5), np.tile(c2w[3], (5, 1, 1)))
 
 
