@@ -7,9 +7,9 @@ source video's tokens along frames, at the *same* positions as the target's, and
 width pairs by learned per-token camera phases (RoCE, rotary camera encoding).
 Shapes: B rows; b conditions, the B/b rows of each being neighbours; F latent frames; N tokens; D channels;
 H heads of P complex pairs each, D = 2 H P.
-Precision: weights and activations have one type (bfloat16 or float32); norms, modulation, residual sums,
-rotations, time embedding and head are computed in float32 and rounded once. What trains may be kept in
-float32 beside a bfloat16 model: `linear` casts it in every forward, and its gradients are float32.
+Precision: matrix products and attention run in the weights' type (bfloat16 or float32); the residual stream,
+norms, modulation, rotations, time embedding and head in float32 ("wide"). What trains may be kept in float32
+beside a bfloat16 model: `linear` casts it in every forward, and its gradients are float32.
 """
 import dataclasses
 import functools
@@ -154,14 +154,9 @@ def mlp(dim_in, hidden, activation, dim_out):
     return nn.Sequential(nn.Linear(dim_in, hidden), activation, nn.Linear(hidden, dim_out))
 
 
-def modulate(x, shift, scale):
-    """LayerNorm without weights, scaled and shifted: x (B, N, D), shift and scale (B or 1, 1, D) float32."""
-    return torch.addcmul(shift, F.layer_norm(wide(x), x.shape[-1:], eps=1e-6), 1 + scale).to(x.dtype)
-
-
-def gated(x, gate, y):
-    """x + gate * y, in x's type."""
-    return torch.addcmul(wide(x), gate, wide(y)).to(x.dtype)
+def modulate(x, shift, scale, dtype):
+    """LayerNorm without weights, scaled and shifted: x (B, N, D), shift and scale (B or 1, 1, D), wide."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale).to(dtype)
 
 
 class Block(nn.Module):
@@ -176,11 +171,12 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
     def forward(self, x, e, rope, camera, keys_values):
-        """x (B, N, D), e (B or 1, 6, D) float32, rope (N, P), camera (b, N, D) or None -> (B, N, D)."""
+        """x (B, N, D), e (B or 1, 6, D), rope (N, P), wide; camera (b, N, D) or None -> (B, N, D), wide."""
+        dtype = self.ffn[0].weight.dtype
         shift, scale, gate, shift2, scale2, gate2 = (e + self.modulation).unsqueeze(2).unbind(1)
-        x = gated(x, gate, self.self_attn(modulate(x, shift, scale), rope, camera))
-        x = x + self.cross_attn(self.norm3(x), keys_values)
-        return gated(x, gate2, self.ffn(modulate(x, shift2, scale2)))
+        x = torch.addcmul(x, gate, wide(self.self_attn(modulate(x, shift, scale, dtype), rope, camera)))
+        x = x + self.cross_attn(self.norm3(x.to(dtype)), keys_values)
+        return torch.addcmul(x, gate2, wide(self.ffn(modulate(x, shift2, scale2, dtype))))
 
 
 # ---- conditions ----
@@ -285,9 +281,9 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
 
     def forward(self, x, e):
-        """(B, N, D), e (B or 1, D) -> (B, N, 4 out_dim) float32: cheap, and log-probs hang on it."""
+        """(B, N, D), e (B or 1, D) -> (B, N, 4 out_dim), all wide: it is cheap, and log-probs hang on it."""
         shift, scale = (e[:, None] + self.modulation).unsqueeze(2).unbind(1)
-        return linear(modulate(wide(x), shift, scale), self.head)
+        return linear(modulate(x, shift, scale, x.dtype), self.head)
 
 
 class DiT(nn.Module):
@@ -394,7 +390,7 @@ class DiT(nn.Module):
         if (channels, *grid) != wanted:
             raise ValueError(f"x has channels, frames, height, width {(channels, *grid)}, expected {wanted}")
         e, modulation = self.time(t.reshape(-1))
-        tokens = self.tokens(x).unflatten(0, (len(condition), -1))  # (b, B/b, N, D)
+        tokens = wide(self.tokens(x)).unflatten(0, (len(condition), -1))  # (b, B/b, N, D)
         n = tokens.shape[2]
         rope = rope_angles(grid[0], grid[1] // 2, grid[2] // 2, self.head_dim, x.device, e.dtype)
         if c.target is not None:
