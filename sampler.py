@@ -155,20 +155,20 @@ def chunks(conditions, members, rows=None, branches=1):
 @dataclass
 class Rollout:
     """Samples, and what a policy update needs. C conditions, G members, n window steps, latents (...)."""
-    latents: torch.Tensor  # (C, G, ...) at t = 0
-    steps: tuple           # n indices into the schedule
-    t: torch.Tensor        # (n,)
-    t_next: torch.Tensor   # (n,)
-    x: list                # n of (C, G, ...) before the step; the first (C, 1, ...) where the group shares it
-    x_next: list           # n of (C, G, ...) after the step (x_next[k] is x[k + 1], not a copy)
-    log_prob: torch.Tensor # (n, C, G)
-    condition: object      # from here on: what it was sampled with; an update must repeat it for r to be 1
+    latents: torch.Tensor   # (C, G, ...) at t = 0
+    steps: tuple            # n indices into the schedule
+    t: torch.Tensor         # (n,)
+    t_next: torch.Tensor    # (n,)
+    x: list                 # n of (C, G, ...) before the step; the first (C, 1, ...) where groups share it
+    x_next: list            # n of (C, G, ...) after the step (x_next[k] is x[k + 1], not a copy)
+    log_prob: torch.Tensor  # (n, C, G)
+    condition: object       # from here on: what it was sampled with; an update must repeat it for r to be 1
     negative: object
     guidance: float
     eta: float
-    tau: float
-    t_max: float
-    evaluations: int       # rows the network has seen
+    tau: float | None
+    t_max: float | None
+    evaluations: int        # rows the network has seen
 
     @property
     def branches(self):

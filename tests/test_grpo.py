@@ -378,6 +378,54 @@ def test_clipping():
         assert bool(got.any()) != bool((outside & (rising == wanted))[0, g])
 
 
+def eq_7(policy, reference, out, a, clip, kl):
+    """L written out member by member in float64, off policy, guided, nothing shared."""
+    terms = []
+    for k in range(len(out.steps)):
+        t, t_next = out.t[k].double(), out.t_next[k].double()
+        sigma = min(torch.sqrt(t / (1 - t)), 0.45 / torch.sqrt(t - t_next))
+        std = sigma * torch.sqrt(t - t_next)
+        for c in range(a.shape[0]):
+            for g in range(a.shape[1]):
+                x = out.x[k][c, g % out.x[k].shape[1]].double()[None]
+
+                def transition(policy):
+                    v_neg, v_pos = (policy(x, t, Labels(labels.y[c:c + 1].double()))
+                                    for labels in (out.negative, out.condition))
+                    v = v_neg + out.guidance * (v_pos - v_neg)
+                    mean = x - (t - t_next) * (v + sigma ** 2 / (2 * t) * (x + (1 - t) * v))
+                    return torch.distributions.Normal(mean, std)
+
+                new, old = transition(policy), transition(reference)
+                log_prob = new.log_prob(out.x_next[k][c, g].double()).mean()
+                r = torch.exp(log_prob - out.log_prob[k, c, g].double())
+                gain = torch.minimum(r * a[c, g], r.clamp(1 - clip, 1 + clip) * a[c, g])
+                weight = sigma / torch.sqrt(t - t_next)
+                divergence = torch.distributions.kl_divergence(new, old).mean()
+                terms.append(-weight * gain + kl * weight ** 2 * divergence)
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("C, G, steps, seed", [(2, 4, (0, 1, 2), 0), (1, 6, (3, 4), 1)])
+@pytest.mark.parametrize("kl", [0.0, 0.2])
+def test_objective_is_eq_7(C, G, steps, seed, kl):
+    """Value and gradient of the shared, guided objective, some ratios clipped, against the equation."""
+    policy, out = make(steps, C, G, seed, negative=Labels(normal(C, 3, seed=8)), guidance=2.5)
+    a = normal(C, G, seed=seed)
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():
+        policy.b += 0.1 * normal(*policy.b.shape, seed=4)
+    clip = float(gradient(policy, out, a)[1]["ratio_error"]) / 3
+    got, stats = gradient(policy, out, a, 3, clip=clip, kl=kl, reference=reference)
+    assert 0 < stats["clip_fraction"] < 1
+    exact = copy.deepcopy(policy).double()
+    exact.zero_grad()
+    loss = eq_7(exact, copy.deepcopy(reference).double(), out, a.double(), clip, kl)
+    loss.backward()
+    close(stats["loss"].double(), loss.detach(), 1e-5)
+    close(got.double(), torch.cat([p.grad.flatten() for p in exact.parameters()]), 2e-5)
+
+
 def test_kl():
     """KL of two Gaussians of one std; with lambda_t^2 it is (1 + sigma_t^2 (1-t)/(2t))^2 |dv|^2 / (2 D)."""
     policy, out = make(steps=(4,), C=2, G=3, tau=None)
