@@ -266,34 +266,37 @@ def mapanything(folder, device="cpu", stride=1):
 
 @functools.lru_cache(maxsize=64)
 def _taps(size, new, kernel):
-    """Pillow's resampling of one axis as a matrix (new, size): weights in its fixed point, times 2^22."""
+    """Pillow's resampling of one axis: (K, new) source pixels and their weights, integers, times 2^22."""
     stretch = max(size / new, 1)  # shrinking widens the kernel
-    centre = (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * size / new
     reach = {"bicubic": 2, "lanczos": 3}[kernel] * stretch
-    pixel = torch.arange(size, dtype=torch.float64)
+    centre = (torch.arange(new, dtype=torch.float64) + 0.5) * size / new
+    start = (centre - reach + 0.5).floor().clamp(min=0)
+    pixel = start + torch.arange(math.ceil(2 * reach) + 1)[:, None]
     x = ((pixel + 0.5 - centre) / stretch).abs()
     if kernel == "lanczos":
         weight = torch.sinc(x) * torch.sinc(x / 3) * (x < 3)
     else:  # a = -0.5
         weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
-    inside = (pixel >= (centre - reach + 0.5).floor()) & (pixel < (centre + reach + 0.5).floor())
-    weight = weight * inside
-    weight = weight / weight.sum(1, keepdim=True) * 2 ** 22
-    return torch.where(weight < 0, (weight - 0.5).ceil(), (weight + 0.5).floor())
+    weight = weight * (pixel < (centre + reach + 0.5).floor().clamp(max=size))
+    weight = weight / weight.sum(0) * 2 ** 22
+    weight = torch.where(weight < 0, (weight - 0.5).ceil(), (weight + 0.5).floor())
+    return pixel.long().clamp(max=size - 1), weight.int()
 
 
 def resize(frames, height, width, kernel):
     """uint8 (n, H, W, 3) -> (n, height, width, 3), bit for bit Pillow's resize; "bicubic" or "lanczos".
 
-    float64 holds its integer sums exactly; it rounds and clips after each axis, the horizontal one first.
+    It rounds and clips after each axis, the horizontal one first.
     """
     out = []
-    for x in frames.split(8):  # bounds the float64 copies
+    for x in frames.split(8):  # bounds the int32 copies
         for axis, new in ((2, width), (1, height)):
             if x.shape[axis] != new:
-                taps = _taps(x.shape[axis], new, kernel).to(x.device)
-                x = torch.tensordot(x.double(), taps, ([axis], [1])).movedim(-1, axis)
-                x = ((x + 2 ** 21) / 2 ** 22).floor().clamp(0, 255).byte()
+                pixels, weights = (taps.to(x.device) for taps in _taps(x.shape[axis], new, kernel))
+                x, total = x.movedim(axis, 0).int().contiguous(), 2 ** 21
+                for pixel, weight in zip(pixels, weights):
+                    total = total + x[pixel] * weight.view(-1, 1, 1, 1)
+                x = (total >> 22).clamp(0, 255).byte().movedim(0, axis)
         out.append(x)
     return torch.cat(out)
 
