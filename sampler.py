@@ -10,6 +10,7 @@ of b rows, b dividing B, where row r of x belongs to condition r // (B // b). A 
 ([i:j]) and concatenated (.cat([a, b])); nothing else is known of it here. All state is float32, whatever the
 policy's dtype.
 """
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
@@ -169,6 +170,12 @@ class Rollout:
     tau: float | None
     t_max: float | None
     evaluations: int        # rows the network has seen
+
+    def part(self, members):
+        """The same rollout, of a slice of its members only: for several updates on one rollout."""
+        x = [x if x.shape[1] == 1 else x[:, members] for x in self.x]
+        return dataclasses.replace(self, latents=self.latents[:, members], x=x, log_prob=self.log_prob[:, :, members],
+                                   x_next=[x[:, members] for x in self.x_next])
 
     @property
     def branches(self):

@@ -1,0 +1,24 @@
+"""The main job on a laptop: the paper's experiment in miniature, in the toy world (about ten minutes on two cores)."""
+world = "toy"
+weights = "weights"
+frames = 5
+height = 24
+width = 40
+v = (0.03, 0.22, 0.11, 0.05)       # m/frame: mean at the base's fastest training speed, up to twice that
+omega = (0.5, 4.5, 2.2, 1.0)       # deg/frame: likewise
+conditions = 16
+members = 16
+steps = 6
+shift = 5.0
+strategy = "random"                # LongCat's: one step, early, where the camera is decided
+size = 1
+first = 4
+tail = 0.4
+rewards = "trans=1,rot=1,sharpness=0.1,flicker=0.1"
+reward_batch = 0
+lr = 1e-4
+iterations = 200
+save_every = 50
+sample_every = 50
+checkpointing = False
+out = "out/toy"

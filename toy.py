@@ -1,0 +1,606 @@
+"""The toy: a world small enough for two CPU cores in which the paper's problem is real.
+
+Procedural rooms are ray-cast with known metric geometry. `python toy.py` pretrains a base policy (model.py's DiT) on
+slow paths whose labels are what an uncalibrated reconstruction would give (unknown scale, over-reported rotation,
+drift), and a small feed-forward metric pose estimator (the miniature MapAnything); both are shipped in weights/.
+`judge` is the independent referee: it registers a video to the true scene and is never seen by any training.
+"""
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from scipy.spatial.transform import Rotation
+from tqdm import tqdm
+
+import data
+import model
+import rewards
+import trajectories
+
+FRAMES, HEIGHT, WIDTH = 5, 24, 40
+INTRINSICS = (0.5 / math.tan(math.radians(40)), 0.5 / math.tan(math.radians(40)) * WIDTH / HEIGHT, 0.5, 0.5)
+EYE, PITCH, CEILING, TILE = 1.4, math.radians(12), 3.2, 0.5  # metres, radians, metres, metres
+WAVES = 6
+HEADS, TEXT = 4, 8  # of the toy's DiT: attention heads, width of its (empty) text
+
+
+# ---- the world: rooms with two boxes and a moving ball ----
+
+@dataclass
+class Room:
+    """n rooms as tensors, batch first. Room axes: x right, y down with the floor at 0, z forward, metres."""
+    half: torch.Tensor      # (n, 2) half width and half depth
+    pose: torch.Tensor      # (n, 4, 4) first camera -> room
+    box: torch.Tensor       # (n, 2, 2, 3) two boxes: low and high corner
+    ball: torch.Tensor      # (n, 7) centre at frame 0, velocity per frame, radius
+    colour: torch.Tensor    # (n, 9, 3) floor, ceiling, 4 walls, 2 boxes, ball
+    wave: torch.Tensor      # (n, WAVES, 4) solid texture: wave vectors (radians per metre) and phase
+    tint: torch.Tensor      # (n, WAVES, 3) colour of each wave
+    tile: torch.Tensor      # (n, 3) contrast colour of the half-metre tiles
+
+    def __getitem__(self, rows):
+        return Room(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+def rooms(n, seed):
+    """n random rooms (Room), the same for the same seed."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape, low=0.0, high=1.0: low + (high - low) * torch.rand(n, *shape, generator=g)
+    randn = lambda *shape: torch.randn(n, *shape, generator=g)
+    half = rand(2, low=2.8, high=4.2)
+    yaw = rand(low=0, high=2 * math.pi)
+    cos, sin, zero, one = yaw.cos(), yaw.sin(), torch.zeros(n), torch.ones(n)
+    heading = torch.stack([cos, zero, sin, zero, one, zero, -sin, zero, cos], -1).view(n, 3, 3)
+    c, s = math.cos(PITCH), math.sin(PITCH)
+    pitch = torch.tensor([[1, 0, 0], [0, c, s], [0, -s, c]])  # looks down
+    pose = torch.eye(4).repeat(n, 1, 1)
+    pose[:, :3, :3] = heading @ pitch
+    where = (rand(2) - 0.5) * (2 * half - 4.0)
+    pose[:, :3, 3] = torch.stack([where[:, 0], -EYE * one, where[:, 1]], -1)
+    boxes = []
+    for side in (-1, 1):  # one to the left, one to the right of the line of sight
+        ahead = torch.stack([side * rand(low=0.35, high=1.5), zero, rand(low=1.9, high=3.2)], -1)
+        centre = (heading @ ahead[..., None])[..., 0] + pose[:, :3, 3]
+        size = torch.stack([rand(low=0.25, high=0.5), rand(low=0.4, high=1.5), rand(low=0.25, high=0.5)], -1)
+        low, high = centre - size, centre + size
+        low[:, 1], high[:, 1] = -size[:, 1], 0
+        boxes.append(torch.stack([low, high], 1))
+    ahead = torch.stack([rand(low=-1, high=1), -rand(low=0.3, high=1.2), rand(low=1.8, high=2.8)], -1)
+    centre = (heading @ ahead[..., None])[..., 0]
+    centre[:, [0, 2]] += pose[:, [0, 2], 3]
+    velocity = 0.05 * randn(3) * torch.tensor([1, 0.3, 1])
+    ball = torch.cat([centre, velocity, rand(1, low=0.15, high=0.3)], -1)
+    direction = F.normalize(randn(WAVES, 3), dim=-1)
+    length = torch.exp(rand(WAVES, 1, low=math.log(0.9), high=math.log(3.0)))
+    wave = torch.cat([direction * 2 * math.pi / length, rand(WAVES, 1, high=2 * math.pi)], -1)
+    tint = 0.13 * (randn(WAVES, 1) + 0.4 * randn(WAVES, 3))
+    colour = 0.9 * (rand(9, 1) - 0.5) + 0.5 * (rand(9, 3) - 0.5)
+    tile = 0.35 * (1 + 0.3 * randn(3)) * torch.sign(randn(1))
+    return Room(half, pose, torch.stack(boxes, 1), ball, colour, wave, tint, tile)
+
+
+def rays(intrinsics, height, width):
+    """Directions (H, W, 3) through pixel centres with z = 1."""
+    fx, fy, cx, cy = intrinsics
+    u = ((torch.arange(width) + 0.5) / width - cx) / fx
+    v = ((torch.arange(height) + 0.5) / height - cy) / fy
+    return torch.stack([u.expand(height, width), v[:, None].expand(height, width), torch.ones(height, width)], -1)
+
+
+def render(room, c2w, times=None, height=HEIGHT, width=WIDTH):
+    """Rooms (n) seen from c2w (n, T, 4, 4), relative to the first camera -> video (n, 3, T, H, W) in [-1, 1] and depth
+    along the optical axis (n, T, H, W), metres. times: (T,) frame numbers for the ball (default 0 ... T-1)."""
+    n, frames = c2w.shape[:2]
+    times = torch.arange(frames) if times is None else times
+    pose = room.pose[:, None] @ c2w.to(room.pose)
+    d = torch.einsum("ntij,pj->ntpi", pose[..., :3, :3], rays(INTRINSICS, height, width).flatten(0, 1))
+    o = pose[..., None, :3, 3]  # (n, T, 1, 3)
+    inv = 1 / torch.where(d.abs() < 1e-6, torch.full_like(d, 1e-6), d)
+
+    x, z = room.half[:, 0], room.half[:, 1]
+    low = torch.stack([-x, torch.full_like(x, -CEILING), -z], -1)[:, None, None]
+    high = torch.stack([x, torch.zeros_like(x), z], -1)[:, None, None]
+    far = torch.where(d > 0, high - o, low - o) * inv
+    depth, axis = far.min(-1)                                      # leaving the room
+    positive = d.gather(-1, axis[..., None])[..., 0] > 0
+    surface = torch.where(axis == 1, torch.where(positive, 0, 1), 2 + axis + positive)  # floor 0, ceiling 1, walls 2-5
+    facing = d.gather(-1, axis[..., None])[..., 0].abs()
+    for k in range(2):                                             # boxes: slab test
+        a, b = (room.box[:, k, 0, None, None] - o) * inv, (room.box[:, k, 1, None, None] - o) * inv
+        (near, side), leave = torch.minimum(a, b).max(-1), torch.maximum(a, b).amin(-1)
+        hit = (near < leave) & (near > 0.05) & (near < depth)
+        depth, surface = torch.where(hit, near, depth), torch.where(hit, 6 + k, surface)
+        facing = torch.where(hit, d.gather(-1, side[..., None])[..., 0].abs(), facing)
+    centre = room.ball[:, None, :3] + room.ball[:, None, 3:6] * times[:, None].to(room.ball)
+    oc = o - centre[:, :, None]                                    # (n, T, 1, 3)
+    qa, qb = d.square().sum(-1), (oc * d).sum(-1)
+    disc = qb.square() - qa * (oc.square().sum(-1) - room.ball[:, None, None, 6].square())
+    near = (-qb - disc.clamp_min(0).sqrt()) / qa
+    hit = (disc > 0) & (near > 0.05) & (near < depth)
+    depth, surface = torch.where(hit, near, depth), torch.where(hit, 8, surface)
+
+    p = o + depth[..., None] * d                                   # (n, T, P, 3) where the ray ends
+    p = torch.where((surface == 8)[..., None], p - centre[:, :, None], p)
+    # texture, each wave faded where it is finer than the pixels that sample it
+    pixel = depth / (INTRINSICS[0] * width) / (facing / qa.sqrt()).clamp_min(0.05)
+    fade = lambda k: torch.exp(-0.18 * (pixel[..., None] * k).square())
+    k = room.wave[:, None, None, :, :3].norm(dim=-1)
+    phase = torch.einsum("ntpi,nwi->ntpw", p, room.wave[..., :3]) + room.wave[:, None, None, :, 3]
+    rgb = torch.einsum("ntpw,nwc->ntpc", phase.sin() * fade(k), room.tint)
+    rgb = rgb + room.colour.gather(1, surface.flatten(1)[..., None].expand(-1, -1, 3)).view_as(rgb)
+    checker = torch.sin(p[..., 0] * math.pi / TILE) * torch.sin(p[..., 2] * math.pi / TILE)
+    checker = torch.tanh(3 * checker) * fade(torch.tensor([math.pi / TILE]))[..., 0] * (surface == 0)
+    rgb = torch.tanh(rgb + checker[..., None] * room.tile[:, None, None])
+    shape = (n, frames, height, width)
+    return rgb.view(*shape, 3).permute(0, 4, 1, 2, 3).contiguous(), depth.view(shape)
+
+
+# ---- paths: smooth random walks, rescaled to metric speeds; labels as an uncalibrated reconstruction gives them ----
+
+def integrate(step, turn):
+    """Per-frame steps (n, T-1, 3) in world axes, metres, and turns (n, T-1, 3), rotation vectors in the camera's axes,
+    radians -> c2w (n, T, 4, 4) starting at the identity."""
+    n, frames = step.shape[0], step.shape[1] + 1
+    c2w = torch.eye(4).repeat(n, frames, 1, 1)
+    c2w[:, 1:, :3, 3] = step.cumsum(1)
+    increments = exp_so3(turn)
+    for i in range(1, frames):
+        c2w[:, i, :3, :3] = c2w[:, i - 1, :3, :3] @ increments[:, i - 1]
+    return c2w
+
+
+def exp_so3(vector):
+    """Rotation vectors (..., 3) in radians -> matrices (..., 3, 3)."""
+    x, y, z = vector.unbind(-1)
+    zero = torch.zeros_like(x)
+    return torch.matrix_exp(torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3)))
+
+
+def walks(n, g, frames=FRAMES):
+    """Steps and turns (n, T-1, 3) of smooth random walks with maximum speed 1 each: the shape of a path, not its scale."""
+    t = torch.linspace(-1, 1, frames - 1)[:, None]
+    shape = lambda weight: torch.randn(n, 1, 3, generator=g) * torch.tensor(weight) + 0.6 * t * torch.randn(
+        n, 1, 3, generator=g) * torch.tensor(weight)
+    step, turn = shape([1.0, 0.5, 1.0]), shape([0.6, 1.0, 0.2])
+    return tuple(x / x.norm(dim=-1).amax(1)[:, None, None].clamp_min(1e-6) for x in (step, turn))
+
+
+# ---- codec: per-patch principal components, with the VAE's interface and its chunking in time ----
+
+PATCH = 4
+
+
+def to_patches(x):
+    """(B, 3, t, H, W) -> (B, H/4, W/4, 48 t)"""
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c, t, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 3, 5, 1, 2, 4, 6)
+    return x.reshape(b, h // PATCH, w // PATCH, -1)
+
+
+def from_patches(x, t):
+    """(B, H/4, W/4, 48 t) -> (B, 3, t, H, W)"""
+    b, h, w, _ = x.shape
+    x = x.reshape(b, h, w, 3, t, PATCH, PATCH).permute(0, 3, 4, 1, 5, 2, 6)
+    return x.reshape(b, 3, t, h * PATCH, w * PATCH)
+
+
+class Codec:
+    """Linear: the first frame alone, then four by four, 4x4 pixels -> 16 channels. encode and decode as vae.py's."""
+    def __init__(self, state):
+        self.state = state
+
+    def encode(self, video):
+        s, b = self.state, video.shape[0]
+        first = (to_patches(video[:, :, :1]) - s["first.mean"]) @ s["first.down"]
+        rest = video[:, :, 1:].unflatten(2, (-1, 4)).transpose(1, 2).flatten(0, 1)  # (B (F-1), 3, 4, H, W)
+        rest = (to_patches(rest) - s["rest.mean"]) @ s["rest.down"]
+        return torch.cat([first[:, None], rest.unflatten(0, (b, -1))], 1).permute(0, 4, 1, 2, 3).contiguous()
+
+    def decode(self, latents):
+        s, b = self.state, latents.shape[0]
+        x = latents.permute(0, 2, 3, 4, 1)  # (B, F, h, w, 16)
+        first = from_patches(x[:, 0] @ s["first.up"] + s["first.mean"], 1)
+        rest = from_patches(x[:, 1:].flatten(0, 1) @ s["rest.up"] + s["rest.mean"], 4)
+        rest = rest.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3)
+        return torch.cat([first, rest], 2).clamp(-1, 1)
+
+
+def fit_codec(video, temper=0.5):
+    """Principal components of video's patches (B, 3, 1 + 4k, H, W) -> Codec."""
+    state = {}
+    rest = video[:, :, 1:].unflatten(2, (-1, 4)).transpose(1, 2).flatten(0, 1)
+    for name, x in (("first", video[:, :, :1]), ("rest", rest)):
+        x = to_patches(x).flatten(0, 2)
+        mean = x.mean(0)
+        values, vectors = torch.linalg.eigh(((x - mean).T @ (x - mean) / len(x)).double())
+        std, vectors = values[-16:].flip(0).sqrt(), vectors[:, -16:].flip(1)
+        scale = std ** temper * std.pow(2 - 2 * temper).mean().sqrt()  # unit power on average
+        state |= {f"{name}.mean": mean, f"{name}.down": (vectors / scale).float().contiguous(),
+                  f"{name}.up": (vectors * scale).T.float().contiguous()}
+    return Codec(state)
+
+
+# ---- what an uncalibrated reconstruction would call these paths ----
+
+LABEL_SCALE, LABEL_SCALE_SD = 1.3, 0.25    # labels over-report translation by about this factor (log-normal), ...
+LABEL_TURN, LABEL_TURN_SD = 1.15, 0.12     # ... rotation by this, ...
+LABEL_DRIFT = 0.08                         # ... and both by this much more with every frame
+BASE_SPEED, BASE_TURN = 0.12, math.radians(2.5)  # fastest pretraining path: metres and radians per frame
+
+
+def mislabel(step, turn, g):
+    """True steps and turns (n, T-1, 3) -> c2w (n, T, 4, 4) as labelled: unknown scale, over-reported turns, drift."""
+    n, frames = step.shape[:2]
+    gain = lambda mean, sd: mean * torch.exp(sd * torch.randn(n, 1, 1, generator=g))
+    drift = 1 + LABEL_DRIFT * torch.arange(frames)[:, None]
+    return integrate(step * gain(LABEL_SCALE, LABEL_SCALE_SD) * drift, turn * gain(LABEL_TURN, LABEL_TURN_SD) * drift)
+
+
+def pairs(n, seed, draw=render, paths=4):
+    """n rooms x `paths` slow paths: videos (n, paths, 3, T, H, W), true c2w and labelled c2w (n, paths, T, 4, 4)."""
+    g = torch.Generator().manual_seed(seed)
+    room = rooms(n, seed)
+    step, turn = walks(n * paths, g)
+    step = step * BASE_SPEED * torch.rand(n * paths, 1, 1, generator=g)
+    turn = turn * BASE_TURN * torch.rand(n * paths, 1, 1, generator=g)
+    c2w = integrate(step, turn)
+    video = draw(room[torch.arange(n).repeat_interleave(paths)], c2w)[0]
+    return tuple(x.unflatten(0, (n, paths)) for x in (video, c2w, mislabel(step, turn, g)))
+
+
+# ---- the judge: registers every frame to the true scene; no training ever sees it ----
+
+def blur(x, sigma):
+    """Gaussian blur of (..., H, W) with reflected borders."""
+    k = torch.arange(-int(3 * sigma), int(3 * sigma) + 1).to(x)
+    k = torch.exp(-0.5 * (k / sigma).square())
+    k, r, shape = k / k.sum(), len(k) // 2, x.shape
+    x = F.pad(x.reshape(-1, 1, *shape[-2:]), (r, r, r, r), mode="reflect")
+    return F.conv2d(F.conv2d(x, k.view(1, 1, 1, -1)), k.view(1, 1, -1, 1)).view(shape)
+
+
+def judge(video, room, guess, codec=None, iterations=8, sigma=(1.5, 0.7)):
+    """Where was each frame taken? video (n, 3, T, H, W) in [-1, 1] of rooms (n), guess (n, T, 4, 4) a path to search
+    along (from standing still to 1.5 times as far) -> c2w (n, T, 4, 4), metres, relative to the first camera of the
+    source, and the root mean square residual (n, T). Levenberg-Marquardt on robust photometric residuals: the true room
+    is rendered, compared and the pose improved, first blurred, then sharp."""
+    n, frames, (height, width) = *guess.shape[:2], video.shape[-2:]
+    ray = rays(INTRINSICS, height, width)
+    focal = torch.tensor([INTRINSICS[0] * width, INTRINSICS[1] * height])
+    eye = torch.eye(3)
+
+    def look(pose, target, s):
+        image, depth = render(room, pose, height=height, width=width)
+        seen = image if codec is None else codec.decode(codec.encode(image))  # what a perfect video would show
+        image, residual = blur(image, s), blur(seen, s) - target  # (n, 3, T, H, W)
+        weight = 0.1 / residual.abs().clamp_min(0.1)  # Huber: textures at occlusions do not pull
+        return image, depth, residual, weight, (weight * residual.square()).mean((1, 3, 4))
+
+    target = blur(video, sigma[0])
+    best = None
+    for k in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5):  # coarse search along the guess
+        turn = torch.from_numpy(Rotation.from_matrix(guess[..., :3, :3].reshape(-1, 3, 3).double()).as_rotvec() * k)
+        pose = torch.eye(4).repeat(n, frames, 1, 1)
+        pose[..., :3, :3] = exp_so3(turn).float().view(n, frames, 3, 3)
+        pose[..., :3, 3] = k * guess[..., :3, 3]
+        cost = look(pose, target, sigma[0])[-1]
+        best = (pose, cost) if best is None else (torch.where((cost < best[1])[..., None, None], pose, best[0]),
+                                                  torch.minimum(cost, best[1]))
+    pose = best[0]
+    for s in sigma:
+        target = blur(video, s)
+        damping = torch.full((n, frames), 1e-3)
+        image, depth, residual, weight, cost = look(pose, target, s)
+        for _ in range(iterations):
+            gy, gx = torch.gradient(image, dim=(-2, -1))
+            gx, gy = gx * focal[0], gy * focal[1]
+            point = depth[..., None] * ray  # (n, T, H, W, 3) in camera axes
+            # moving the camera by rho and turning it by theta moves a point by -(rho + theta x point)
+            zero = torch.zeros_like(depth)
+            flow = torch.stack([torch.stack([1 / depth, zero, -point[..., 0] / depth ** 2], -1),
+                                torch.stack([zero, 1 / depth, -point[..., 1] / depth ** 2], -1)], -2)  # (n, T, H, W, 2, 3)
+            flow = torch.cat([flow, torch.linalg.cross(point[..., None, :].expand_as(flow), flow)], -1).flatten(2, 3)
+            slope = torch.stack([gx, gy], -1).transpose(1, 2).flatten(3, 4)  # (n, T, 3, H W, 2)
+            w = weight.transpose(1, 2).flatten(3, 4)[..., None]
+            a = torch.einsum("ntcpi,ntcpj->ntpij", slope * w, slope)
+            a = torch.einsum("ntpai,ntpaj->ntij", flow, torch.einsum("ntpab,ntpbj->ntpaj", a, flow))
+            b = (slope * w * residual.transpose(1, 2).flatten(3, 4)[..., None]).sum(2)
+            b = torch.einsum("ntpai,ntpa->nti", flow, b)
+            a = a + damping[..., None, None] * torch.diag_embed(a.diagonal(dim1=-2, dim2=-1)) + 1e-6 * torch.eye(6)
+            step = -torch.linalg.solve(a, b)
+            move = torch.eye(4).repeat(n, frames, 1, 1)
+            move[..., :3, :3], move[..., :3, 3] = exp_so3(step[..., 3:]), step[..., :3]
+            trial = pose @ move
+            image2, depth2, residual2, weight2, cost2 = look(trial, target, s)
+            ok = cost2 < cost
+            pose = torch.where(ok[..., None, None], trial, pose)
+            pick = lambda new, old: torch.where(ok.view(n, *((1,) * (old.dim() - 4)), frames, 1, 1), new, old)
+            image, residual, weight = (pick(p, q) for p, q in ((image2, image), (residual2, residual), (weight2, weight)))
+            depth = torch.where(ok[..., None, None], depth2, depth)
+            cost, damping = torch.where(ok, cost2, cost), torch.where(ok, damping * 0.3, damping * 8).clamp(1e-6, 1e3)
+    return pose, residual.square().mean((1, 3, 4)).sqrt()
+
+
+# ---- the reward's estimator: feed-forward metric poses from pixels alone, the miniature of MapAnything ----
+
+class Estimator(torch.nn.Module):
+    """Video (n, 3, T, H, W) in [-1, 1] -> c2w (n, T, 4, 4), metres, relative to frame 0. Every 6x6 patch of frame 0 is
+    described and looked for in a window of each other frame; the field of matches then becomes a motion."""
+    REACH = 4, 6  # places (of 2 pixels), down and across
+
+    def __init__(self, size=32, width=128):
+        super().__init__()
+        def mlp(a, b):
+            return torch.nn.Sequential(torch.nn.Linear(a, b), torch.nn.GELU())
+        matches, cells = math.prod(2 * r + 1 for r in self.REACH), HEIGHT * WIDTH // 64
+        self.describe = torch.nn.Sequential(mlp(3 * 36, 96), torch.nn.Linear(96, size))
+        self.sharpness = torch.nn.Parameter(torch.tensor(2.0))
+        self.match = mlp(matches + size + 4, 96)
+        self.merge = mlp(96 * 4, width)
+        self.merge2 = mlp(width * 4, width)
+        self.frame = mlp(width * cells, 256)
+        self.path = torch.nn.Sequential(mlp(256 * (FRAMES - 1), 512), mlp(512, 256))
+        self.each = torch.nn.Linear(256, 6)
+        self.all = torch.nn.Linear(256, 6 * (FRAMES - 1))
+        h, w, (down, across) = HEIGHT // 2, WIDTH // 2, self.REACH
+        y, x = (z.flatten() for z in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+        dy, dx = (z.flatten() for z in torch.meshgrid(torch.arange(-down, down + 1), torch.arange(-across, across + 1),
+                                                      indexing="ij"))
+        where = torch.stack([x / w - 0.5, y / h - 0.5], -1)
+        y, x = y[:, None] + dy, x[:, None] + dx  # (h w, matches)
+        for name, value in (("place", y.clamp(0, h - 1) * w + x.clamp(0, w - 1)),
+                            ("outside", (y < 0) | (y >= h) | (x < 0) | (x >= w)),
+                            ("offset", torch.stack([dx, dy], -1).float()), ("where", where)):
+            self.register_buffer(name, value, persistent=False)
+
+    def matches(self, video):
+        """(n, 3, T, H, W) -> log-probabilities (n (T-1), h w, matches) of where each place of frame 0 went in frames
+        1 ... T-1, and the places' descriptions (n (T-1), h w, c)."""
+        n, frames = video.shape[0], video.shape[2]
+        patch = F.unfold(video.transpose(1, 2).flatten(0, 1), 6, padding=2, stride=2).transpose(1, 2)  # (n T, h w, 108)
+        f = self.describe(patch).unflatten(0, (n, frames))                      # (n, T, h w, c)
+        a, b = f[:, :1].expand(-1, frames - 1, -1, -1).flatten(0, 1), f[:, 1:].flatten(0, 1)
+        score = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(1, 2) * self.sharpness.exp()
+        score = score.gather(2, self.place.expand(len(a), -1, -1)).masked_fill(self.outside, -20.0)
+        return score.log_softmax(-1), a
+
+    def vectors(self, log_match, described, n):
+        """-> (n, T-1, 6): translation in 0.1 m, rotation vector in 2 degrees, of frames 1 ... T-1."""
+        p = log_match.exp()
+        x = torch.cat([p, p @ self.offset / 3, described, self.where.expand(len(p), -1, -1)], 2)
+        x = self.match(x).unflatten(1, (HEIGHT // 2, WIDTH // 2))
+        for merge in (self.merge, self.merge2):                                  # 2x2 places become one
+            x = merge(x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3))
+        g = self.frame(x.flatten(1)).unflatten(0, (n, -1))                       # (n, T-1, 256)
+        return self.each(g) + self.all(self.path(g.flatten(1))).unflatten(1, (-1, 6))
+
+    def forward(self, video):
+        out = self.vectors(*self.matches(video), len(video))
+        c2w = torch.eye(4, device=out.device).repeat(out.shape[0], video.shape[2], 1, 1)
+        c2w[:, 1:, :3, 3] = 0.1 * out[..., :3]
+        c2w[:, 1:, :3, :3] = exp_so3(math.radians(2) * out[..., 3:])
+        return c2w
+
+
+def match_loss(log_match, depth, c2w, reach=Estimator.REACH):
+    """Cross-entropy of the estimator's matches against where the places of frame 0 truly went.
+    log_match (n (T-1), h w, matches), depth (n, H, W) of frame 0, c2w (n, T, 4, 4)."""
+    n, frames = c2w.shape[:2]
+    h, w = HEIGHT // 2, WIDTH // 2
+    ray = rays(INTRINSICS, HEIGHT, WIDTH).permute(2, 0, 1)
+    ray = F.avg_pool2d(ray[None], 2)[0].flatten(1).T                       # (h w, 3)
+    z = 1 / F.avg_pool2d(1 / depth[:, None], 2).flatten(1)                  # (n, h w)
+    point = z[..., None] * ray
+    point = torch.einsum("ntji,ntpj->ntpi", c2w[:, 1:, :3, :3], point[:, None] - c2w[:, 1:, None, :3, 3])
+    u = (point[..., 0] / point[..., 2] - ray[:, 0]) * INTRINSICS[0] * w    # places across and down
+    v = (point[..., 1] / point[..., 2] - ray[:, 1]) * INTRINSICS[1] * h
+    log_match = log_match.unflatten(0, (n, frames - 1)).unflatten(-1, (2 * reach[0] + 1, 2 * reach[1] + 1))
+    x, y = torch.arange(w).repeat(h) + u, torch.arange(h).repeat_interleave(w) + v
+    inside = (u.abs() < reach[1] - 1) & (v.abs() < reach[0] - 1) & (x > 0) & (x < w - 1) & (y > 0) & (y < h - 1)
+    loss = 0
+    u, v = u.clamp(1 - reach[1], reach[1] - 1), v.clamp(1 - reach[0], reach[0] - 1)
+    for dx in (0, 1):
+        for dy in (0, 1):                                                    # bilinear target
+            i, j = v.floor() + dy, u.floor() + dx
+            weight = (1 - (u - j).abs()) * (1 - (v - i).abs()) * inside
+            at = (i + reach[0]).long() * (2 * reach[1] + 1) + (j + reach[1]).long()
+            loss = loss - (weight * log_match.flatten(-2).gather(-1, at[..., None])[..., 0]).sum()
+    return loss / inside.sum().clamp(min=1)
+
+
+# ---- the toy as train.py and evaluate.py see it ----
+
+TRAIN_ROOMS, TEST_ROOMS, SHOW = 512, 20_000_001, 4.0   # clips to train on; seed of the test rooms; frames per second
+SPEED, TURN = 0.10, math.radians(2.0)                   # of the test paths at speed 1: metres and radians per frame
+
+
+def look_around(room, c2w, codec):
+    """Rooms (n) filmed along a source path c2w (n, T, 4, 4): uint8 videos (n, T, H, W, 3) and their latents."""
+    video = data.to_uint8(torch.cat([render(room[i:i + 32], c2w[i:i + 32])[0] for i in range(0, len(c2w), 32)]))
+    return video, codec.encode(torch.stack([data.to_float(x) for x in video]))
+
+
+def source_paths(n, seed):
+    """n slow metric source paths, as fast as the base was trained on: c2w (n, T, 4, 4)."""
+    g = torch.Generator().manual_seed(seed)
+    step, turn = walks(n, g)
+    return integrate(step * BASE_SPEED * torch.rand(n, 1, 1, generator=g), turn * BASE_TURN * torch.rand(n, 1, 1, generator=g))
+
+
+def condition_on(latents, target, source):
+    """Source latents (n, 16, F, h, w), target and source path (n, T, 4, 4) metres -> model.Condition."""
+    n, (h, w) = len(latents), latents.shape[-2:]
+    maps = [trajectories.camera_maps(c2w, torch.tensor([INTRINSICS]).expand(n, -1), 8 * h, 8 * w) for c2w in (target, source)]
+    return model.Condition(torch.zeros(n, 1, TEXT), None, latents, *maps)
+
+
+def scene_of(target, source_video, source):
+    n = len(target)
+    return rewards.Scene(target, torch.tensor([INTRINSICS]).expand(n, -1), ["a room"] * n, SHOW, source_video, source)
+
+
+def open_weights(folder):
+    """The shipped base policy, codec and estimator."""
+    folder = Path(folder)
+    dit = model.load_dit(folder / "toy_base.safetensors", num_heads=HEADS)
+    codec = Codec(load_file(folder / "toy_codec.safetensors"))
+    net = Estimator()
+    net.load_state_dict(load_file(folder / "toy_estimator.safetensors"), strict=False)
+    net.eval()
+
+    @torch.no_grad()
+    def estimator(videos, scene=None):
+        """uint8 (n, T, H, W, 3) -> c2w (n, T, 4, 4), metres."""
+        return net(videos.movedim(-1, 1).float() / 127.5 - 1)
+    return dit, codec, estimator
+
+
+def open_world(config, device, World):
+    """train.World of the toy: TRAIN_ROOMS rooms that no pretraining has seen, filmed once; target paths are random
+    walks of no scale, rescaled to metric speeds (Eq. 8-14)."""
+    dit, codec, estimator = open_weights(config.weights)
+    n, seed = TRAIN_ROOMS, 10_000_000
+    sources = source_paths(n, seed)
+    videos, latents = look_around(rooms(n, seed), sources, codec)
+
+    def draw(numbers, rngs):
+        target = []
+        for rng in rngs:
+            g = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
+            walk = integrate(*(0.05 * x for x in walks(1, g)))[0].double().numpy()
+            target.append(trajectories.rescale(walk, *trajectories.draw_speeds(rng, config.v, np.radians(config.omega))))
+        target = torch.from_numpy(np.stack(target)).float()
+        return condition_on(latents[numbers], target, sources[numbers]), scene_of(target, videos[numbers], sources[numbers])
+
+    rewarded, weights = rewards.load(config.rewards, config.weights, estimator=estimator, schedule=config.frame_weights)
+    return World(dit, codec, tuple(latents.shape[1:]), n, draw, None, rewarded, weights)
+
+
+def held_out(count, codec, speed=1.0, seed=TEST_ROOMS):
+    """`count` test rooms along the ten evaluation paths each, rescaled to the toy's speeds: Room, model.Condition and
+    rewards.Scene of 10 count rows, room by room; the true target videos uint8 (10 count, T, H, W, 3)."""
+    shapes = [trajectories.rescale(trajectories.recammaster(k + 1, FRAMES), SPEED * speed, TURN * speed) for k in range(10)]
+    target = torch.from_numpy(np.stack(shapes)).float().repeat(count, 1, 1, 1)
+    rows = torch.arange(count).repeat_interleave(10)
+    room, source = rooms(count, seed), source_paths(count, seed)
+    videos, latents = look_around(room, source, codec)
+    truth = look_around(room[rows], target, codec)[0]
+    return room[rows], condition_on(latents[rows], target, source[rows]), scene_of(target, videos[rows], source[rows]), truth
+
+
+
+# ---- pretraining: `python toy.py` makes the shipped weights ----
+
+def optimise(parameters, steps, lr, loss_at, out, name, export, seed=0, decay=0.3, log_every=50):
+    """AdamW with warm-up, constant rate and linear decay, and a moving average of the weights; resumes from its own file.
+    loss_at(step) -> (loss, dict of numbers to log); export(averaged parameters) saves what is shipped."""
+    file, log = out / f"{name}.pretraining.pt", open(out / f"{name}.log.jsonl", "a")
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
+    average, start = [p.detach().clone() for p in parameters], 0
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        start, average = state["step"], state["average"]
+        optimizer.load_state_dict(state["optimizer"])
+        for p, saved in zip(parameters, state["parameters"]):
+            p.data.copy_(saved)
+    sums, began = {}, time.time()
+    for step in tqdm(range(start, steps), initial=start, total=steps, desc=name):
+        rate = lr * min(1, (step + 1) / 200) * min(1, (steps - step) / (decay * steps)) + 1e-6
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, numbers = loss_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(0.9995, (1 + step) / (10 + step)))
+        sums = {key: sums.get(key, 0) + value for key, value in numbers.items()}
+        if (step + 1) % log_every == 0:
+            print(json.dumps({"step": step + 1, **{k: round(v / log_every, 4) for k, v in sums.items()},
+                              "seconds": round(time.time() - began)}), file=log, flush=True)
+            sums = {}
+        if (step + 1) % 1000 == 0 or step + 1 == steps:
+            state = {"step": step + 1, "parameters": [p.data for p in parameters], "average": average,
+                     "optimizer": optimizer.state_dict()}
+            torch.save(state, f"{file}.tmp")
+            os.replace(f"{file}.tmp", file)
+            export(average)
+
+
+def small_maps(c2w):
+    """Packed Pluecker maps (n, 24, F, h, w) of paths (n, T, 4, 4) at the latents' size, an 8 x 8 block as one number."""
+    intrinsics = torch.tensor([INTRINSICS]).expand(len(c2w), -1)
+    return trajectories.camera_maps(c2w, intrinsics, HEIGHT // PATCH, WIDTH // PATCH)
+
+
+def pretrain_base(out, codec, steps=8000, rows=64, seed=0):
+    """Flow matching on rooms seen along two slow mislabelled paths each, noise levels shifted to noise.
+
+    The camera adapter's first layer sees 8 x 8 pixels of a map through one weight each; here it is trained with the 64
+    weights tied, on maps 64 times smaller, and untied when saved: the same function, at a hundredth of the cost."""
+    torch.manual_seed(seed)
+    config = model.Config(dim=128, num_heads=HEADS, num_layers=4, ffn_dim=512, text_dim=TEXT, camera_dim=24, roce=True)
+    dit = model.DiT(config)
+    tied, adapter = torch.nn.Conv2d(24, config.dim, 2, stride=2), dit.control_adapter
+    with torch.no_grad():
+        for block in adapter.residual_blocks:
+            block.conv2.weight.mul_(0.1)
+    names = [n for n, _ in dit.named_parameters() if not n.startswith("control_adapter.conv")]
+    parameters = [dict(dit.named_parameters())[n] for n in names] + [tied.weight, tied.bias]
+    dit.compile()
+    draw = torch.compile(render)
+    text, every = torch.zeros(rows, 1, TEXT), torch.arange(rows)
+
+    def camera_tokens(maps):
+        x = adapter.residual_blocks(tied(maps.transpose(1, 2).flatten(0, 1)))
+        return x.unflatten(0, (len(maps), -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)
+
+    def prepare(source, target_maps, source_maps):
+        keys = tuple(block.cross_attn.keys_values(dit.text_embedding(text), None) for block in dit.blocks)
+        target, other = camera_tokens(target_maps), camera_tokens(source_maps)
+        return model.Prepared(keys, target, dit.tokens(source) + other, F.silu(torch.cat([target, other], 1)),
+                              tuple(source.shape[2:]))
+
+    films = {}  # rooms filmed for the current four steps: every path is a target once
+
+    def loss_at(step):
+        if step // 4 not in films:
+            films.clear()
+            video, _, label = pairs(rows, step // 4, draw)
+            films[step // 4] = [x.unflatten(0, (rows, 4)) for x in (codec.encode(video.flatten(0, 1)), small_maps(label.flatten(0, 1)))]
+        latents, maps = films[step // 4]
+        g = torch.Generator().manual_seed(10_000_000 + step)
+        target = step % 4
+        source = (target + torch.randint(1, 4, (rows,), generator=g)) % 4
+        u = torch.rand(rows, generator=g)
+        t = 4 * u / (1 + 3 * u)
+        x0 = latents[:, target]
+        eps = torch.randn(x0.shape, generator=g)
+        x = torch.lerp(x0, eps, t.view(-1, 1, 1, 1, 1))
+        v = dit(x, t, prepare(latents[every, source], maps[:, target], maps[every, source]))
+        loss = (v - (eps - x0)).square().mean()
+        return loss, {"loss": float(loss)}
+
+    def export(average):
+        state = {k: v.detach().clone() for k, v in dit.state_dict().items()} | dict(zip(names, average))
+        weight, bias = average[-2:]
+        state["control_adapter.conv.weight"] = (weight[:, :, None] / 64).expand(-1, -1, 64, -1, -1).flatten(1, 2)
+        state["control_adapter.conv.bias"] = bias
+        write_weights(out / "toy_base.safetensors", state)
+
+    optimise(parameters, steps, 1e-3, loss_at, out, "toy_base", export)
+
+
+def write_weights(path, state):
+    data.write_file(path, save({k: v.contiguous() for k, v in state.items()}))
+
+
+def report(world, config, out):
+    print("report: to come")

@@ -1,0 +1,562 @@
+"""Geo-Align's training loop: condition -> rollout -> decode -> rewards -> advantages -> objective -> step.
+
+    python train.py                                   the toy world, on a laptop (config/toy.py)
+    python train.py config/toy.py --seed=1 --out=out/seed1
+    torchrun --nproc-per-node=8 train.py config/geo_align.py --weights=... --clips=... --trajectories=...
+
+The same command again resumes from --out. Exit codes: 0 done, 1 bad input or failed run (one line says why),
+75 stopped by a signal after writing a checkpoint.
+"""
+import ast
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import rewards as rewarding
+import toy
+import trajectories
+from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
+from model import Condition, load_dit, trainable
+from sampler import rollout, sample, schedule, window
+
+
+@dataclass
+class Config:
+    """One comment per field: what it is, its unit, where its default comes from."""
+    # the world
+    world: str = "toy"                 # "toy": procedural rooms, shipped weights; "clips": published models, real clips
+    weights: str = "weights"           # folder of the official files (clips) or of the toy's
+    clips: str = ""                    # folder that `python data.py prepare` wrote
+    trajectories: str = ""             # folder of camera paths (OmniWorld-Game, Sekai, MultiCamVideo, .npz, .npy)
+    frames: int = 81                   # video length, 4k + 1 (paper)
+    height: int = 480                  # pixels (ReDirector)
+    width: int = 832                   # pixels (ReDirector)
+    v: tuple = (0.005, 0.06, 0.025, 0.015)  # m/frame: lowest, highest, mean, sd of Eq. 10 (ours: paper's unknown)
+    omega: tuple = (0.05, 0.8, 0.3, 0.2)  # deg/frame: the same of Eq. 11 (ours: paper's unknown)
+    # rollout
+    conditions: int = 8                # per iteration, over all ranks; divisible by their number
+    members: int = 8                   # G, videos per condition (ours: paper's unknown)
+    steps: int = 25                    # N, denoising steps (MixGRPO)
+    shift: float = 5.0                 # of the schedule (Wan)
+    strategy: str = "progressive"      # how the window moves: progressive (MixGRPO), random (LongCat), all (Flow-GRPO)
+    size: int = 4                      # steps in the window (MixGRPO)
+    stride: int = 1                    # progressive: steps advanced ...
+    iters_per_window: int = 25         # ... every so many iterations (MixGRPO)
+    first: int = 0                     # window only among the first so many steps; 0: all (LongCat: 6 of 16)
+    eta: float = 1.0                   # SDE noise (LongCat)
+    tau: float = 0.45                  # cap of a step's std (LongCat); 0: Flow-GRPO's cure for t = 1 instead
+    guidance: float = 1.0              # classifier-free guidance of the policy (paper's unknown); 1: off
+    share_noise: bool = True           # one initial noise per group (LongCat, MixGRPO)
+    share_prefix: bool = True          # compute once what a group shares; off: same numbers, slower
+    tail: float = 0.0                  # keep this share of the steps after the window, DPM-Solver++ (MixGRPO-Flash: 0.4)
+    micro_batch: int = 0               # network rows per call; 0: all at once
+    # rewards and objective
+    rewards: str = "trans=1,rot=1,vq=1,mq=1,hpsv3=1"  # name=weight, my_file.py:function=weight (weights unknown)
+    frame_weights: str = "linear"      # w_i of Eq. 3-4: linear (paper's example), uniform, quadratic
+    estimator_stride: int = 1          # estimate the camera of every so many frames only
+    reward_batch: int = 1              # videos per reward call; 0: all at once
+    park: bool = False                 # keep reward models on the CPU between uses
+    grey_mq: bool = False              # motion quality of the grey video, against colour hacking (LongCat)
+    hpsv3_prompt: str = ""             # fixed prompt, e.g. "A high-quality image" (LongCat); empty: the caption
+    normalise: str = "max"             # by the largest group deviation (Eq. 5), or each "group"'s own (GRPO)
+    reweight: bool = True              # lambda_t of Eq. 7
+    clip: float = 1e-4                 # e of Eq. 7; small because log-probs are means (MixGRPO)
+    updates: int = 1                   # optimiser steps per iteration, each on members / updates of every group
+    lr: float = 1e-5                   # AdamW, constant (ours: paper's unknown)
+    weight_decay: float = 1e-4         # AdamW
+    grad_clip: float = 1.0             # largest gradient norm
+    # the run
+    iterations: int = 140              # (paper)
+    seed: int = 0                      # of noise, conditions and paths
+    out: str = "out"                   # folder for checkpoints, log.jsonl and samples; resumes from it
+    save_every: int = 10               # iterations between checkpoints
+    keep: int = 2                      # checkpoints kept
+    sample_every: int = 10             # iterations between sample videos
+    compile: bool = False              # torch.compile the transformer's blocks
+    checkpointing: bool = True         # recompute activations in the backward pass, block by block
+    threads: int = 0                   # CPU threads per process; 0: torch's choice
+    timeout: int = 1800                # seconds until a rank that does not answer ends the run
+    max_failures: float = 0.25         # stop where more than this share of an iteration's videos fail
+    max_skips: int = 3                 # stop after so many updates in a row with non-finite gradients
+
+    FREE = ("out", "iterations", "save_every", "keep", "sample_every", "timeout", "max_failures", "max_skips",
+            "threads", "park", "reward_batch")  # may change on resume
+
+
+# ---- configuration: a file of `name = value` lines, then --name=value ----
+
+def convert(kind, value, where):
+    """value as a field's type: numbers, tuples and booleans as python writes them. ValueError with `where`."""
+    if kind is str and isinstance(value, str):
+        return value
+    try:
+        value = ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        pass
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and type(value) in (list, tuple) and all(type(x) in (int, float) for x in value):
+        return tuple(map(float, value))
+    if type(value) is not kind:
+        raise ValueError(f"{where}: expected {kind.__name__}, found {value!r}")
+    return value
+
+
+def parse(config_class, argv, default=None):
+    """[file.py] --name=value ... -> config. Later wins. ValueError for unknown names (nearest one suggested), wrong
+    types, or a file with anything but assignments of constants: it is read, never run."""
+    fields = {f.name: f.type for f in dataclasses.fields(config_class)}
+    files = [a for a in argv if not a.startswith("--")] or ([default] if default else [])
+    settings = []
+    if len(files) > 1:
+        raise ValueError(f"one config file at most, found {' '.join(files)}")
+    for file in files:
+        try:
+            tree = ast.parse(Path(file).read_text(), file)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+            raise ValueError(f"{file}: expected lines of name = value ({e})") from None
+        for line in tree.body:
+            where = f"{file}, line {line.lineno}"
+            if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
+                continue  # a docstring
+            if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)):
+                raise ValueError(f"{where}: expected name = value")
+            try:
+                settings.append((where, line.targets[0].id, ast.literal_eval(line.value)))
+            except (ValueError, TypeError, RecursionError, MemoryError):
+                raise ValueError(f"{where}: expected a constant") from None
+    for arg in argv:
+        if arg.startswith("--"):
+            name, equals, value = arg[2:].partition("=")
+            name = name.replace("-", "_")
+            if not equals and fields.get(name) is not bool:
+                raise ValueError(f"{arg}: expected --name=value")
+            settings.append((arg, name, value if equals else True))
+    config = config_class()
+    for where, name, value in settings:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            raise ValueError(f"{where}: no setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        setattr(config, name, convert(fields[name], value, where))
+    return config
+
+
+def check(config, ranks):
+    """ValueError where settings cannot work together."""
+    def need(ok, message):
+        if not ok:
+            raise ValueError(message)
+    need(config.world in ("toy", "clips"), f"world: expected toy or clips, found {config.world!r}")
+    need(config.frames % 4 == 1, f"frames: expected 4k + 1, found {config.frames}")
+    need(config.height % 16 == 0 and config.width % 16 == 0 or config.world == "toy",
+         f"height and width: expected multiples of 16, found {config.height} x {config.width}")
+    need(len(config.v) == 4 and len(config.omega) == 4, "v and omega: expected (lowest, highest, mean, sd)")
+    for name in ("conditions", "members", "steps", "iterations", "save_every", "keep", "sample_every", "updates"):
+        need(getattr(config, name) >= 1, f"{name}: expected at least 1, found {getattr(config, name)}")
+    need(config.conditions % ranks == 0, f"conditions: {config.conditions} do not divide over {ranks} ranks")
+    need(config.members % config.updates == 0, f"updates: {config.updates} do not divide {config.members} members")
+    need(config.lr > 0 and config.eta > 0, f"lr and eta: expected > 0, found {config.lr} and {config.eta}")
+    window(0, config.steps, config.size, config.strategy, config.stride, config.iters_per_window, config.first or None)
+    if config.world == "clips":
+        for name in ("clips", "trajectories"):
+            need(getattr(config, name), f"--{name}=FOLDER is needed")
+
+
+# ---- the worlds: what a run trains on ----
+
+@dataclass
+class World:
+    """What the loop needs of a world; shapes are those of one sample."""
+    dit: torch.nn.Module     # the policy
+    codec: object            # .decode(latents (B, 16, F, h, w)) -> video (B, 3, T, H, W) in [-1, 1]
+    shape: tuple             # of a latent: (16, F, h, w)
+    size: int                # number of clips
+    draw: object             # (clip numbers, numpy generators) -> (Condition, Scene), a row per clip
+    negative: object         # (1, L, D) negative prompt's embedding, or None
+    rewards: list
+    reward_weights: dict     # name -> weight
+
+
+def open_clips(config, device):
+    """World of prepared real clips, target paths drawn from a folder and rescaled (paper Sec. 3.4)."""
+    clips = data.ClipCache(config.clips, frames=config.frames, height=config.height, width=config.width)
+    paths = trajectories.PathFolder(config.trajectories, config.frames)
+    folder = Path(config.weights)
+    redirector = folder / "step20000.safetensors"
+    dit = load_dit(folder / "diffusion_pytorch_model.safetensors", *([redirector] if redirector.exists() else []),
+                   device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    from vae import load_vae
+    codec = load_vae(folder / data.VAE_FILE, device, dit.patch_embedding.weight.dtype)
+    omega = tuple(np.radians(config.omega))
+
+    def draw(numbers, rngs):
+        rows = [clips[i] for i in numbers]
+        target = np.stack([trajectories.rescale(paths.draw(g), *trajectories.draw_speeds(g, config.v, omega)) for g in rngs])
+        target, source = torch.from_numpy(target), torch.stack([clip.c2w for clip in rows])
+        intrinsics = torch.stack([clip.intrinsics for clip in rows])
+        maps = [trajectories.camera_maps(c2w.to(device), intrinsics.to(device), config.height, config.width)
+                for c2w in (target, source)]
+        stack = lambda name: torch.stack([getattr(clip, name) for clip in rows]).to(device)
+        condition = Condition(stack("text"), stack("image"), stack("latents"), *maps)
+        videos = [read_source(clip, config, clips.settings) for clip in rows]
+        scene = rewarding.Scene(target.to(device), intrinsics.to(device), [clip.caption for clip in rows], rows[0].fps,
+                                None if any(x is None for x in videos) else torch.stack(videos).to(device),
+                                source.to(device))
+        return condition, scene
+
+    rewards, weights = rewarding.load(config.rewards, config.weights, device, park=config.park,
+                                      schedule=config.frame_weights, stride=config.estimator_stride,
+                                      grey_mq=config.grey_mq, hpsv3_prompt=config.hpsv3_prompt or None)
+    shape = tuple(clips[0].latents.shape)
+    return World(dit, codec, shape, len(clips), draw, clips.negative[None].to(device), rewards, weights)
+
+
+def read_source(clip, config, settings):
+    """The clip's frames uint8 (T, H, W, 3) for rewards that compare with them; None where the video has moved."""
+    if not Path(clip.video).exists():
+        return None
+    video, _ = data.read_video(clip.video, config.frames, settings.get("stride", 1), (config.height, config.width))
+    return torch.from_numpy(video)
+
+
+def clip_numbers(iteration, count, size, seed):
+    """`count` clip numbers of an iteration: without replacement until all `size` clips have been used, then anew."""
+    at = range(iteration * count, (iteration + 1) * count)
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in {i // size for i in at}}
+    return [int(orders[i // size][i % size]) for i in at]
+
+
+# ---- checkpoints: out/iteration_000010/{self_attn,optimizer}.safetensors and state.json ----
+
+class Stop(BaseException):
+    """A signal asked the run to end: the step is abandoned, the last finished one saved."""
+
+
+def digest(content):
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def save_checkpoint(out, iteration, names, optimizer, config):
+    """Everything a run needs to go on, whole or not at all: written beside, then renamed. `names`: name -> parameter."""
+    moments = {f"{key}.{name}": optimizer.state[p][key].detach().cpu()
+               for name, p in names.items() for key in optimizer.state[p]}
+    files = {"self_attn.safetensors": save({name: p.detach().cpu().contiguous() for name, p in names.items()}),
+             "optimizer.safetensors": save(moments)}
+    state = {"iteration": iteration, "config": dataclasses.asdict(config),
+             "digests": {name: digest(content) for name, content in files.items()}}
+    files["state.json"] = json.dumps(state, indent=1).encode()
+    final = out / f"iteration_{iteration:06d}"
+    temporary = out / f"{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name, content in files.items():
+        data.write_file(temporary / name, content)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in sorted(out.glob("iteration_??????"))[:-config.keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder, names, optimizer, config):
+    """Restore weights and optimiser from a checkpoint; returns its iteration. ValueError where it is damaged, OSError
+    where unreadable, RuntimeError where it belongs to a run with other settings."""
+    state = json.loads((folder / "state.json").read_text())
+    files = {name: (folder / name).read_bytes() for name in ("self_attn.safetensors", "optimizer.safetensors")}
+    for name, content in files.items():
+        if digest(content) != state["digests"][name]:
+            raise ValueError(f"{folder / name}: checksum differs")
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    differ = [f"{k} = {state['config'].get(k)!r}, now {now[k]!r}" for k in now
+              if k not in Config.FREE and state["config"].get(k) != now[k]]
+    if differ:
+        raise RuntimeError(f"{folder}: made with {'; '.join(differ)}; choose another --out or the same settings")
+    weights, moments = load_file(folder / "self_attn.safetensors"), load_file(folder / "optimizer.safetensors")
+    if set(weights) != set(names):
+        raise ValueError(f"{folder}: other parameters than this model's")
+    with torch.no_grad():
+        for name, p in names.items():
+            p.copy_(weights[name])
+            optimizer.state[p] = {key: moments[f"{key}.{name}"] if key == "step" else moments[f"{key}.{name}"].to(p.device)
+                                  for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in moments}
+    return state["iteration"]
+
+
+def resume(out, names, optimizer, config):
+    """Iterations already done: the newest readable checkpoint's, 0 without any. Damaged ones are skipped, loudly."""
+    for folder in sorted(out.glob("iteration_??????"), reverse=True):
+        try:
+            return load_checkpoint(folder, names, optimizer, config)
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as e:
+            print(f"warning: {folder}: skipped, {e}", file=sys.stderr)
+    return 0
+
+
+# ---- many processes ----
+
+def reduce(tensor, op=dist.ReduceOp.SUM):
+    """All ranks' sum (or max) of a tensor; the tensor itself where there is one process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def assert_ranks_agree(parameters, what):
+    """RuntimeError, on every rank, where weights are not bitwise the same on all of them."""
+    content = b"".join(p.detach().float().cpu().numpy().tobytes() for p in parameters)
+    mine = torch.tensor([int(digest(content)[:15], 16)], device=parameters[0].device)
+    if dist.is_initialized():
+        all_ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(all_ranks, mine)
+        odd = [i for i, x in enumerate(all_ranks) if x != all_ranks[0]]
+        if odd:
+            raise RuntimeError(f"{what}: weights of rank {', '.join(map(str, odd))} differ from rank 0's")
+
+
+def gather(tensor):
+    """(n, ...) of every rank -> (ranks n, ...), in rank order."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+# ---- what a run shows ----
+
+@torch.no_grad()
+def decode(codec, latents, rows=0):
+    """Latents (B, 16, F, h, w) -> uint8 videos (B, T, H, W, 3), `rows` at a time (0: all)."""
+    return torch.cat([data.to_uint8(codec.decode(x)) for x in latents.split(rows or len(latents))])
+
+
+def demonstration(world, config, draw):
+    """What is shown while training: a function (path) that writes an mp4 of source | base | now for a few conditions,
+    the target path drawn in. The base's videos are sampled here, before any update."""
+    count = 3 if config.world == "toy" else 1
+    rngs = [np.random.default_rng((config.seed, 1 << 32, j)) for j in range(count)]
+    condition, scene = world.draw(list(range(count)), rngs)
+
+    def generate():
+        with torch.no_grad():
+            prepared = world.dit.prepare(condition)
+            negative = negative_of(world, config, condition)
+        return decode(world.codec, sample(world.dit, prepared, seed=config.seed, negative=negative,
+                                          condition_ids=[f"show {j}" for j in range(count)], **draw), config.reward_batch)
+
+    base = generate()
+    source = scene.source if scene.source is not None else decode(world.codec, condition.source, config.reward_batch)
+
+    def show(path):
+        rows = []
+        for j, videos in enumerate(zip(source, base, generate())):
+            panels = [data.upscale(x.cpu().numpy(), max(1, 192 // x.shape[1])) for x in videos]
+            panels = [panels[0]] + [data.draw_paths(x, [scene.c2w[j].cpu().numpy()]) for x in panels[1:]]
+            rows.append(data.grid(panels, ["source", "base", "now"]))
+        data.write_video(path, np.concatenate(rows, 1), scene.fps)
+    return show
+
+
+def negative_of(world, config, condition):
+    """The condition with the negative prompt in the caption's place, prepared; None without guidance."""
+    if config.guidance == 1:
+        return None
+    if world.negative is None:
+        raise ValueError("guidance: this world has no negative prompt, expected 1")
+    text = world.negative.expand(len(condition), -1, -1)
+    return world.dit.prepare(dataclasses.replace(condition, text=text))
+
+
+class Clock:
+    """Seconds since the last call, by phase; waits for the device, so that phases are not blamed for each other."""
+    def __init__(self, device):
+        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+
+    def __call__(self, phase):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[phase], self.last = now - self.last, now
+
+
+def open_log(path, iteration):
+    """log.jsonl, opened for appending, without the lines after `iteration` that an interrupted run left."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.startswith("{") and line.endswith("}") and json.loads(line)["iteration"] < iteration]
+    data.write_file(path, "".join(line + "\n" for line in kept).encode())
+    return open(path, "a")
+
+
+# ---- the loop ----
+
+def main(argv):
+    config = parse(Config, argv, str(Path(__file__).parent / "config/toy.py"))
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check(config, ranks)
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and config.world == "clips":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout))
+    say = print if rank == 0 else lambda *args: None
+
+    world = toy.open_world(config, device, World) if config.world == "toy" else open_clips(config, device)
+    dit, out = world.dit, Path(config.out)
+    dit.checkpoint = config.checkpointing
+    parameters = trainable(dit)
+    for p in parameters:
+        p.data = p.data.float()  # float32 masters; the frozen rest stays as loaded
+    names = {name: p for name, p in dit.named_parameters() if p.requires_grad}
+    if config.compile:
+        dit.compile()
+    optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
+    local, G, sigmas = config.conditions // ranks, config.members, schedule(config.steps, config.shift)
+    draw = dict(sigmas=sigmas, shape=world.shape, eta=config.eta, tau=config.tau or None, guidance=config.guidance,
+                t_max=None if config.tau else float(sigmas[1]), micro_batch=config.micro_batch or None, device=device)
+
+    out.mkdir(parents=True, exist_ok=True)
+    show = demonstration(world, config, draw) if rank == 0 else None  # the base's videos, before weights are resumed
+    start = done = resume(out, names, optimizer, config)
+    assert_ranks_agree(parameters, "at the start")
+    say(f"{config.conditions} conditions x {G} members = {config.conditions * G} videos an iteration on {ranks} rank(s); "
+        f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in dit.parameters()):,} parameters train; "
+        f"{start} of {config.iterations} iterations done in {out}")
+    log = open_log(out / "log.jsonl", start) if rank == 0 else None
+    policy = dit if ranks == 1 else DistributedDataParallel(dit, None if device.type == "cpu" else [device.index])
+    skipped = 0
+
+    def stop(signum, frame):
+        raise Stop
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        if show and start == 0:
+            show(out / "samples/iteration_000000.mp4")
+        bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, disable=rank > 0, unit="it")
+        for iteration in bar:
+            clock = Clock(device)
+
+            # conditions: clips without replacement over all ranks, target paths independently (Sec. 3.4)
+            mine = slice(rank * local, (rank + 1) * local)
+            numbers = clip_numbers(iteration, config.conditions, world.size, config.seed)
+            rngs = [np.random.default_rng((config.seed, iteration, j)) for j in range(config.conditions)]
+            condition, scene = world.draw(numbers[mine], rngs[mine])
+            with torch.no_grad():
+                prepared, negative = dit.prepare(condition), negative_of(world, config, condition)
+            clock("conditions")
+
+            # rollout: G videos per condition, stochastic in the window's steps only (Sec. 3.3)
+            steps = window(iteration, config.steps, config.size, config.strategy, config.stride,
+                           config.iters_per_window, config.first or None, config.seed)
+            sampled = rollout(dit, prepared, G, steps, seed=config.seed, iteration=iteration, negative=negative,
+                              condition_ids=list(range(config.conditions))[mine], share_noise=config.share_noise,
+                              share_prefix=config.share_prefix, tail=config.tail or None, **draw)
+            clock("rollout")
+            videos = decode(world.codec, sampled.latents.flatten(0, 1), config.reward_batch)  # (C G, T, H, W, 3)
+            clock("decode")
+
+            # rewards of every video against its own target (Sec. 3.2), then of all ranks: name -> (C, G)
+            rows = torch.arange(local).repeat_interleave(G).tolist()
+            scores, failures = rewarding.score(world.rewards, videos, scene[rows], config.reward_batch or None)
+            scores = {name: gather(x.view(local, G)) for name, x in scores.items()}
+            failed = ~succeeded(scores, world.reward_weights)
+            if failed.float().mean() > config.max_failures:
+                why = next((f"{name}: {reason}" for name, f in failures.items() for reason in f.values()), "on another rank")
+                raise RuntimeError(f"iteration {iteration}: rewards failed for {int(failed.sum())} of {failed.numel()} videos ({why})")
+            clock("rewards")
+
+            # advantages: normalised by the largest group deviation of all ranks (Eq. 5-6)
+            A = advantages(scores, world.reward_weights, normalise=config.normalise)[mine]
+
+            # objective (Eq. 7) and step; `updates` of them, each on its share of every group's members
+            share = G // config.updates
+            for u in range(config.updates):
+                members = slice(u * share, (u + 1) * share)
+                part = sampled.part(members)
+                total = part.log_prob.numel()  # this rank's share: DDP then averages over ranks
+                batches = [(k, c, m) for k in range(len(steps)) for c, m in micro_batches(part, k, config.micro_batch or None)]
+                statistics = []
+                optimizer.zero_grad(set_to_none=True)
+                for k, c, m in batches:
+                    last = (k, c, m) == batches[-1]
+                    with nullcontext() if last or ranks == 1 else policy.no_sync():
+                        loss, s = policy_loss(policy, part, k, A[:, members], total, c, m, config.clip, config.reweight)
+                        loss.backward()
+                    statistics.append(s)
+                stats = summary(statistics)
+                error = float(reduce(stats["ratio_error"], dist.ReduceOp.MAX))
+                if iteration == start and u == 0:  # the update must repeat the rollout's numerics
+                    if not error <= config.clip:
+                        raise RuntimeError(f"on-policy ratio is off by {error:.1e}, more than the clip range {config.clip:.1e}: "
+                                           "rollout and update do not run the same numerics")
+                    say(f"on-policy ratio 1 + {error:.0e}, as it should be")
+                norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+                skipped = 0 if norm.isfinite() else skipped + 1
+                if skipped > config.max_skips:
+                    raise RuntimeError(f"iteration {iteration}: gradient norm {float(norm)}, {skipped} updates skipped in a row")
+                if not skipped:
+                    optimizer.step()
+                if iteration == start and u == 0:
+                    assert_ranks_agree(parameters, "after the first update")
+            clock("update")
+            done = iteration + 1
+
+            record = {"iteration": iteration, "window": list(steps), "failed": int(failed.sum()), "skipped": skipped,
+                      "ratio_error": error, "grad_norm": float(norm), "evaluations": sampled.evaluations}
+            record |= {name: float(stats[name]) for name in ("loss", "clip_fraction", "advantage_std")}
+            for name, x in scores.items():
+                ok = x[x.isfinite()]
+                record |= {f"reward/{name}": float(ok.mean()), f"spread/{name}": float(x.nan_to_num().std(1).mean())}
+            record |= {f"seconds/{phase}": round(s, 4) for phase, s in clock.seconds.items()}
+            if rank == 0:
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                bar.set_postfix_str(" ".join(f"{n}={record['reward/' + n]:.4f}" for n in scores) + f" |r-1|={error:.0e} "
+                                    f"clip={record['clip_fraction']:.2f} grad={float(norm):.2g} "
+                                    + " ".join(f"{p}={s:.2f}s" for p, s in clock.seconds.items()))
+            if done % config.save_every == 0 or done == config.iterations:
+                assert_ranks_agree(parameters, f"iteration {iteration}")
+                if rank == 0:
+                    save_checkpoint(out, done, names, optimizer, config)
+            if show and (done % config.sample_every == 0 or done == config.iterations):
+                show(out / f"samples/iteration_{done:06d}.mp4")
+        if rank == 0 and config.world == "toy":
+            toy.report(world, config, out)
+    except Stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if rank == 0:
+            save_checkpoint(out, done, names, optimizer, config)
+            print(f"\nstopped after {done} iterations, saved; the same command goes on", file=sys.stderr)
+        os._exit(75)  # other ranks may wait in a collective that this one has left
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, RuntimeError) as e:
+        if os.environ.get("DEBUG"):
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
