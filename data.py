@@ -8,11 +8,20 @@ Video in and out, and the cache of conditioning clips that training reads.
 Videos are uint8 (T, H, W, 3) RGB here and wherever a reward or a file sees them; the codec takes float
 (B, 3, T, H, W) in [-1, 1] (to_float, to_uint8).
 """
+import argparse
 import base64
+import csv
 import io
+import json
+import math
 import os
 import re
+import shutil
+import sys
 import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,10 +29,20 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.distributed as dist
 from av.video.reformatter import ColorRange, Colorspace
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from tqdm import tqdm
+
+import trajectories
 
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".m4v", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+INDEX, NEGATIVE = "index.json", "negative_prompt.safetensors"  # a cache's, beside its clips
+VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"  # as published
+IMAGE_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+TOKENIZER = "google/umt5-xxl"
 FOLDER_FPS = 24.0  # a folder of images has no rate of its own; DAVIS, the evaluation's data, runs at 24
 
 
@@ -331,3 +350,348 @@ def draw_paths(video, paths, colors=PATH_COLORS):
         if side >= 48:
             corner[-len(extent_mask) - 1:-1, 2:2 + extent_mask.shape[1]][extent_mask] = 200
     return video
+
+
+# ------------------------------------------------------------------------------
+# Prepared clips
+
+
+@dataclass
+class Clip:
+    """A conditioning clip, encoded: all that training needs of it."""
+    name: str                 # its video's path below the videos folder
+    video: str                # that video's full path, its first frame being frame 0 here
+    caption: str
+    fps: float                # frames per second
+    latents: torch.Tensor     # (16, F, h, w) normalised latents
+    image: torch.Tensor       # (257, 1280) CLIP tokens of the first frame
+    text: torch.Tensor        # (512, 4096) caption's embedding, zero beyond its length
+    c2w: torch.Tensor         # (T, 4, 4) float64 source path, metres, relative to its first camera
+    intrinsics: torch.Tensor  # (4,) fx/W, fy/H of the first frame; cx/W = cy/H = 0.5, as ReDirector has them
+
+
+TENSORS = ("latents", "image", "text", "c2w", "intrinsics")
+FACTS = ("name", "video", "caption", "fps")
+
+
+def save_clip(path, clip):
+    """Clip -> one safetensors file; the text embedding's zeros, most of it, are left out."""
+    tensors = {key: getattr(clip, key).detach().cpu() for key in TENSORS}
+    used = tensors["text"].any(1).nonzero().flatten().tolist()
+    tensors["text"] = tensors["text"][:max(used, default=0) + 1]
+    facts = {key: getattr(clip, key) for key in FACTS} | {"text_length": len(clip.text)}
+    content = save({key: x.contiguous() for key, x in tensors.items()}, {"clip": json.dumps(facts)})
+    write_file(path, content)
+
+
+def load_clip(path):
+    """File written by save_clip -> Clip on the CPU. ValueError naming the file and what is wrong with it."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("clip", "{}"))
+            missing = [key for key in (*FACTS, "text_length") if key not in facts]
+            missing += [key for key in TENSORS if key not in file.keys()]
+            if missing:
+                raise ValueError(f"{path}: no prepared clip, lacks {', '.join(missing)}")
+            tensors = {key: file.get_tensor(key) for key in TENSORS}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or no safetensors file ({one_line(error)})") from None
+    padding = facts.pop("text_length") - len(tensors["text"])
+    tensors["text"] = F.pad(tensors["text"], (0, 0, 0, padding))
+    return Clip(**facts, **tensors)
+
+
+class ClipCache:
+    """What `python data.py prepare` wrote: cache[i] reads clip i as a Clip.
+
+    names: the clips' names; settings: what they were made with; negative: (512, 4096), the negative prompt's
+    embedding. expected: settings that must agree, as in ClipCache(folder, frames=81, height=480, width=832).
+    FileNotFoundError where there is none; ValueError where it is empty, damaged or made with other settings.
+    """
+
+    def __init__(self, folder, **expected):
+        self.folder = Path(folder)
+        index = read_index(self.folder)
+        if index is None:
+            raise FileNotFoundError(f"{folder}: no {INDEX}: expected clips made by python data.py prepare")
+        self.settings, self.names = index["settings"], index["clips"]
+        check_settings(folder, self.settings, expected)
+        if not self.names:
+            raise ValueError(f"{folder}: {INDEX} lists no clip: prepare has not finished, run it again")
+        self.negative = load_file(self.folder / NEGATIVE)["text"]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return load_clip(self.folder / (self.names[i] + ".safetensors"))
+
+
+
+
+def read_index(folder):
+    """A cache's index: {"settings": {..}, "clips": [names], "skipped": {name: why}}, or None without one."""
+    if not (folder / INDEX).is_file():
+        return None
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        return {key: index[key] for key in ("settings", "clips", "skipped")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / INDEX}: no index of prepared clips ({one_line(error)})") from None
+
+
+def check_settings(folder, made, wanted):
+    """ValueError naming every setting in which a cache differs from what is wanted."""
+    differ = [key for key in wanted if key not in made or made[key] != wanted[key]]
+    if differ:
+        what = "; ".join(f"{key} = {made.get(key, 'unknown')}, wanted {wanted[key]}" for key in differ)
+        raise ValueError(f"{folder}: its clips were made with {what}")
+
+
+# ------------------------------------------------------------------------------
+# Preparing: captions, cameras, one pass over the videos
+
+
+def find_videos(folder):
+    """Names below a folder, in natural order, of its videos: video files, and folders that hold images."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of videos")
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    names = {f for f in files if f.suffix.lower() in VIDEOS}
+    names |= {f.parent for f in files if f.suffix.lower() in IMAGES and f.parent != folder}
+    if not names:
+        raise ValueError(f"{folder}: no videos ({' '.join(VIDEOS)}) and no folders of images in it")
+    return sorted((f.relative_to(folder).as_posix() for f in names), key=natural)
+
+
+def read_captions(path):
+    """CSV with a header -> {file name without its suffix: caption}; rows without a caption are left out.
+
+    Columns: file_name or videoFile, and text or caption (MultiCamVideo's and Sekai's names).
+    """
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        columns = rows.fieldnames or []
+        name = next((c for c in columns if c in ("file_name", "videoFile")), None)
+        text = next((c for c in columns if c in ("text", "caption")), None)
+        if name is None or text is None:
+            raise ValueError(f"{path}: needs columns file_name and text (or videoFile and caption), "
+                             f"has {', '.join(columns) or 'none'}")
+        captions = {}
+        for row in rows:
+            key, caption = re.sub(r"\.\w+$", "", row[name] or ""), (row[text] or "").strip()
+            if caption and captions.setdefault(key, caption) != caption:
+                raise ValueError(f"{path}: line {rows.line_num}: another caption for {row[name]}")
+    if not captions:
+        raise ValueError(f"{path}: no row with a caption")
+    return captions
+
+
+def find_caption(name, captions):
+    """A clip's caption by its name below the videos folder or by its file name alone, None without a row."""
+    key = re.sub(r"\.\w+$", "", name)
+    return captions.get(key, captions.get(key.rpartition("/")[2]))
+
+
+def read_focal(file, shape):
+    """(fx/W, fy/H) of the first frame from an .npz's intrinsics, intrinsic or data (ViPE's); None without.
+
+    (4,) or (T, 4) fx fy cx cy, or matrices (3, 3) or (T, 3, 3); in pixels of the stored video, whose shape is
+    (H, W), or normalised, which is told by fx below 10.
+    """
+    if file.suffix != ".npz" or not file.is_file():
+        return None
+    with np.load(file) as arrays:
+        key = next((key for key in ("intrinsics", "intrinsic", "data") if key in arrays), None)
+        if key is None or key == "data" and file.parent.name != "intrinsics":
+            return None
+        k = np.asarray(arrays[key], dtype=np.float64)
+    fx, fy = k.reshape(-1, 9)[0, [0, 4]] if k.shape[-2:] == (3, 3) else k.reshape(-1, 4)[0, :2]
+    if not (np.isfinite([fx, fy]).all() and min(fx, fy) > 0):
+        raise ValueError(f"{file}: focal lengths {fx:.4g} and {fy:.4g} must be positive")
+    return (fx, fy) if fx < 10 else (fx / shape[1], fy / shape[0])
+
+
+def source_cameras(video, numbers, shape, name, cameras, fov=None):
+    """A clip's cameras -> c2w (T, 4, 4), metres, relative to its first, and normalised intrinsics (4,).
+
+    video: uint8 (T, H, W, 3), scaled and cropped; numbers (T,): its frames as rows of a camera file
+    shape: (H, W) of the stored video; fov: its horizontal field of view in degrees, where nothing else tells
+    cameras: an estimator, videos (1, T, H, W, 3) -> metric c2w (1, T, 4, 4), or that and intrinsics (1, 4);
+        or a folder, which for a clip a/b.mp4 holds a/b.npz, .npy or .json as trajectories.read_path reads
+        them (an .npz may hold intrinsics too: read_focal), or ViPE's pose/b.npz and intrinsics/b.npz
+    ValueError with the reason where there are none, too few, or the estimator failed.
+    """
+    (h, w), (height, width) = shape, video.shape[1:3]
+    scale = max(height / h, width / w)  # as in resize_to_cover
+    focal = None
+    if callable(cameras):
+        c2w = cameras(video[None])
+        if isinstance(c2w, tuple):
+            c2w, intrinsics = c2w
+            focal = intrinsics[0, :2].tolist()
+        if not c2w.isfinite().all():
+            raise ValueError("the pose estimator failed on it")
+        c2w = trajectories.check(c2w[0].double().cpu().numpy(), "estimated path")
+    else:
+        stem = (Path(cameras) / name).with_suffix("")
+        vipe = Path(cameras) / "pose" / f"{stem.name}.npz"
+        files = [*(Path(f"{stem}{suffix}") for suffix in (".npz", ".npy", ".json")), vipe]
+        file = next((f for f in files if f.is_file()), None)
+        if file is None:
+            raise ValueError(f"no camera file {stem}.npz, .npy or .json, nor {vipe}")
+        c2w = trajectories.read_path(file)
+        if len(c2w) <= numbers[-1]:
+            raise ValueError(f"{file}: {len(c2w)} cameras, but the clip's last frame is {numbers[-1]}")
+        c2w = c2w[numbers]
+        stored = read_focal(Path(cameras) / "intrinsics" / file.name if file == vipe else file, shape)
+        if stored:
+            focal = stored[0] * w * scale / width, stored[1] * h * scale / height
+    if focal is None:
+        if fov is None:
+            raise ValueError("no intrinsics: give --fov, the horizontal field of view in degrees")
+        pixels = 0.5 * w * scale / math.tan(math.radians(fov) / 2)  # focal length, square pixels
+        focal = pixels / width, pixels / height
+    return torch.from_numpy(trajectories.relative(c2w)), torch.tensor([*focal, 0.5, 0.5], dtype=torch.float32)
+
+
+def encode_clip(video, caption, vae, text_encoder, image_encoder):
+    """uint8 (T, H, W, 3) and a caption -> bf16 latents (16, F, h, w), CLIP tokens (257, d), text (512, D)."""
+    x = to_float(video)[None]
+    parts = vae.encode(x), image_encoder(x[:, :, 0]), text_encoder.embed([caption])
+    return [part[0].bfloat16() for part in parts]
+
+
+def up_to_date(path, caption):
+    """Whether a clip was prepared before, with this caption."""
+    try:
+        return load_clip(path).caption == caption
+    except (OSError, ValueError):
+        return False
+
+
+def write_index(out, settings, skipped):
+    clips = [f.relative_to(out).as_posix().removesuffix(".safetensors") for f in out.rglob("*.safetensors")]
+    clips = sorted((name for name in clips if name != Path(NEGATIVE).stem), key=natural)
+    index = {"settings": settings, "clips": clips, "skipped": skipped}
+    write_file(out / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
+    return index
+
+
+def prepare(videos, out, weights, captions=None, cameras="mapanything", fov=None, estimator_stride=1,
+            frames=81, height=480, width=832, stride=1, negative_prompt=None):
+    """Encode every video below a folder into a cache that ClipCache reads; returns its index (on rank 0).
+
+    The arguments are the command's. Under torchrun the clips are shared out over the ranks. A clip that is
+    itself at fault is skipped with the reason; ValueError or OSError for what concerns all, or with no clip.
+    """
+    from encoders import NEGATIVE_PROMPT, load_image_encoder, load_text_encoder  # slow, and only needed here
+    from vae import load_vae
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    if world > 1:  # only to share out the clips and to collect what was skipped, which may be days later
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    videos, out, weights = Path(videos), Path(out), Path(weights)
+    names, texts = find_videos(videos), read_captions(captions) if captions else None
+    wanted = {name: find_caption(name, texts) if captions else "" for name in names}
+    vae = load_vae(weights / VAE_FILE, device, dtype)
+    if (frames - 1) % vae.time or height % (2 * vae.space) or width % (2 * vae.space):
+        raise ValueError(f"{frames} frames of {height}x{width}: expected {vae.time}k+1 frames, "
+                         f"height and width divisible by {2 * vae.space}")
+    negative_prompt = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+    settings = dict(frames=frames, height=height, width=width, stride=stride, fov=fov,
+                    cameras="mapanything" if cameras == "mapanything" else "files",
+                    estimator_stride=estimator_stride, negative_prompt=negative_prompt)
+    for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):  # tells one set of weights from another
+        settings[f"bytes of {file}"] = (weights / file).stat().st_size
+    box, skipped = [None], {}
+    if rank == 0:
+        if index := read_index(out):
+            check_settings(out, index["settings"], settings)
+        for leftover in out.rglob("*.tmp"):  # of a killed run
+            leftover.unlink()
+        write_index(out, settings, {})
+        box = [[name for name in names if not up_to_date(out / f"{name}.safetensors", wanted[name])]]
+        latents = vae.z * (1 + (frames - 1) // vae.time) * (height // vae.space) * (width // vae.space)
+        size = 2 * (latents + 257 * 1280 + 512 * 4096) + 128 * frames
+        print(f"{len(names)} videos, {len(box[0])} to do: {frames} frames of {height}x{width}, at most "
+              f"{size / 1e6:.1f} MB each, {len(box[0]) * size / 1e9:.2f} GB together, "
+              f"{shutil.disk_usage(out).free / 1e9:.1f} GB free{'' if captions else '; no captions given'}")
+    if world > 1:
+        dist.broadcast_object_list(box)
+    todo = box[0]
+    text_encoder = load_text_encoder(weights / TEXT_FILE, weights / TOKENIZER, device, dtype)
+    image_encoder = load_image_encoder(weights / IMAGE_FILE, device, dtype)
+    if rank == 0:
+        write_file(out / NEGATIVE, save({"text": text_encoder.embed([negative_prompt])[0].bfloat16().cpu()}))
+    if cameras == "mapanything":
+        import rewards
+        cameras = rewards.mapanything(weights / "map-anything", device, estimator_stride)
+    for name in tqdm(todo[rank::world], desc="prepare", unit="clip", disable=rank > 0):
+        path = videos / name
+        try:
+            if wanted[name] is None:
+                raise ValueError(f"no caption in {captions}")
+            video, fps, numbers = read_frames(path, frames, stride, (height, width))
+            stored = read_video(path, frames=1)[0].shape[1:3]
+            video = torch.from_numpy(video).to(device)
+            c2w, intrinsics = source_cameras(video, numbers, stored, name, cameras, fov)
+        except (ValueError, FileNotFoundError) as error:
+            skipped[name] = str(error).removeprefix(f"{path}: ")
+            tqdm.write(f"skipped {name}: {skipped[name]}")
+            continue
+        latents, image, text = encode_clip(video, wanted[name], vae, text_encoder, image_encoder)
+        clip = Clip(name, str(path.resolve()), wanted[name], fps, latents, image, text, c2w, intrinsics)
+        save_clip(out / f"{name}.safetensors", clip)
+    if world > 1:
+        dist.gather_object(skipped, parts := [None] * world if rank == 0 else None)
+        skipped = {name: why for part in parts or () for name, why in part.items()}
+        dist.destroy_process_group()
+    if rank == 0:
+        index = write_index(out, settings, skipped)
+        print(f"{len(todo) - len(skipped)} clips made, {len(names) - len(todo)} were there, "
+              f"{len(skipped)} skipped; {out} holds {len(index['clips'])}")
+        reasons = Counter(re.sub(r"\d[\d.]*", "N", why) for why in skipped.values())
+        for reason, count in reasons.most_common(10):
+            print(f"  {count} x {reason}")
+        if not index["clips"]:
+            raise ValueError(f"{videos}: no usable clip")
+        return index
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    command = parser.add_subparsers(dest="command", metavar="prepare").add_parser(
+        "prepare", help="encode a folder of videos for training", description=prepare.__doc__.split("\n")[0])
+    add = command.add_argument
+    add("--videos", required=True, help="folder of video files, or of folders of images")
+    add("--out", required=True, help="folder for the clips; an interrupted run goes on there")
+    add("--weights", required=True, help="folder of the published Wan2.1-Fun-V1.1-1.3B-Control-Camera files")
+    add("--captions", help="csv with columns file_name, text (or videoFile, caption)")
+    add("--cameras", default="mapanything",
+        help="mapanything (default; in the weights' map-anything), or a folder with a/b.npz for a/b.mp4")
+    add("--fov", type=float, help="horizontal field of view, degrees, where the cameras have no intrinsics")
+    add("--estimator-stride", type=int, default=1, help="estimate every n-th camera, interpolate the others")
+    add("--frames", type=int, default=81, help="4k+1 (default 81)")
+    add("--height", type=int, default=480, help="pixels (default 480)")
+    add("--width", type=int, default=832, help="pixels (default 832)")
+    add("--stride", type=int, default=1, help="take every n-th frame")
+    add("--negative-prompt", help="for classifier-free guidance (default: Wan's)")
+    options = vars(parser.parse_args())
+    if options.pop("command") is None:
+        print(parser.format_help() + "\n" + command.format_help())
+        return
+    try:
+        prepare(**options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: interrupted; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main()
