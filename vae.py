@@ -251,6 +251,10 @@ def check(x, name, channels):
 # ---- loading
 
 
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def read_weights(path):
     """State dict of a .safetensors or .pth file, memory-mapped, on the CPU; nothing pickled is executed.
     FileNotFoundError; ValueError when the file is truncated, foreign, or holds more than tensors."""
@@ -266,11 +270,18 @@ def read_weights(path):
         raise ValueError(f"{path}: refused: foreign, or holds pickled code instead of only tensors"
                          f"{f' ({what[0]})' if what else ''}") from None
     except Exception as error:  # readers raise anything on bytes that make no sense
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise ValueError(f"{path}: truncated, or no checkpoint ({why})") from None
+        raise ValueError(f"{path}: truncated, or no checkpoint ({first_line(error)})") from None
     if not isinstance(state, dict) or not all(type(k) is str and torch.is_tensor(state[k]) for k in state):
         raise ValueError(f"{path}: holds other things than tensors; expected a dict of names and tensors")
     return state
+
+
+def need(path, state, what, dims):
+    """ValueError unless the keys of `dims`, from which a shape is read, are there with as many dimensions."""
+    wrong = [k for k in dims if k not in state or state[k].dim() != dims[k]]
+    if wrong:
+        raise ValueError(f"{path}: no {what}: missing or misshapen {', '.join(wrong)}; its first keys are "
+                         f"{', '.join(sorted(state)[:3])}")
 
 
 def fill(model, state, path, device, dtype):
@@ -299,12 +310,10 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     state = read_weights(path)
     downs = sorted(int(m[1]) for m in (re.fullmatch(r"encoder\.downsamples\.(\d+)\.resample\.1\.weight", k)
                                        for k in state) if m)
-    keys = ["encoder.conv1.weight", *(f"encoder.downsamples.{i}.resample.1.weight" for i in downs),
-            "encoder.head.0.gamma"]
-    lacking = [k for k in (*keys, "conv2.weight") if k not in state] + ["encoder.downsamples"] * (not downs)
-    if lacking:
-        raise ValueError(f"{path}: no Wan VAE: lacks {', '.join(lacking)}; its first keys are "
-                         f"{', '.join(sorted(state)[:3])}")
+    keys = {"encoder.conv1.weight": 5,  # as long as the first convolution is wide, then as each level is
+            **{f"encoder.downsamples.{i}.resample.1.weight": 4 for i in downs or [2]},
+            "encoder.head.0.gamma": 4}
+    need(path, state, "Wan VAE", {**keys, "conv2.weight": 5})
     if (z := len(state["conv2.weight"])) != len(MEAN):
         raise ValueError(f"{path}: {z} latent channels, expected {len(MEAN)}, whose statistics are published")
     with torch.device("meta"):
