@@ -157,10 +157,13 @@ def integrate(step, turn):
 
 
 def exp_so3(vector):
-    """Rotation vectors (..., 3) in radians -> matrices (..., 3, 3)."""
+    """Rotation vectors (..., 3) in radians -> matrices (..., 3, 3). Rodrigues."""
     x, y, z = vector.unbind(-1)
     zero = torch.zeros_like(x)
-    return torch.matrix_exp(torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3)))
+    K = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    square = vector.square().sum(-1)[..., None, None].clamp(min=1e-12)
+    angle = square.sqrt()
+    return torch.eye(3).to(K) + angle.sin() / angle * K + (1 - angle.cos()) / square * (K @ K)
 
 
 def walks(n, g, frames=FRAMES):
@@ -330,89 +333,151 @@ def judge(video, room, guess, codec=None, iterations=8, sigma=(1.5, 0.7)):
 
 # ---- the reward's estimator: feed-forward metric poses from pixels alone, the miniature of MapAnything ----
 
-class Estimator(torch.nn.Module):
-    """Video (n, 3, T, H, W) in [-1, 1] -> c2w (n, T, 4, 4), metres, relative to frame 0. Every 6x6 patch of frame 0 is
-    described and looked for in a window of each other frame; the field of matches then becomes a motion."""
-    REACH = 4, 6  # places (of 2 pixels), down and across
+def mlp(*sizes):
+    """Linear layers with GELUs between."""
+    layers = [torch.nn.Linear(sizes[0], sizes[1])]
+    for a, b in zip(sizes[1:], sizes[2:]):
+        layers += [torch.nn.GELU(), torch.nn.Linear(a, b)]
+    return torch.nn.Sequential(*layers)
 
-    def __init__(self, size=32, width=128):
+
+def pool(x):
+    """(B, h, w, c) -> (B, h/2, w/2, 4 c), 2 x 2 places as one."""
+    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
+
+
+class Estimator(torch.nn.Module):
+    """Video (n, 3, T, H, W) in [-1, 1] -> c2w (n, T, 4, 4), metres, relative to frame 0. Every fourth pixel of frame 0
+    gets a depth and is looked for in each other frame; the camera that explains the matches best, in a learned weighting,
+    follows by a few steps of least squares. Metric, because tile size and eye level are."""
+    REACH, PATCH = (4, 6), 8  # places of 2 pixels searched down and across; size of the patches compared, pixels
+
+    def __init__(self):
         super().__init__()
-        def mlp(a, b):
-            return torch.nn.Sequential(torch.nn.Linear(a, b), torch.nn.GELU())
-        matches, cells = math.prod(2 * r + 1 for r in self.REACH), HEIGHT * WIDTH // 64
-        self.describe = torch.nn.Sequential(mlp(3 * 36, 96), torch.nn.Linear(96, size))
+        matches, patch = math.prod(2 * r + 1 for r in self.REACH), 3 * self.PATCH ** 2
+        self.describe = mlp(patch, 96, 32)
         self.sharpness = torch.nn.Parameter(torch.tensor(2.0))
-        self.match = mlp(matches + size + 4, 96)
-        self.merge = mlp(96 * 4, width)
-        self.merge2 = mlp(width * 4, width)
-        self.frame = mlp(width * cells, 256)
-        self.path = torch.nn.Sequential(mlp(256 * (FRAMES - 1), 512), mlp(512, 256))
-        self.each = torch.nn.Linear(256, 6)
-        self.all = torch.nn.Linear(256, 6 * (FRAMES - 1))
+        self.refine = mlp(matches + 32 + 2, 96, 4)
+        self.fine, self.mid, self.coarse = mlp(patch + 2, 64, 64), mlp(256, 128), mlp(512, 128)
+        self.room = mlp(128 * (HEIGHT // 8) * (WIDTH // 8), 256, 128)
+        self.uncoarse, self.depth = mlp(256, 256, 4 * 64), mlp(192, 96, 2)
         h, w, (down, across) = HEIGHT // 2, WIDTH // 2, self.REACH
         y, x = (z.flatten() for z in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
         dy, dx = (z.flatten() for z in torch.meshgrid(torch.arange(-down, down + 1), torch.arange(-across, across + 1),
                                                       indexing="ij"))
-        where = torch.stack([x / w - 0.5, y / h - 0.5], -1)
-        y, x = y[:, None] + dy, x[:, None] + dx  # (h w, matches)
-        for name, value in (("place", y.clamp(0, h - 1) * w + x.clamp(0, w - 1)),
-                            ("outside", (y < 0) | (y >= h) | (x < 0) | (x >= w)),
-                            ("offset", torch.stack([dx, dy], -1).float()), ("where", where)):
+        ray = F.avg_pool2d(rays(INTRINSICS, HEIGHT, WIDTH).permute(2, 0, 1), 2).flatten(1).T
+        to_ray = torch.tensor([1 / (INTRINSICS[0] * w), 1 / (INTRINSICS[1] * h)])
+        ask = ((y % 2 == 0) & (x % 2 == 0)).nonzero()[:, 0]  # Q places
+        y, x = y[ask, None] + dy, x[ask, None] + dx  # (Q, matches)
+        for name, value in (("place", y.clamp(0, h - 1) * w + x.clamp(0, w - 1)), ("ray", ray), ("to_ray", to_ray), ("ask", ask),
+                            ("outside", (y < 0) | (y >= h) | (x < 0) | (x >= w)), ("offset", torch.stack([dx, dy], -1).float())):
             self.register_buffer(name, value, persistent=False)
 
-    def matches(self, video):
-        """(n, 3, T, H, W) -> log-probabilities (n (T-1), h w, matches) of where each place of frame 0 went in frames
-        1 ... T-1, and the places' descriptions (n (T-1), h w, c)."""
-        n, frames = video.shape[0], video.shape[2]
-        patch = F.unfold(video.transpose(1, 2).flatten(0, 1), 6, padding=2, stride=2).transpose(1, 2)  # (n T, h w, 108)
-        f = self.describe(patch).unflatten(0, (n, frames))                      # (n, T, h w, c)
-        a, b = f[:, :1].expand(-1, frames - 1, -1, -1).flatten(0, 1), f[:, 1:].flatten(0, 1)
-        score = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(1, 2) * self.sharpness.exp()
-        score = score.gather(2, self.place.expand(len(a), -1, -1)).masked_fill(self.outside, -20.0)
-        return score.log_softmax(-1), a
-
-    def vectors(self, log_match, described, n):
-        """-> (n, T-1, 6): translation in 0.1 m, rotation vector in 2 degrees, of frames 1 ... T-1."""
+    def see(self, video):
+        """-> log-probabilities of matches (n, T-1, Q, matches), flow in places (n, T-1, Q, 2), log of its error
+        (n, T-1, Q, 2), inverse depth in frame 0 (n, Q) in 1/m, log of its relative error (n, Q)."""
+        n, _, frames, height, width = video.shape
+        patch = F.unfold(video.transpose(1, 2).flatten(0, 1), self.PATCH, padding=self.PATCH // 2 - 1, stride=2)
+        patch = patch.transpose(1, 2).unflatten(0, (n, frames))                      # (n, T, h w, 192)
+        f = F.normalize(self.describe(patch), dim=-1)
+        asked = f[:, :1, self.ask]
+        score = asked @ f[:, 1:].transpose(2, 3) * self.sharpness.exp()               # (n, T-1, Q, h w)
+        score = score.gather(3, self.place.expand(n, frames - 1, -1, -1)).masked_fill(self.outside, -20.0)
+        log_match = score.log_softmax(-1)
         p = log_match.exp()
-        x = torch.cat([p, p @ self.offset / 3, described, self.where.expand(len(p), -1, -1)], 2)
-        x = self.match(x).unflatten(1, (HEIGHT // 2, WIDTH // 2))
-        for merge in (self.merge, self.merge2):                                  # 2x2 places become one
-            x = merge(x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3))
-        g = self.frame(x.flatten(1)).unflatten(0, (n, -1))                       # (n, T-1, 256)
-        return self.each(g) + self.all(self.path(g.flatten(1))).unflatten(1, (-1, 6))
+        flow = p @ self.offset
+        correction, log_error = self.refine(torch.cat([p, flow / 3, asked.expand(-1, frames - 1, -1, -1)], -1)).split(2, -1)
+        fine = F.gelu(self.fine(torch.cat([patch[:, 0], self.ray[:, :2].expand(n, -1, -1)], -1)))
+        mid = F.gelu(self.mid(pool(fine.unflatten(1, (height // 2, width // 2)))))
+        coarse = F.gelu(self.coarse(pool(mid)))
+        room = self.room(coarse.flatten(1))[:, None, None].expand(*coarse.shape[:3], -1)
+        up = self.uncoarse(torch.cat([coarse, room], -1))                             # (n, h/4, w/4, 4 64)
+        up = F.gelu(up.unflatten(3, (2, 2, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2))  # pool undone
+        depth, log_error_depth = self.depth(torch.cat([mid, up], -1)).flatten(1, 2).unbind(-1)
+        return (log_match, flow + correction, log_error.clamp(-4, 3), torch.exp(depth - 1.2),
+                (log_error_depth - 1.5).clamp(-5, 1))
+
+    def solve(self, flow, log_error, inverse_depth, log_error_depth, steps=4):
+        """The cameras (rotation, position of frames 1 ... T-1) and depths that explain the flow best, in the learned
+        weighting: Gauss-Newton on poses and log-depths together, depths eliminated (bundle adjustment)."""
+        ray = self.ray[self.ask]
+        seen = ray[:, :2] + flow * self.to_ray                                          # (n, T-1, Q, 2)
+        weight = (torch.exp(-log_error) / self.to_ray).square()
+        prior = torch.exp(-2 * log_error_depth)                                         # (n, Q)
+        n, frames = flow.shape[:2]
+        R, t = torch.eye(3).expand(n, frames, 3, 3), torch.zeros(n, frames, 3)
+        s = torch.zeros_like(inverse_depth)                                             # log-depth above the first guess
+        for _ in range(steps):
+            point = ray * (s.exp() / inverse_depth)[..., None]                          # (n, Q, 3)
+            y = (point[:, None] - t[:, :, None]) @ R                                    # R^T (point - t)
+            a = 1 / y[..., 2].clamp(min=0.2)
+            (u, v), zero = (y[..., :2] * a[..., None]).unbind(-1), torch.zeros_like(a)
+            miss = seen - torch.stack([u, v], -1)
+            # moving the camera by rho and turning it by theta moves y by -(rho + theta x y)
+            J = torch.stack([torch.stack([-a, zero, u * a, u * v, -1 - u * u, v], -1),
+                             torch.stack([zero, -a, v * a, 1 + v * v, -u * v, -u], -1)], -2)  # (n, T-1, Q, 2, 6)
+            along = (point[:, None] @ R) * a[..., None]                                 # R^T point / z
+            K = torch.stack([along[..., 0] - u * along[..., 2], along[..., 1] - v * along[..., 2]], -1)
+            WJ, WK = J * weight[..., None], K * weight
+            H = WJ.flatten(2, 3).transpose(2, 3) @ J.flatten(2, 3)                      # (n, T-1, 6, 6)
+            E = (WJ * K[..., None]).sum(3)                                              # (n, T-1, Q, 6)
+            C = (WK * K).sum((1, 3)) + prior                                            # (n, Q)
+            g = (WJ * miss[..., None]).sum((2, 3))                                      # (n, T-1, 6)
+            gs = (WK * miss).sum((1, 3)) - prior * s
+            E = E.transpose(1, 2).flatten(2)                                            # (n, Q, 6 (T-1))
+            A = torch.zeros(n, frames, 6, frames, 6)
+            for k in range(frames):
+                A[:, k, :, k] = H[:, k]
+            EC = E / C[..., None]
+            A = A.flatten(3).flatten(1, 2) - EC.transpose(1, 2) @ E
+            step = torch.linalg.solve(A + 1e-2 * torch.eye(6 * frames), (g.flatten(1) - (EC * gs[..., None]).sum(1))[..., None])
+            s = (s + gs / C - (EC @ step)[..., 0]).clamp(-1, 1)
+            step = step[..., 0].unflatten(1, (frames, 6)).clamp(-0.5, 0.5)
+            t = t + (R @ step[..., :3, None])[..., 0]
+            R = R @ exp_so3(step[..., 3:])
+        return R, t
 
     def forward(self, video):
-        out = self.vectors(*self.matches(video), len(video))
-        c2w = torch.eye(4, device=out.device).repeat(out.shape[0], video.shape[2], 1, 1)
-        c2w[:, 1:, :3, 3] = 0.1 * out[..., :3]
-        c2w[:, 1:, :3, :3] = exp_so3(math.radians(2) * out[..., 3:])
+        R, t = self.solve(*self.see(video)[1:])
+        c2w = torch.eye(4).repeat(len(video), video.shape[2], 1, 1)
+        c2w[:, 1:, :3, :3], c2w[:, 1:, :3, 3] = R, t
         return c2w
 
 
-def match_loss(log_match, depth, c2w, reach=Estimator.REACH):
-    """Cross-entropy of the estimator's matches against where the places of frame 0 truly went.
-    log_match (n (T-1), h w, matches), depth (n, H, W) of frame 0, c2w (n, T, 4, 4)."""
-    n, frames = c2w.shape[:2]
-    h, w = HEIGHT // 2, WIDTH // 2
-    ray = rays(INTRINSICS, HEIGHT, WIDTH).permute(2, 0, 1)
-    ray = F.avg_pool2d(ray[None], 2)[0].flatten(1).T                       # (h w, 3)
-    z = 1 / F.avg_pool2d(1 / depth[:, None], 2).flatten(1)                  # (n, h w)
-    point = z[..., None] * ray
+def estimator_loss(net, video, depth, c2w, posed=1.0):
+    """Pose error (in 0.1 m and 2 degrees), and what leads to it: matches, flow and depth. depth (n, H, W) of frame 0."""
+    log_match, flow, log_error, inverse_depth, log_error_depth = net.see(video)
+    R, t = net.solve(flow, log_error, inverse_depth, log_error_depth)
+    turn = R.transpose(-1, -2) @ c2w[:, 1:, :3, :3]
+    turn = torch.stack([turn[..., 2, 1], turn[..., 0, 2], turn[..., 1, 0]], -1) - torch.stack(
+        [turn[..., 1, 2], turn[..., 2, 0], turn[..., 0, 1]], -1)
+    miss = torch.cat([(t - c2w[:, 1:, :3, 3]) / 0.1, turn / 2 / math.radians(2)], -1)
+    pose = F.smooth_l1_loss(miss, torch.zeros_like(miss), beta=0.3)
+
+    h, w, (down, across) = HEIGHT // 2, WIDTH // 2, net.REACH
+    ray = net.ray[net.ask]
+    true_inverse = F.avg_pool2d(1 / depth[:, None], 2).flatten(1)[:, net.ask]           # (n, Q)
+    point = ray / true_inverse[..., None]
     point = torch.einsum("ntji,ntpj->ntpi", c2w[:, 1:, :3, :3], point[:, None] - c2w[:, 1:, None, :3, 3])
-    u = (point[..., 0] / point[..., 2] - ray[:, 0]) * INTRINSICS[0] * w    # places across and down
-    v = (point[..., 1] / point[..., 2] - ray[:, 1]) * INTRINSICS[1] * h
-    log_match = log_match.unflatten(0, (n, frames - 1)).unflatten(-1, (2 * reach[0] + 1, 2 * reach[1] + 1))
-    x, y = torch.arange(w).repeat(h) + u, torch.arange(h).repeat_interleave(w) + v
-    inside = (u.abs() < reach[1] - 1) & (v.abs() < reach[0] - 1) & (x > 0) & (x < w - 1) & (y > 0) & (y < h - 1)
-    loss = 0
-    u, v = u.clamp(1 - reach[1], reach[1] - 1), v.clamp(1 - reach[0], reach[0] - 1)
+    true_flow = (point[..., :2] / point[..., 2:].clamp(min=0.2) - ray[:, :2]) / net.to_ray
+    u, v = true_flow.unbind(-1)
+    x, y = (net.ask % w) + u, (net.ask // w) + v
+    inside = (u.abs() < across - 1) & (v.abs() < down - 1) & (x > 0) & (x < w - 1) & (y > 0) & (y < h - 1)
+    u, v, match = u.clamp(1 - across, across - 1), v.clamp(1 - down, down - 1), 0
     for dx in (0, 1):
-        for dy in (0, 1):                                                    # bilinear target
+        for dy in (0, 1):                                                                 # bilinear target
             i, j = v.floor() + dy, u.floor() + dx
-            weight = (1 - (u - j).abs()) * (1 - (v - i).abs()) * inside
-            at = (i + reach[0]).long() * (2 * reach[1] + 1) + (j + reach[1]).long()
-            loss = loss - (weight * log_match.flatten(-2).gather(-1, at[..., None])[..., 0]).sum()
-    return loss / inside.sum().clamp(min=1)
+            share = (1 - (u - j).abs()) * (1 - (v - i).abs()) * inside
+            at = (i + down).long() * (2 * across + 1) + (j + across).long()
+            match = match - (share * log_match.gather(-1, at[..., None])[..., 0]).sum() / inside.sum()
+    error = (flow - true_flow).abs()
+    flowing = ((error * torch.exp(-log_error) + log_error).sum(-1) * inside).sum() / inside.sum()  # Laplace likelihood
+    deep = (inverse_depth.log() - true_inverse.log()).abs()
+    likelihood = (deep * torch.exp(-log_error_depth) + log_error_depth).mean()
+    loss = posed * pose + 0.1 * match + 0.2 * flowing + 0.2 * likelihood
+    return loss, {"pose": float(pose.detach()), "match": float(match.detach()), "flow": float((error.detach().sum(-1) * inside).sum() / inside.sum()), "depth": float(deep.detach().mean()),
+                  "metres": float((t.detach() - c2w[:, 1:, :3, 3]).norm(dim=-1).mean()),
+                  "degrees": float(turn.detach().norm(dim=-1).mean() / 2 * 180 / math.pi)}
 
 
 # ---- the toy as train.py and evaluate.py see it ----
@@ -596,6 +661,38 @@ def pretrain_base(out, codec, steps=8000, rows=64, seed=0):
         write_weights(out / "toy_base.safetensors", state)
 
     optimise(parameters, steps, 1e-3, loss_at, out, "toy_base", export)
+
+
+def filmed(n, seed, codec, draw=render):
+    """What the estimator learns from: videos (n, 3, T, H, W) of random rooms at up to twice the test speeds and a bit
+    shaky, as the codec shows them, most with noise in their latents, half of them somewhat blurred; depth (n, H, W) of
+    frame 0; c2w (n, T, 4, 4)."""
+    g = torch.Generator().manual_seed(seed)
+    step, turn = (x + 0.15 * torch.randn(x.shape, generator=g) for x in walks(n, g))
+    step = step * 0.26 * torch.rand(n, 1, 1, generator=g)
+    turn = turn * math.radians(5.2) * torch.rand(n, 1, 1, generator=g)
+    c2w = integrate(step, turn)
+    video, depth = draw(rooms(n, seed), c2w)
+    kind = torch.rand(n, 1, 1, 1, 1, generator=g)
+    video = torch.lerp(video, blur(video, 0.6), torch.rand(n, 1, 1, 1, 1, generator=g) * (kind < 0.5))
+    latents = codec.encode(video)
+    grain = 0.25 * torch.rand(n, 1, 1, 1, 1, generator=g) * (kind > 0.3)
+    return codec.decode(latents + grain * torch.randn(latents.shape, generator=g)), depth[:, 0], c2w
+
+
+def train_estimator(out, codec, steps=7000, rows=64, seed=0):
+    """The metric pose estimator, on videos as filmed() makes them; poses count only once matches are half learnt."""
+    torch.manual_seed(seed)
+    net, draw = Estimator(), torch.compile(render)
+    parameters = list(net.parameters())
+
+    def loss_at(step):
+        return estimator_loss(net, *filmed(rows, 50_000_000 + step, codec, draw), min(1, max(0, (step - 300) / 300)))
+
+    def export(average):
+        write_weights(out / "toy_estimator.safetensors", dict(zip((n for n, _ in net.named_parameters()), average)))
+
+    optimise(parameters, steps, 1.5e-3, loss_at, out, "toy_estimator", export)
 
 
 def write_weights(path, state):
