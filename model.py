@@ -434,6 +434,9 @@ def config_from(shapes, num_heads=None):
                   roce=any("rope_phase" in key for key in shapes))
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+
+
 def read_shapes(path):
     """{key: shape} of a safetensors file, from its header. ValueError if cut off, foreign, not floats."""
     try:
@@ -446,9 +449,6 @@ def read_shapes(path):
     if strange:
         raise ValueError(f"{path}: expected types {', '.join(FLOATS)}, found {', '.join(strange)}")
     return shapes
-
-
-FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
 def load_dit(path, *overlays, num_heads=None, device="cpu", dtype=torch.float32, trained_dtype=None,
