@@ -173,7 +173,7 @@ class Peak(TorchDispatchMode):
 def test_memory_does_not_grow_with_frames(vae):
     peaks = {}
     for frames in 9, 25:
-        x = video(frames, 16, 16)
+        x = video(frames, 32, 32)
         with Peak(x, *vae.parameters()) as encode:
             z = vae.encode(x)
         with Peak(z, *vae.parameters()) as decode:
@@ -186,7 +186,7 @@ def test_memory_does_not_grow_with_frames(vae):
     with Peak(z, *vae.parameters()) as whole:
         vae.decode(z)
     vae.chunk = 1
-    assert whole.peak > 3 * peaks[25][1]
+    assert whole.peak > 2 * peaks[25][1]
 
 
 # ---- dtypes and files
