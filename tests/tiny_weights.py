@@ -103,7 +103,7 @@ def save_tokenizer(folder):
 
 
 def write(folder, seed=0):
-    """Write all that a run on the published models reads, reward models apart, to folder; returns its Path."""
+    """Write what a run on the published models reads, reward models apart, to folder; returns its Path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shapes = dit_shapes()
