@@ -517,23 +517,17 @@ def source_cameras(video, numbers, shape, name, cameras, fov=None):
     """A clip's cameras -> c2w (T, 4, 4), metres, relative to its first, and normalised intrinsics (4,).
 
     video: uint8 (T, H, W, 3), scaled and cropped; numbers (T,): its frames as rows of a camera file
-    shape: (H, W) of the stored video; fov: its horizontal field of view in degrees, where nothing else tells
-    cameras: an estimator, videos (1, T, H, W, 3) -> metric c2w (1, T, 4, 4), or that and intrinsics (1, 4);
-        or a folder, which for a clip a/b.mp4 holds a/b.npz, .npy or .json as trajectories.read_path reads
-        them (an .npz may hold intrinsics too: read_focal), or ViPE's pose/b.npz and intrinsics/b.npz
+    shape: (H, W) of the stored video; fov: its horizontal view in degrees, for files without intrinsics
+    cameras: an estimator, videos (1, T, H, W, 3) -> metric c2w (1, T, 4, 4) and intrinsics (1, 4), or a
+        folder that for a clip a/b.mp4 holds a/b.npz, .npy or .json as trajectories.read_path reads them (an
+        .npz may hold intrinsics too: read_focal), or ViPE's pose/b.npz and intrinsics/b.npz
     ValueError with the reason where there are none, too few, or the estimator failed.
     """
-    (h, w), (height, width) = shape, video.shape[1:3]
-    scale = max(height / h, width / w)  # as in resize_to_cover
-    focal = None
     if callable(cameras):
-        c2w = cameras(video[None])
-        if isinstance(c2w, tuple):
-            c2w, intrinsics = c2w
-            focal = intrinsics[0, :2].tolist()
+        c2w, intrinsics = cameras(video[None])
         if not c2w.isfinite().all():
             raise ValueError("the pose estimator failed on it")
-        c2w = trajectories.check(c2w[0].double().cpu().numpy(), "estimated path")
+        c2w, focal = trajectories.check(c2w[0].double().cpu().numpy(), "estimate"), intrinsics[0, :2].tolist()
     else:
         stem = (Path(cameras) / name).with_suffix("")
         vipe = Path(cameras) / "pose" / f"{stem.name}.npz"
@@ -544,15 +538,13 @@ def source_cameras(video, numbers, shape, name, cameras, fov=None):
         c2w = trajectories.read_path(file)
         if len(c2w) <= numbers[-1]:
             raise ValueError(f"{file}: {len(c2w)} cameras, but the clip's last frame is {numbers[-1]}")
-        c2w = c2w[numbers]
-        stored = read_focal(Path(cameras) / "intrinsics" / file.name if file == vipe else file, shape)
-        if stored:
-            focal = stored[0] * w * scale / width, stored[1] * h * scale / height
-    if focal is None:
-        if fov is None:
-            raise ValueError("no intrinsics: give --fov, the horizontal field of view in degrees")
-        pixels = 0.5 * w * scale / math.tan(math.radians(fov) / 2)  # focal length, square pixels
-        focal = pixels / width, pixels / height
+        c2w, (h, w), (height, width) = c2w[numbers], shape, video.shape[1:3]
+        focal = read_focal(Path(cameras) / "intrinsics" / file.name if file == vipe else file, shape)
+        if focal is None and fov is None:
+            raise ValueError(f"{file}: no intrinsics; give --fov, the horizontal field of view in degrees")
+        fx, fy = focal or (0.5 / math.tan(math.radians(fov) / 2) * np.array([1, w / h]))  # square pixels
+        scale = max(height / h, width / w)  # as in resize_to_cover
+        focal = fx * w * scale / width, fy * h * scale / height
     return torch.from_numpy(trajectories.relative(c2w)), torch.tensor([*focal, 0.5, 0.5], dtype=torch.float32)
 
 
@@ -564,9 +556,9 @@ def encode_clip(video, caption, vae, text_encoder, image_encoder):
 
 
 def up_to_date(path, caption):
-    """Whether a clip was prepared before, with this caption."""
+    """Whether a clip was prepared before, with this caption (None: with any)."""
     try:
-        return load_clip(path).caption == caption
+        return load_clip(path).caption == caption or caption is None
     except (OSError, ValueError):
         return False
 
@@ -579,14 +571,14 @@ def write_index(out, settings, skipped):
     return index
 
 
-def prepare(videos, out, weights, captions=None, cameras="mapanything", fov=None, estimator_stride=1,
-            frames=81, height=480, width=832, stride=1, negative_prompt=None):
+def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapanything", fov=None,
+            estimator_stride=1, frames=81, height=480, width=832, stride=1, negative_prompt=None):
     """Encode every video below a folder into a cache that ClipCache reads; returns its index (on rank 0).
 
     The arguments are the command's. Under torchrun the clips are shared out over the ranks. A clip that is
     itself at fault is skipped with the reason; ValueError or OSError for what concerns all, or with no clip.
     """
-    from encoders import NEGATIVE_PROMPT, load_image_encoder, load_text_encoder  # slow, and only needed here
+    import encoders  # slow, and only needed here
     from vae import load_vae
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -595,13 +587,14 @@ def prepare(videos, out, weights, captions=None, cameras="mapanything", fov=None
     if world > 1:  # only to share out the clips and to collect what was skipped, which may be days later
         dist.init_process_group("gloo", timeout=timedelta(days=30))
     videos, out, weights = Path(videos), Path(out), Path(weights)
-    names, texts = find_videos(videos), read_captions(captions) if captions else None
-    wanted = {name: find_caption(name, texts) if captions else "" for name in names}
+    names, texts = find_videos(videos), read_captions(captions) if captions else {}
+    nothing = None if captions or captioner else ""  # with neither, every caption is empty
+    wanted = {name: find_caption(name, texts) or nothing for name in names}
     vae = load_vae(weights / VAE_FILE, device, dtype)
     if (frames - 1) % vae.time or height % (2 * vae.space) or width % (2 * vae.space):
         raise ValueError(f"{frames} frames of {height}x{width}: expected {vae.time}k+1 frames, "
                          f"height and width divisible by {2 * vae.space}")
-    negative_prompt = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+    negative_prompt = encoders.NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
     settings = dict(frames=frames, height=height, width=width, stride=stride, fov=fov,
                     cameras="mapanything" if cameras == "mapanything" else "files",
                     estimator_stride=estimator_stride, negative_prompt=negative_prompt)
@@ -617,34 +610,36 @@ def prepare(videos, out, weights, captions=None, cameras="mapanything", fov=None
         box = [[name for name in names if not up_to_date(out / f"{name}.safetensors", wanted[name])]]
         latents = vae.z * (1 + (frames - 1) // vae.time) * (height // vae.space) * (width // vae.space)
         size = 2 * (latents + 257 * 1280 + 512 * 4096) + 128 * frames
-        print(f"{len(names)} videos, {len(box[0])} to do: {frames} frames of {height}x{width}, at most "
-              f"{size / 1e6:.1f} MB each, {len(box[0]) * size / 1e9:.2f} GB together, "
-              f"{shutil.disk_usage(out).free / 1e9:.1f} GB free{'' if captions else '; no captions given'}")
+        print(f"{len(names)} videos, {len(box[0])} to do{'' if nothing is None else ', without captions'}: {frames} "
+              f"frames of {height}x{width}, at most {size / 1e6:.1f} MB each, {len(box[0]) * size / 1e9:.2f} GB "
+              f"together, {shutil.disk_usage(out).free / 1e9:.1f} GB free", flush=True)
     if world > 1:
         dist.broadcast_object_list(box)
     todo = box[0]
-    text_encoder = load_text_encoder(weights / TEXT_FILE, weights / TOKENIZER, device, dtype)
-    image_encoder = load_image_encoder(weights / IMAGE_FILE, device, dtype)
+    text_encoder = encoders.load_text_encoder(weights / TEXT_FILE, weights / TOKENIZER, device, dtype)
+    image_encoder = encoders.load_image_encoder(weights / IMAGE_FILE, device, dtype)
     if rank == 0:
         write_file(out / NEGATIVE, save({"text": text_encoder.embed([negative_prompt])[0].bfloat16().cpu()}))
     if cameras == "mapanything":
         import rewards
-        cameras = rewards.mapanything(weights / "map-anything", device, estimator_stride)
+        cameras = rewards.mapanything(weights / "map-anything", device, estimator_stride).cameras
     for name in tqdm(todo[rank::world], desc="prepare", unit="clip", disable=rank > 0):
         path = videos / name
         try:
-            if wanted[name] is None:
+            text = wanted[name]
+            if text is None and not captioner:
                 raise ValueError(f"no caption in {captions}")
             video, fps, numbers = read_frames(path, frames, stride, (height, width))
             stored = read_video(path, frames=1)[0].shape[1:3]
             video = torch.from_numpy(video).to(device)
             c2w, intrinsics = source_cameras(video, numbers, stored, name, cameras, fov)
+            text = encoders.caption(video[frames // 2], captioner, device, dtype) if text is None else text
         except (ValueError, FileNotFoundError) as error:
             skipped[name] = str(error).removeprefix(f"{path}: ")
             tqdm.write(f"skipped {name}: {skipped[name]}")
             continue
-        latents, image, text = encode_clip(video, wanted[name], vae, text_encoder, image_encoder)
-        clip = Clip(name, str(path.resolve()), wanted[name], fps, latents, image, text, c2w, intrinsics)
+        encoded = encode_clip(video, text, vae, text_encoder, image_encoder)
+        clip = Clip(name, str(path.resolve()), text, fps, *encoded, c2w, intrinsics)
         save_clip(out / f"{name}.safetensors", clip)
     if world > 1:
         dist.gather_object(skipped, parts := [None] * world if rank == 0 else None)
@@ -672,9 +667,10 @@ def main():
     add("--out", required=True, help="folder for the clips; an interrupted run goes on there")
     add("--weights", required=True, help="folder of the published Wan2.1-Fun-V1.1-1.3B-Control-Camera files")
     add("--captions", help="csv with columns file_name, text (or videoFile, caption)")
+    add("--captioner", help="BLIP-2 by folder or hub id, for clips without a caption (their middle frame)")
     add("--cameras", default="mapanything",
         help="mapanything (default; in the weights' map-anything), or a folder with a/b.npz for a/b.mp4")
-    add("--fov", type=float, help="horizontal field of view, degrees, where the cameras have no intrinsics")
+    add("--fov", type=float, help="horizontal field of view in degrees, for camera files without intrinsics")
     add("--estimator-stride", type=int, default=1, help="estimate every n-th camera, interpolate the others")
     add("--frames", type=int, default=81, help="4k+1 (default 81)")
     add("--height", type=int, default=480, help="pixels (default 480)")

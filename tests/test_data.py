@@ -304,8 +304,8 @@ def path_of(frames, i):
 
 
 def prepare(source, weights, out, **options):
-    return data.prepare(source / "videos", out, weights, source / "captions.csv", str(source / "cameras"),
-                        **SETTINGS | options)
+    return data.prepare(source / "videos", out, weights, source / "captions.csv",
+                        cameras=str(source / "cameras"), **SETTINGS | options)
 
 
 def arguments(source, weights, out):
@@ -357,26 +357,24 @@ def test_the_policy_takes_a_clip(weights, cache):
 
 
 def test_an_estimator_gives_the_cameras():
-    video, stored = torch.zeros(9, 32, 48, 3, dtype=torch.uint8), (48, 64)
-    world = torch.from_numpy(path_of(9, 3))[None]
-    both = lambda videos: (world, torch.tensor([[0.7, 0.8, 0.4, 0.4]]))
-    c2w, intrinsics = data.source_cameras(video, None, stored, "a", both)
+    video, world = torch.zeros(9, 32, 48, 3, dtype=torch.uint8), torch.from_numpy(path_of(9, 3))[None]
+    estimator = lambda videos: (world, torch.tensor([[0.7, 0.8, 0.4, 0.4]]))
+    c2w, intrinsics = data.source_cameras(video, None, (48, 64), "a", estimator)
     assert np.allclose(c2w, trajectories.relative(world[0]))
     assert intrinsics.tolist() == pytest.approx([0.7, 0.8, 0.5, 0.5])
-    # a 90 degree view of 64x48 has a focal length of half its width: 32 pixels, or 24 at 48x36
-    _, intrinsics = data.source_cameras(video, None, stored, "a", lambda videos: world, fov=90)
-    assert intrinsics.tolist() == pytest.approx([24 / 48, 24 / 32, 0.5, 0.5])
-    with pytest.raises(ValueError, match="--fov"):
-        data.source_cameras(video, None, stored, "a", lambda videos: world)
     with pytest.raises(ValueError, match="failed"):
-        data.source_cameras(video, None, stored, "a", lambda videos: world * float("nan"))
+        data.source_cameras(video, None, (48, 64), "a", lambda videos: (world * float("nan"), None))
 
 
 def test_cameras_follow_the_frames_taken(tmp_path):
     np.savez(tmp_path / "a.npz", c2w=path_of(20, 2))
     video, numbers = torch.zeros(9, 32, 48, 3, dtype=torch.uint8), np.arange(3, 20, 2)
-    c2w, _ = data.source_cameras(video, numbers, (48, 64), "a.mp4", tmp_path, fov=60)
+    # a 90 degree view of 64x48 has a focal length of half its width: 32 pixels, or 24 at 48x36
+    c2w, intrinsics = data.source_cameras(video, numbers, (48, 64), "a.mp4", tmp_path, fov=90)
     assert np.allclose(c2w, trajectories.relative(path_of(20, 2)[3::2]))
+    assert intrinsics.tolist() == pytest.approx([24 / 48, 24 / 32, 0.5, 0.5])
+    with pytest.raises(ValueError, match="--fov"):
+        data.source_cameras(video, numbers, (48, 64), "a.mp4", tmp_path)
     with pytest.raises(ValueError, match="a.npz: 20 cameras, but the clip's last frame is 20"):
         data.source_cameras(video, numbers + 1, (48, 64), "a.mp4", tmp_path, fov=60)
     for folder, array in (("pose", path_of(9, 1)), ("intrinsics", np.tile([32.0, 32, 32, 24], (9, 1)))):
@@ -449,6 +447,16 @@ def test_changed_captions_are_encoded_again(source, weights, cache, tmp_path):
     assert [name for name in after if after[name] != before[name]] == ["b.mp4.safetensors"]
 
 
+def test_captioner_sees_the_middle_frame(source, weights, tmp_path, monkeypatch):
+    seen = lambda frame, *_: f"brightness {frame[-8:, -8:].float().mean() / 10 - 1:.0f}"
+    monkeypatch.setattr(encoders, "caption", seen)
+    options = dict(captioner="blip2", cameras=str(source / "cameras"), **SETTINGS)
+    data.prepare(source / "videos", tmp_path / "out", weights, source / "captions.csv", **options)
+    assert data.ClipCache(tmp_path / "out")[0].caption == "a caption for clip 0"  # its row
+    data.prepare(source / "videos", tmp_path / "no_file", weights, **options)
+    assert data.ClipCache(tmp_path / "no_file")[0].caption == "brightness 4"  # of 0 to 8
+
+
 def test_damaged_clip(cache, tmp_path):
     content = (cache / "a.mp4.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[:-10])
@@ -486,7 +494,7 @@ data.main()
 
 def test_full_disk_stops_with_one_line(source, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data.py", *PREPARE[2:], *arguments(source, weights, tmp_path / "out")])
-    with full_disk(40_000), pytest.raises(SystemExit, match="data.py: .*too large.*a.mp4.safetensors") as stop:
+    with full_disk(40_000), pytest.raises(SystemExit, match="data.py: .*too large.*a.mp4.safe") as stop:
         data.main()  # index and negative prompt fit, no clip does
     assert "\n" not in stop.value.code
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [data.INDEX, data.NEGATIVE]
