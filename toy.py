@@ -23,6 +23,7 @@ import data
 import model
 import rewards
 import trajectories
+from sampler import sample, schedule
 
 FRAMES, HEIGHT, WIDTH = 5, 24, 40
 INTRINSICS = (0.5 / math.tan(math.radians(40)), 0.5 / math.tan(math.radians(40)) * WIDTH / HEIGHT, 0.5, 0.5)
@@ -102,7 +103,7 @@ def render(room, c2w, times=None, height=HEIGHT, width=WIDTH):
     pose = room.pose[:, None] @ c2w.to(room.pose)
     d = torch.einsum("ntij,pj->ntpi", pose[..., :3, :3], rays(INTRINSICS, height, width).flatten(0, 1))
     o = pose[..., None, :3, 3]  # (n, T, 1, 3)
-    inv = 1 / torch.where(d.abs() < 1e-6, torch.full_like(d, 1e-6), d)
+    inv = 1 / torch.where(d.abs() < 1e-6, torch.copysign(torch.tensor(1e-6), d), d)
 
     x, z = room.half[:, 0], room.half[:, 1]
     low = torch.stack([-x, torch.full_like(x, -CEILING), -z], -1)[:, None, None]
@@ -202,6 +203,8 @@ class Codec:
     def encode(self, video):
         s, b = self.state, video.shape[0]
         first = (to_patches(video[:, :, :1]) - s["first.mean"]) @ s["first.down"]
+        if video.shape[2] == 1:
+            return first[:, None].permute(0, 4, 1, 2, 3).contiguous()
         rest = video[:, :, 1:].unflatten(2, (-1, 4)).transpose(1, 2).flatten(0, 1)  # (B (F-1), 3, 4, H, W)
         rest = (to_patches(rest) - s["rest.mean"]) @ s["rest.down"]
         return torch.cat([first[:, None], rest.unflatten(0, (b, -1))], 1).permute(0, 4, 1, 2, 3).contiguous()
@@ -210,6 +213,8 @@ class Codec:
         s, b = self.state, latents.shape[0]
         x = latents.permute(0, 2, 3, 4, 1)  # (B, F, h, w, 16)
         first = from_patches(x[:, 0] @ s["first.up"] + s["first.mean"], 1)
+        if x.shape[1] == 1:
+            return first.clamp(-1, 1)
         rest = from_patches(x[:, 1:].flatten(0, 1) @ s["rest.up"] + s["rest.mean"], 4)
         rest = rest.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3)
         return torch.cat([first, rest], 2).clamp(-1, 1)
@@ -347,137 +352,77 @@ def pool(x):
 
 
 class Estimator(torch.nn.Module):
-    """Video (n, 3, T, H, W) in [-1, 1] -> c2w (n, T, 4, 4), metres, relative to frame 0. Every fourth pixel of frame 0
-    gets a depth and is looked for in each other frame; the camera that explains the matches best, in a learned weighting,
-    follows by a few steps of least squares. Metric, because tile size and eye level are."""
-    REACH, PATCH = (4, 6), 8  # places of 2 pixels searched down and across; size of the patches compared, pixels
+    """Video (n, 3, T, H, W) in [-1, 1] -> c2w (n, T, 4, 4), metres, relative to frame 0, from pixels alone. A network
+    reads metric depth off frame 0 (tile size and eye level tell it); each next frame's camera is the one whose picture of
+    these points differs least from frame 0, found by Gauss-Newton from where the frame before it was."""
+    PATCH = 8  # pixels that a place (of 2 x 2) sees of its surroundings
 
     def __init__(self):
         super().__init__()
-        matches, patch = math.prod(2 * r + 1 for r in self.REACH), 3 * self.PATCH ** 2
-        self.describe = mlp(patch, 96, 32)
-        self.sharpness = torch.nn.Parameter(torch.tensor(2.0))
-        self.refine = mlp(matches + 32 + 2, 96, 4)
-        self.fine, self.mid, self.coarse = mlp(patch + 2, 64, 64), mlp(256, 128), mlp(512, 128)
-        self.room = mlp(128 * (HEIGHT // 8) * (WIDTH // 8), 256, 128)
-        self.uncoarse, self.depth = mlp(256, 256, 4 * 64), mlp(192, 96, 2)
-        h, w, (down, across) = HEIGHT // 2, WIDTH // 2, self.REACH
-        y, x = (z.flatten() for z in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-        dy, dx = (z.flatten() for z in torch.meshgrid(torch.arange(-down, down + 1), torch.arange(-across, across + 1),
-                                                      indexing="ij"))
-        ray = F.avg_pool2d(rays(INTRINSICS, HEIGHT, WIDTH).permute(2, 0, 1), 2).flatten(1).T
-        to_ray = torch.tensor([1 / (INTRINSICS[0] * w), 1 / (INTRINSICS[1] * h)])
-        ask = ((y % 2 == 0) & (x % 2 == 0)).nonzero()[:, 0]  # Q places
-        y, x = y[ask, None] + dy, x[ask, None] + dx  # (Q, matches)
-        for name, value in (("place", y.clamp(0, h - 1) * w + x.clamp(0, w - 1)), ("ray", ray), ("to_ray", to_ray), ("ask", ask),
-                            ("outside", (y < 0) | (y >= h) | (x < 0) | (x >= w)), ("offset", torch.stack([dx, dy], -1).float())):
-            self.register_buffer(name, value, persistent=False)
+        self.fine, self.mid, self.coarse = mlp(3 * self.PATCH ** 2 + 2, 96, 64), mlp(256, 160), mlp(640, 192)
+        self.room = mlp(192 * (HEIGHT // 8) * (WIDTH // 8), 384, 192)
+        self.uncoarse, self.unmid, self.out = mlp(384, 384, 4 * 96), mlp(256, 192, 4 * 48), mlp(112, 96, 4)
+        self.register_buffer("ray", rays(INTRINSICS, HEIGHT, WIDTH), persistent=False)
 
-    def see(self, video):
-        """-> log-probabilities of matches (n, T-1, Q, matches), flow in places (n, T-1, Q, 2), log of its error
-        (n, T-1, Q, 2), inverse depth in frame 0 (n, Q) in 1/m, log of its relative error (n, Q)."""
-        n, _, frames, height, width = video.shape
-        patch = F.unfold(video.transpose(1, 2).flatten(0, 1), self.PATCH, padding=self.PATCH // 2 - 1, stride=2)
-        patch = patch.transpose(1, 2).unflatten(0, (n, frames))                      # (n, T, h w, 192)
-        f = F.normalize(self.describe(patch), dim=-1)
-        asked = f[:, :1, self.ask]
-        score = asked @ f[:, 1:].transpose(2, 3) * self.sharpness.exp()               # (n, T-1, Q, h w)
-        score = score.gather(3, self.place.expand(n, frames - 1, -1, -1)).masked_fill(self.outside, -20.0)
-        log_match = score.log_softmax(-1)
-        p = log_match.exp()
-        flow = p @ self.offset
-        correction, log_error = self.refine(torch.cat([p, flow / 3, asked.expand(-1, frames - 1, -1, -1)], -1)).split(2, -1)
-        fine = F.gelu(self.fine(torch.cat([patch[:, 0], self.ray[:, :2].expand(n, -1, -1)], -1)))
-        mid = F.gelu(self.mid(pool(fine.unflatten(1, (height // 2, width // 2)))))
+    def depth(self, image):
+        """Frame (n, 3, H, W) -> log-depth (n, H, W), metres along the optical axis."""
+        patch = F.unfold(image, self.PATCH, padding=self.PATCH // 2 - 1, stride=2).transpose(1, 2)  # (n, h w, 192)
+        where = self.ray[::2, ::2, :2].flatten(0, 1).expand(len(image), -1, -1)
+        fine = F.gelu(self.fine(torch.cat([patch, where], -1))).unflatten(1, (HEIGHT // 2, WIDTH // 2))
+        mid = F.gelu(self.mid(pool(fine)))
         coarse = F.gelu(self.coarse(pool(mid)))
-        room = self.room(coarse.flatten(1))[:, None, None].expand(*coarse.shape[:3], -1)
-        up = self.uncoarse(torch.cat([coarse, room], -1))                             # (n, h/4, w/4, 4 64)
-        up = F.gelu(up.unflatten(3, (2, 2, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2))  # pool undone
-        depth, log_error_depth = self.depth(torch.cat([mid, up], -1)).flatten(1, 2).unbind(-1)
-        return (log_match, flow + correction, log_error.clamp(-4, 3), torch.exp(depth - 1.2),
-                (log_error_depth - 1.5).clamp(-5, 1))
-
-    def solve(self, flow, log_error, inverse_depth, log_error_depth, steps=4):
-        """The cameras (rotation, position of frames 1 ... T-1) and depths that explain the flow best, in the learned
-        weighting: Gauss-Newton on poses and log-depths together, depths eliminated (bundle adjustment)."""
-        ray = self.ray[self.ask]
-        seen = ray[:, :2] + flow * self.to_ray                                          # (n, T-1, Q, 2)
-        weight = (torch.exp(-log_error) / self.to_ray).square()
-        prior = torch.exp(-2 * log_error_depth)                                         # (n, Q)
-        n, frames = flow.shape[:2]
-        R, t = torch.eye(3).expand(n, frames, 3, 3), torch.zeros(n, frames, 3)
-        s = torch.zeros_like(inverse_depth)                                             # log-depth above the first guess
-        for _ in range(steps):
-            point = ray * (s.exp() / inverse_depth)[..., None]                          # (n, Q, 3)
-            y = (point[:, None] - t[:, :, None]) @ R                                    # R^T (point - t)
-            a = 1 / y[..., 2].clamp(min=0.2)
-            (u, v), zero = (y[..., :2] * a[..., None]).unbind(-1), torch.zeros_like(a)
-            miss = seen - torch.stack([u, v], -1)
-            # moving the camera by rho and turning it by theta moves y by -(rho + theta x y)
-            J = torch.stack([torch.stack([-a, zero, u * a, u * v, -1 - u * u, v], -1),
-                             torch.stack([zero, -a, v * a, 1 + v * v, -u * v, -u], -1)], -2)  # (n, T-1, Q, 2, 6)
-            along = (point[:, None] @ R) * a[..., None]                                 # R^T point / z
-            K = torch.stack([along[..., 0] - u * along[..., 2], along[..., 1] - v * along[..., 2]], -1)
-            WJ, WK = J * weight[..., None], K * weight
-            H = WJ.flatten(2, 3).transpose(2, 3) @ J.flatten(2, 3)                      # (n, T-1, 6, 6)
-            E = (WJ * K[..., None]).sum(3)                                              # (n, T-1, Q, 6)
-            C = (WK * K).sum((1, 3)) + prior                                            # (n, Q)
-            g = (WJ * miss[..., None]).sum((2, 3))                                      # (n, T-1, 6)
-            gs = (WK * miss).sum((1, 3)) - prior * s
-            E = E.transpose(1, 2).flatten(2)                                            # (n, Q, 6 (T-1))
-            A = torch.zeros(n, frames, 6, frames, 6)
-            for k in range(frames):
-                A[:, k, :, k] = H[:, k]
-            EC = E / C[..., None]
-            A = A.flatten(3).flatten(1, 2) - EC.transpose(1, 2) @ E
-            step = torch.linalg.solve(A + 1e-2 * torch.eye(6 * frames), (g.flatten(1) - (EC * gs[..., None]).sum(1))[..., None])
-            s = (s + gs / C - (EC @ step)[..., 0]).clamp(-1, 1)
-            step = step[..., 0].unflatten(1, (frames, 6)).clamp(-0.5, 0.5)
-            t = t + (R @ step[..., :3, None])[..., 0]
-            R = R @ exp_so3(step[..., 3:])
-        return R, t
+        room = self.room(coarse.flatten(1))[:, None, None].expand_as(coarse)
+        mid = torch.cat([mid, F.gelu(unpool(self.uncoarse(torch.cat([coarse, room], -1))))], -1)
+        return 1.2 + unpool(self.out(torch.cat([fine, F.gelu(unpool(self.unmid(mid)))], -1)))[..., 0]
 
     def forward(self, video):
-        R, t = self.solve(*self.see(video)[1:])
-        c2w = torch.eye(4).repeat(len(video), video.shape[2], 1, 1)
-        c2w[:, 1:, :3, :3], c2w[:, 1:, :3, 3] = R, t
-        return c2w
+        n, _, frames, height, width = video.shape
+        log_depth = self.depth(video[:, :, 0])
+        point = log_depth.exp()[..., None] * self.ray                                   # (n, H, W, 3)
+        jump = torch.stack(torch.gradient(log_depth, dim=(1, 2))).square().sum(0)       # where surfaces meet, slopes mislead
+        trust = (1 / (1 + jump / 0.05 ** 2)).flatten(1)                                 # (n, P), P = H W
+        near, zero = 1 / point[..., 2], torch.zeros_like(point[..., 2])
+        u, v = self.ray[..., 0].expand_as(near), self.ray[..., 1].expand_as(near)
+        # moving the camera by rho and turning it by theta moves a point by -(rho + theta x point)
+        flow = torch.stack([torch.stack([-near, zero, u * near, u * v, -1 - u * u, v], -1),
+                            torch.stack([zero, -near, v * near, 1 + v * v, -u * v, -u], -1)], -2).flatten(1, 2)  # (n, P, 2, 6)
+        levels = []
+        for sigma in self.SIGMA:
+            seen = blur(video, sigma)
+            gy, gx = torch.gradient(seen[:, :, 0], dim=(2, 3))
+            slope = torch.stack([gx * INTRINSICS[0] * width, gy * INTRINSICS[1] * height], -1).flatten(2, 3)  # (n, 3, P, 2)
+            tensor = torch.einsum("ncpa,ncpb->npab", slope, slope)
+            each = (flow.transpose(2, 3) @ tensor @ flow).flatten(2)                    # (n, P, 36): J^T J of every pixel
+            levels.append((seen, seen[:, :, 0].flatten(2), slope, each))
+        point = point.flatten(1, 2)
+        to_grid = 2 * torch.tensor(INTRINSICS[:2])
+        pose, before, path = torch.eye(4).repeat(n, 1, 1), torch.eye(4).repeat(n, 1, 1), [torch.eye(4).repeat(n, 1, 1)]
+        for i in range(1, frames):
+            pose, before = pose @ torch.linalg.inv(before) @ pose, pose                 # as fast as so far
+            for seen, first, slope, each in levels:
+                for _ in range(self.STEPS):
+                    y = (point - pose[:, None, :3, 3]) @ pose[:, :3, :3]                # in camera i
+                    at = y[..., :2] / y[..., 2:].clamp(min=0.1) * to_grid
+                    miss = F.grid_sample(seen[:, :, i], at[:, None], align_corners=False)[:, :, 0] - first  # (n, 3, P)
+                    inside = at.abs().amax(-1) < 1
+                    weight = trust * inside * 0.2 / miss.square().sum(1).sqrt().clamp(min=0.2)  # Huber
+                    H = (weight[:, None] @ each).view(n, 6, 6)
+                    g = ((miss[..., None] * slope).sum(1) * weight[..., None]).flatten(1)[:, None] @ flow.flatten(1, 2)
+                    H = H + 1e-3 * torch.eye(6) * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-9 * torch.eye(6)
+                    step = torch.linalg.solve(H, g[:, 0]).clamp(-0.2, 0.2)
+                    move = torch.eye(4).repeat(n, 1, 1)
+                    move[:, :3, :3], move[:, :3, 3] = exp_so3(step[:, 3:]), step[:, :3]
+                    pose = torch.linalg.solve(move, pose)
+            path.append(pose)
+        return torch.stack(path, 1)
+
+    SIGMA = 1.5, 0.8  # pixels, blur
+    STEPS = 4  # Gauss-Newton steps per frame, blurred and sharp each
 
 
-def estimator_loss(net, video, depth, c2w, posed=1.0):
-    """Pose error (in 0.1 m and 2 degrees), and what leads to it: matches, flow and depth. depth (n, H, W) of frame 0."""
-    log_match, flow, log_error, inverse_depth, log_error_depth = net.see(video)
-    R, t = net.solve(flow, log_error, inverse_depth, log_error_depth)
-    turn = R.transpose(-1, -2) @ c2w[:, 1:, :3, :3]
-    turn = torch.stack([turn[..., 2, 1], turn[..., 0, 2], turn[..., 1, 0]], -1) - torch.stack(
-        [turn[..., 1, 2], turn[..., 2, 0], turn[..., 0, 1]], -1)
-    miss = torch.cat([(t - c2w[:, 1:, :3, 3]) / 0.1, turn / 2 / math.radians(2)], -1)
-    pose = F.smooth_l1_loss(miss, torch.zeros_like(miss), beta=0.3)
-
-    h, w, (down, across) = HEIGHT // 2, WIDTH // 2, net.REACH
-    ray = net.ray[net.ask]
-    true_inverse = F.avg_pool2d(1 / depth[:, None], 2).flatten(1)[:, net.ask]           # (n, Q)
-    point = ray / true_inverse[..., None]
-    point = torch.einsum("ntji,ntpj->ntpi", c2w[:, 1:, :3, :3], point[:, None] - c2w[:, 1:, None, :3, 3])
-    true_flow = (point[..., :2] / point[..., 2:].clamp(min=0.2) - ray[:, :2]) / net.to_ray
-    u, v = true_flow.unbind(-1)
-    x, y = (net.ask % w) + u, (net.ask // w) + v
-    inside = (u.abs() < across - 1) & (v.abs() < down - 1) & (x > 0) & (x < w - 1) & (y > 0) & (y < h - 1)
-    u, v, match = u.clamp(1 - across, across - 1), v.clamp(1 - down, down - 1), 0
-    for dx in (0, 1):
-        for dy in (0, 1):                                                                 # bilinear target
-            i, j = v.floor() + dy, u.floor() + dx
-            share = (1 - (u - j).abs()) * (1 - (v - i).abs()) * inside
-            at = (i + down).long() * (2 * across + 1) + (j + across).long()
-            match = match - (share * log_match.gather(-1, at[..., None])[..., 0]).sum() / inside.sum()
-    error = (flow - true_flow).abs()
-    flowing = ((error * torch.exp(-log_error) + log_error).sum(-1) * inside).sum() / inside.sum()  # Laplace likelihood
-    deep = (inverse_depth.log() - true_inverse.log()).abs()
-    likelihood = (deep * torch.exp(-log_error_depth) + log_error_depth).mean()
-    loss = posed * pose + 0.1 * match + 0.2 * flowing + 0.2 * likelihood
-    return loss, {"pose": float(pose.detach()), "match": float(match.detach()), "flow": float((error.detach().sum(-1) * inside).sum() / inside.sum()), "depth": float(deep.detach().mean()),
-                  "metres": float((t.detach() - c2w[:, 1:, :3, 3]).norm(dim=-1).mean()),
-                  "degrees": float(turn.detach().norm(dim=-1).mean() / 2 * 180 / math.pi)}
+def unpool(x):
+    """(B, h, w, 4 c) -> (B, 2 h, 2 w, c), pool undone."""
+    return x.unflatten(3, (2, 2, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 # ---- the toy as train.py and evaluate.py see it ----
@@ -487,9 +432,11 @@ SPEED, TURN = 0.10, math.radians(2.0)                   # of the test paths at s
 
 
 def look_around(room, c2w, codec):
-    """Rooms (n) filmed along a source path c2w (n, T, 4, 4): uint8 videos (n, T, H, W, 3) and their latents."""
-    video = data.to_uint8(torch.cat([render(room[i:i + 32], c2w[i:i + 32])[0] for i in range(0, len(c2w), 32)]))
-    return video, codec.encode(torch.stack([data.to_float(x) for x in video]))
+    """Rooms (n) filmed along paths c2w (n, T, 4, 4): videos (n, 3, T, H, W) in [-1, 1], their latents, and what the codec
+    leaves of them, uint8 (n, T, H, W, 3)."""
+    video = torch.cat([render(room[i:i + 32], c2w[i:i + 32])[0] for i in range(0, len(c2w), 32)])
+    latents = codec.encode(video)
+    return video, latents, data.to_uint8(codec.decode(latents))
 
 
 def source_paths(n, seed):
@@ -533,7 +480,7 @@ def open_world(config, device, World):
     dit, codec, estimator = open_weights(config.weights)
     n, seed = TRAIN_ROOMS, 10_000_000
     sources = source_paths(n, seed)
-    videos, latents = look_around(rooms(n, seed), sources, codec)
+    _, latents, videos = look_around(rooms(n, seed), sources, codec)
 
     def draw(numbers, rngs):
         target = []
@@ -555,8 +502,8 @@ def held_out(count, codec, speed=1.0, seed=TEST_ROOMS):
     target = torch.from_numpy(np.stack(shapes)).float().repeat(count, 1, 1, 1)
     rows = torch.arange(count).repeat_interleave(10)
     room, source = rooms(count, seed), source_paths(count, seed)
-    videos, latents = look_around(room, source, codec)
-    truth = look_around(room[rows], target, codec)[0]
+    _, latents, videos = look_around(room, source, codec)
+    truth = data.to_uint8(look_around(room[rows], target, codec)[0])
     return room[rows], condition_on(latents[rows], target, source[rows]), scene_of(target, videos[rows], source[rows]), truth
 
 
@@ -663,40 +610,63 @@ def pretrain_base(out, codec, steps=8000, rows=64, seed=0):
     optimise(parameters, steps, 1e-3, loss_at, out, "toy_base", export)
 
 
-def filmed(n, seed, codec, draw=render):
-    """What the estimator learns from: videos (n, 3, T, H, W) of random rooms at up to twice the test speeds and a bit
-    shaky, as the codec shows them, most with noise in their latents, half of them somewhat blurred; depth (n, H, W) of
-    frame 0; c2w (n, T, 4, 4)."""
+def photographed(n, seed, codec, draw=render):
+    """What the depth network learns from: first frames (n, 3, H, W) of random rooms as the codec shows them, most with
+    noise in their latents, half of them somewhat blurred; depth (n, H, W)."""
     g = torch.Generator().manual_seed(seed)
-    step, turn = (x + 0.15 * torch.randn(x.shape, generator=g) for x in walks(n, g))
-    step = step * 0.26 * torch.rand(n, 1, 1, generator=g)
-    turn = turn * math.radians(5.2) * torch.rand(n, 1, 1, generator=g)
-    c2w = integrate(step, turn)
-    video, depth = draw(rooms(n, seed), c2w)
+    image, depth = draw(rooms(n, seed), torch.eye(4).repeat(n, 1, 1, 1))
     kind = torch.rand(n, 1, 1, 1, 1, generator=g)
-    video = torch.lerp(video, blur(video, 0.6), torch.rand(n, 1, 1, 1, 1, generator=g) * (kind < 0.5))
-    latents = codec.encode(video)
+    image = torch.lerp(image, blur(image, 0.6), torch.rand(n, 1, 1, 1, 1, generator=g) * (kind < 0.5))
+    latents = codec.encode(image)
     grain = 0.25 * torch.rand(n, 1, 1, 1, 1, generator=g) * (kind > 0.3)
-    return codec.decode(latents + grain * torch.randn(latents.shape, generator=g)), depth[:, 0], c2w
+    return codec.decode(latents + grain * torch.randn(latents.shape, generator=g))[:, :, 0], depth[:, 0]
 
 
-def train_estimator(out, codec, steps=7000, rows=64, seed=0):
-    """The metric pose estimator, on videos as filmed() makes them; poses count only once matches are half learnt."""
+def train_estimator(out, codec, steps=20000, rows=64, seed=0):
+    """The estimator's depth network; the rest of it has nothing to learn."""
     torch.manual_seed(seed)
     net, draw = Estimator(), torch.compile(render)
     parameters = list(net.parameters())
 
     def loss_at(step):
-        return estimator_loss(net, *filmed(rows, 50_000_000 + step, codec, draw), min(1, max(0, (step - 300) / 300)))
+        image, depth = photographed(rows, 50_000_000 + step, codec, draw)
+        error = (net.depth(image) - depth.log()).abs().mean()
+        return error, {"log_depth_error": float(error.detach())}
 
     def export(average):
         write_weights(out / "toy_estimator.safetensors", dict(zip((n for n, _ in net.named_parameters()), average)))
 
-    optimise(parameters, steps, 1.5e-3, loss_at, out, "toy_estimator", export)
+    optimise(parameters, steps, 1e-3, loss_at, out, "toy_estimator", export)
 
 
 def write_weights(path, state):
     data.write_file(path, save({k: v.contiguous() for k, v in state.items()}))
+
+
+def trial(dit, codec, estimator, count, speed, seed=0, steps=6):
+    """Generate `count` test rooms x ten paths and have them judged. Returns the videos uint8 (10 count, T, H, W, 3) and
+    name -> (10 count,): position error (m) and rotation error (degrees), means over frames, path length over target's
+    (NaN for pure rotations), aligned TransErr, all by the judge; the first three by the estimator too; image error in dB."""
+    room, condition, scene, truth = held_out(count, codec, speed)
+    with torch.no_grad():
+        latents = sample(dit, dit.prepare(condition), sigmas=schedule(steps, 5.0), shape=tuple(condition.source.shape[1:]),
+                         seed=seed, condition_ids=[f"test {k}" for k in range(len(scene.c2w))])
+    video = codec.decode(latents)
+    shown = data.to_uint8(video)
+    seen = [judge(video[i:i + 10], room[i:i + 10], scene.c2w[i:i + 10], codec)[0]
+            for i in tqdm(range(0, len(video), 10), desc=f"judge, speed {speed}", leave=False)]
+    numbers = {}
+    for name, c2w in (("", torch.cat(seen)), ("estimator ", estimator(shown))):
+        c2w = trajectories.relative(c2w)
+        position, rotation = trajectories.pose_errors(c2w, scene.c2w, "uniform")
+        length = lambda x: x[..., :3, 3].diff(dim=1).norm(dim=-1).sum(1)
+        numbers[name + "position"], numbers[name + "rotation"] = position, torch.rad2deg(rotation)
+        numbers[name + "scale"] = torch.where(length(scene.c2w) > 1e-6, length(c2w) / length(scene.c2w), math.nan)
+        numbers[name + "aligned"] = torch.tensor([trajectories.trans_err(a.double().numpy(), b.double().numpy())
+                                                  for a, b in zip(c2w, scene.c2w)])
+    error = (shown.float() - truth.float()).square().mean((1, 2, 3, 4))
+    numbers["image"] = 10 * torch.log10(255 ** 2 / error)
+    return shown, {k: v.double() for k, v in numbers.items()}, scene, truth
 
 
 def report(world, config, out):

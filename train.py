@@ -486,7 +486,8 @@ def main(argv):
             clock("rewards")
 
             # advantages: normalised by the largest group deviation of all ranks (Eq. 5-6)
-            A = advantages(scores, world.reward_weights, normalise=config.normalise)[mine]
+            A_all = advantages(scores, world.reward_weights, normalise=config.normalise)
+            A = A_all[mine]
 
             # objective (Eq. 7) and step; `updates` of them, each on its share of every group's members
             share = G // config.updates
@@ -523,7 +524,8 @@ def main(argv):
 
             record = {"iteration": iteration, "window": list(steps), "failed": int(failed.sum()), "skipped": skipped,
                       "ratio_error": error, "grad_norm": float(norm), "evaluations": sampled.evaluations}
-            record |= {name: float(stats[name]) for name in ("loss", "clip_fraction", "advantage_std")}
+            mean = reduce(torch.stack([stats["loss"], stats["clip_fraction"]])) / ranks
+            record |= {"loss": float(mean[0]), "clip_fraction": float(mean[1]), "advantage_std": float(A_all.std())}
             for name, x in scores.items():
                 ok = x[x.isfinite()]
                 record |= {f"reward/{name}": float(ok.mean()), f"spread/{name}": float(x.nan_to_num().std(1).mean())}

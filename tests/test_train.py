@@ -1,0 +1,181 @@
+"""The loop: settings, two ranks against one process, exact resume, interruption, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import train
+from train import Config, check, clip_numbers, parse
+
+SMALL = ["--conditions=2", "--members=4", "--sample_every=1000", "--save_every=1", "--rewards=trans=1,rot=1,sharpness=0.1"]
+
+
+def run(*args, ranks=1, wait=True, env=None):
+    command = [sys.executable, "train.py", *SMALL, *args]
+    if ranks > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command[1:]]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def weights(out):
+    newest = sorted(out.glob("iteration_??????"))[-1]
+    return load_file(newest / "self_attn.safetensors")
+
+
+# ---- settings ----
+
+def test_file_then_flags(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text('"""A run."""\nlr = 1e-3  # high\nseed = 3\nv = (0.1, 0.2, 0.15, 0.05)\nreweight = False\n')
+    config = parse(Config, [str(file), "--seed=4", "--out=x=y", "--compile"])
+    assert (config.lr, config.seed, config.out, config.reweight, config.compile) == (1e-3, 4, "x=y", False, True)
+    assert config.v == (0.1, 0.2, 0.15, 0.05)
+
+
+@pytest.mark.parametrize("text, arg, message", [
+    ("", "--lrr=1", "no setting 'lrr'; did you mean lr?"),
+    ("", "--lr=fast", "--lr=fast: expected float, found 'fast'"),
+    ("", "--seed=1.5", "expected int, found 1.5"),
+    ("", "--reweight=1", "expected bool, found 1"),
+    ("", "--lr", "expected --name=value"),
+    ("import os\n", "", "line 1: expected name = value"),
+    ("lr = open('x')\n", "", "line 1: expected a constant"),
+    ("lr = = 3\n", "", "expected lines of name = value"),
+    ("size, stride = 1, 2\n", "", "expected name = value"),
+])
+def test_bad_settings(tmp_path, text, arg, message):
+    file = tmp_path / "bad.py"
+    file.write_text(text)
+    with pytest.raises(ValueError) as error:
+        parse(Config, [str(file)] + ([arg] if arg else []))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(conditions=3), "do not divide over 2 ranks"), (dict(frames=80), "4k . 1"), (dict(size=30), "window size"),
+    (dict(members=8, updates=3), "do not divide"), (dict(world="moon"), "toy or clips"), (dict(members=0), "at least 1"),
+    (dict(height=100, world="clips"), "multiples of 16"), (dict(world="clips"), "--clips=FOLDER is needed"),
+])
+def test_settings_that_cannot_work(settings, message):
+    config = Config()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        check(config, 2)
+
+
+def test_every_clip_once_an_epoch():
+    numbers = [n for iteration in range(7) for n in clip_numbers(iteration, 4, 14, 0)]
+    assert sorted(numbers[:14]) == sorted(numbers[14:]) == list(range(14)) and numbers[:14] != numbers[14:]
+    assert clip_numbers(3, 4, 14, 0) == numbers[12:16] != clip_numbers(3, 4, 14, 1)
+
+
+# ---- running ----
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight")
+    code, stdout, err = run("--iterations=3", f"--out={out}")
+    assert code == 0, err
+    return out, stdout
+
+
+def test_on_policy_ratio_is_one(straight):
+    out, stdout = straight
+    assert "on-policy ratio 1 + " in stdout and "as it should be" in stdout
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in log] == [0, 1, 2]
+    assert all(record["ratio_error"] < 1e-6 and record["failed"] == 0 for record in log)
+    assert all(record["spread/trans"] > 0 and record["grad_norm"] > 0 for record in log)
+
+
+def test_it_says_when_complete(straight):
+    code, stdout, _ = run("--iterations=3", f"--out={straight[0]}")
+    assert code == 0 and "3 of 3 iterations done" in stdout
+
+
+def test_two_ranks_equal_one_process(tmp_path):
+    logs, gradients = [], []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        code, _, err = run("--iterations=1", f"--out={out}", ranks=ranks)
+        assert code == 0, err
+        moments = load_file(out / "iteration_000001/optimizer.safetensors")  # exp_avg: a tenth of the gradient
+        gradients.append(torch.cat([x.flatten() for name, x in moments.items() if name.startswith("exp_avg.")]))
+        logs.append(json.loads((out / "log.jsonl").read_text()))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+    for name in ("reward/trans", "reward/rot", "spread/trans", "grad_norm", "advantage_std"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4), name
+
+
+def test_resume_is_bitwise_also_after_kill(straight, tmp_path):
+    process = run("--iterations=3", f"--out={tmp_path}", wait=False)
+    while process.poll() is None and not (tmp_path / "iteration_000001/state.json").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    code, _, err = run("--iterations=3", f"--out={tmp_path}")
+    assert code == 0, err
+    one, two = weights(straight[0]), weights(tmp_path)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_signal_saves_and_says_so(tmp_path):
+    process = run("--iterations=1000", f"--out={tmp_path}", "--save_every=1000", wait=False)
+    log = tmp_path / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75 and "the same command goes on" in err
+    assert len(list(tmp_path.glob("iteration_??????/state.json"))) == 1
+
+
+def test_damaged_checkpoint_is_skipped_loudly(straight, tmp_path):
+    code, _, _ = run("--iterations=2", f"--out={tmp_path}", "--keep=2")
+    assert code == 0
+    file = tmp_path / "iteration_000002/self_attn.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    code, stdout, err = run("--iterations=3", f"--out={tmp_path}", "--keep=2")
+    assert code == 0 and "skipped" in err and "checksum" in err and "1 of 3 iterations done" in stdout
+    one, two = weights(straight[0]), weights(tmp_path)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_other_settings_are_refused(straight):
+    code, _, err = run("--iterations=4", f"--out={straight[0]}", "--lr=0.1")
+    assert code == 1 and "lr = " in err and "Traceback" not in err
+
+
+def test_ranks_that_differ_are_caught(tmp_path):
+    script = tmp_path / "differ.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                      "import torch, torch.distributed as dist\nfrom train import assert_ranks_agree\n"
+                      "dist.init_process_group('gloo')\nw = [torch.ones(3)]\nassert_ranks_agree(w, 'same')\n"
+                      "w[0][dist.get_rank()] = 2\nassert_ranks_agree(w, 'iteration 7')\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "iteration 7: weights of rank 1 differ from rank 0's" in done.stderr
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--weights=nowhere"], "nowhere"), (["nothing.py"], "nothing.py"), (["--rewards=tran=1"], "did you mean trans"),
+    (["--rewards=mine.py:f=1"], "mine.py"), (["--config=a"], "no setting 'config'"),
+])
+def test_bad_input_is_one_line(args, message, tmp_path):
+    code, _, err = run(*args, f"--out={tmp_path / 'o'}")
+    assert code == 1 and message in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "o").exists()
