@@ -418,15 +418,16 @@ class ClipCache:
         check_settings(folder, self.settings, expected)
         if not self.names:
             raise ValueError(f"{folder}: {INDEX} lists no clip: prepare has not finished, run it again")
-        self.negative = load_file(self.folder / NEGATIVE)["text"]
+        try:
+            self.negative = load_file(self.folder / NEGATIVE)["text"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{self.folder / NEGATIVE}: no embedding ({one_line(error)})") from None
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, i):
         return load_clip(self.folder / (self.names[i] + ".safetensors"))
-
-
 
 
 def read_index(folder):
@@ -610,9 +611,10 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
         box = [[name for name in names if not up_to_date(out / f"{name}.safetensors", wanted[name])]]
         latents = vae.z * (1 + (frames - 1) // vae.time) * (height // vae.space) * (width // vae.space)
         size = 2 * (latents + 257 * 1280 + 512 * 4096) + 128 * frames
-        print(f"{len(names)} videos, {len(box[0])} to do{'' if nothing is None else ', without captions'}: {frames} "
-              f"frames of {height}x{width}, at most {size / 1e6:.1f} MB each, {len(box[0]) * size / 1e9:.2f} GB "
-              f"together, {shutil.disk_usage(out).free / 1e9:.1f} GB free", flush=True)
+        print(f"{len(names)} videos, {len(box[0])} to do{'' if nothing is None else ', without captions'}: "
+              f"{frames} frames of {height}x{width}, at most {size / 1e6:.1f} MB each, "
+              f"{len(box[0]) * size / 1e9:.2f} GB together, {shutil.disk_usage(out).free / 1e9:.1f} GB free",
+              flush=True)
     if world > 1:
         dist.broadcast_object_list(box)
     todo = box[0]
