@@ -72,7 +72,7 @@ def natural(path):
 
 def rgb(frame):
     """av.VideoFrame -> uint8 (H, W, 3), by the frame's colour tags, turned as its rotation metadata says."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
 
 
 def open_video(path):
@@ -559,8 +559,10 @@ def encode_clip(video, caption, vae, text_encoder, image_encoder):
 def up_to_date(path, caption):
     """Whether a clip was prepared before, with this caption (None: with any)."""
     try:
-        return load_clip(path).caption == caption or caption is None
-    except (OSError, ValueError):
+        with safe_open(path, "pt") as file:  # reads the header, which must fit the file's length
+            facts = json.loads((file.metadata() or {})["clip"])
+        return caption in (None, facts["caption"])
+    except (OSError, SafetensorError, ValueError, KeyError):
         return False
 
 
@@ -591,6 +593,8 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
     names, texts = find_videos(videos), read_captions(captions) if captions else {}
     nothing = None if captions or captioner else ""  # with neither, every caption is empty
     wanted = {name: find_caption(name, texts) or nothing for name in names}
+    if cameras != "mapanything" and not Path(cameras).is_dir():
+        raise FileNotFoundError(f"{cameras}: expected mapanything or a folder of camera files")
     vae = load_vae(weights / VAE_FILE, device, dtype)
     if (frames - 1) % vae.time or height % (2 * vae.space) or width % (2 * vae.space):
         raise ValueError(f"{frames} frames of {height}x{width}: expected {vae.time}k+1 frames, "
@@ -635,11 +639,12 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
             stored = read_video(path, frames=1)[0].shape[1:3]
             video = torch.from_numpy(video).to(device)
             c2w, intrinsics = source_cameras(video, numbers, stored, name, cameras, fov)
-            text = encoders.caption(video[frames // 2], captioner, device, dtype) if text is None else text
         except (ValueError, FileNotFoundError) as error:
             skipped[name] = str(error).removeprefix(f"{path}: ")
             tqdm.write(f"skipped {name}: {skipped[name]}")
             continue
+        if text is None:
+            text = encoders.caption(video[frames // 2], captioner, device, dtype)
         encoded = encode_clip(video, text, vae, text_encoder, image_encoder)
         clip = Clip(name, str(path.resolve()), text, fps, *encoded, c2w, intrinsics)
         save_clip(out / f"{name}.safetensors", clip)
