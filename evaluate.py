@@ -574,12 +574,13 @@ def chosen(out, methods, cases=()):
         order = sorted(both, key=both.get)
         cases = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})] if order else []
     shown = []
+    metrics = [m for m in report.CAMERA if any(report.value(b[case], m) is not None for case in cases)]
     for case in cases:
         clip, number, speed = split_case(case)
         videos, paths, rows = [("source", out / "sources" / f"{clip}.mp4")], [], []
         for method, results in methods.items():
             scores, poses = results["cases"].get(case, {"failed": ""}), out / method / "poses" / f"{case}.npz"
-            rows.append([method, *(report.text_of(report.value(scores, m)) for m in report.CAMERA)])
+            rows.append([method, *(report.text_of(report.value(scores, m)) for m in metrics)])
             videos.append((method, Path(scores.get("video", ""))))
             if "failed" not in scores:
                 paths.append((method, trajectories.read_path(poses)))
@@ -589,7 +590,7 @@ def chosen(out, methods, cases=()):
             paths.insert(0, ("target", trajectories.read_path(file) if file.exists() else target))
         shown.append({"title": f"{clip}, {trajectories.PATHS[number - 1]}, speed {speed:g}", "paths": paths,
                       "videos": [(label, path) for label, path in videos if path.is_file()],
-                      "scores": report.table("", ["Method", *map(report.heading, report.CAMERA)], rows)})
+                      "scores": report.table("", ["Method", *map(report.heading, metrics)], rows)})
     return shown
 
 

@@ -221,13 +221,14 @@ def markdown(tables):
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for every eye
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1d1d1f; background: #fff; margin: 2em auto;
-       max-width: 1150px; padding: 0 1em }
+       max-width: 1240px; padding: 0 1em }
 h2, h3 { margin-top: 1.6em }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-td, th { padding: 4px 10px; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
+td, th { padding: 4px 8px; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
 th { border-bottom: 2px solid #888; vertical-align: bottom }
-td:first-child, th:first-child { text-align: left }
+.words { text-align: left }
+small { white-space: nowrap; color: #555 }
 .note { color: #555; font-size: 13px; margin: 4px 0 }
 figure { display: inline-block; margin: 4px }
 video { max-width: 100%; display: block; background: #000; margin: 8px 0 }
@@ -238,8 +239,15 @@ esc = html.escape
 
 
 def html_table(t):
-    """A table -> HTML, all text escaped."""
-    row = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{esc(c)}</{tag}>" for c in cells) + "</tr>"
+    """A table -> HTML, all text escaped; words to the left, numbers to the right with intervals below."""
+    columns = [[cell for cell in column if cell] for column in zip(*t["rows"])]
+    words = [bool(column) and all(re.match(r"[^-+\d\[]", cell) for cell in column) for column in columns]
+
+    def row(tag, cells):
+        kinds = (' class="words"' if word else "" for word in words)
+        shown = (re.sub(r" (\[.*\])$", r"<br><small>\1</small>", esc(cell)) for cell in cells)
+        return "<tr>" + "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, shown)) + "</tr>"
+
     body = row("th", t["header"]) + "".join(row("td", cells) for cells in t["rows"])
     parts = [f"<h3>{esc(t['title'])}</h3>"] if t["title"] else []
     parts += [f'<div class="wide"><table>{body}</table></div>'] if t["rows"] else []
@@ -248,7 +256,7 @@ def html_table(t):
 
 def ticks(low, high):
     """Two to five round numbers from low to high."""
-    raw = (high - low) / 4
+    raw = (high - low) / 5
     step = 10.0 ** math.floor(math.log10(raw))
     step *= next(f for f in (1, 2, 5, 10) if f * step >= raw)
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -269,8 +277,9 @@ def chart(title, series, x_label, y_label, least=0.0, equal=False, size=(340, 23
     for k in (0, 1):
         points = np.concatenate([*(np.asarray(s[2 + k], float) for s in series),
                                  [v for s in strokes for v in (s[1 + k], s[3 + k])]])
-        tiny = max(1e-9, 1e-6 * abs(points).max())  # else rounding would fill the axis
-        ends.append(widen(points.min(), points.max(), max(tiny, least if k or equal else 0)))
+        low, high, size = points.min(), points.max(), abs(points).max()
+        constant = (0.2 * size or 1) if high - low <= 1e-6 * size else 0  # rounding would fill the axis
+        ends.append(widen(low, high, max(constant, least if k or equal else 0)))
     if equal:
         sides = right - left, bottom - top
         scale = 1.05 * max((high - low) / side for (low, high), side in zip(ends, sides))
@@ -347,7 +356,7 @@ def curves(records):
         at = record.get("iteration", n)
         for key, x in record.items():
             if key != "iteration" and number(x) and number(at):
-                group = key.split("/")[0] if "/" in key else "training"
+                group = key.split("/")[0] if "/" in key else "the run"
                 groups.setdefault(group, {}).setdefault(key, []).append((at, x))
     parts = []
     for group, keys in groups.items():
