@@ -656,9 +656,10 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
         index = write_index(out, settings, skipped)
         print(f"{len(todo) - len(skipped)} clips made, {len(names) - len(todo)} were there, "
               f"{len(skipped)} skipped; {out} holds {len(index['clips'])}")
-        reasons = Counter(re.sub(r"\d[\d.]*", "N", why) for why in skipped.values())
-        for reason, count in reasons.most_common(10):
-            print(f"  {count} x {reason}")
+        kinds = {name: re.sub(r"\d[\d.]*", "N", why) for name, why in skipped.items()}  # whatever the numbers
+        for kind, count in Counter(kinds.values()).most_common(10):
+            first = next(name for name in kinds if kinds[name] == kind)
+            print(f"  {count} like {first}: {skipped[first]}")
         if not index["clips"]:
             raise ValueError(f"{videos}: no usable clip")
         return index
