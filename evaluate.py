@@ -559,7 +559,7 @@ def finish(out, config, methods):
     data.write_file(out / "tables.md", report.markdown(tables).encode())
     report.write(out / "report.html", f"Evaluation: {', '.join(methods)}", tables, config.log,
                  chosen(out, methods, [case.strip() for case in config.show.split(",") if case.strip()]))
-    print(report.markdown([t for t in tables if not t["title"].startswith(("Table 2", "By path"))]))
+    print(report.markdown([t for t in tables if not t["title"].startswith("By path")]))
     print(f"{out}: results.json, tables.md, report.html")
 
 

@@ -154,13 +154,14 @@ def tables(methods):
                      "[a, b]: 95 % bootstrap interval over clips. (paper): 50 DAVIS clips, ten paths, ViPE.",
                      "On the four pure rotations TransErr is exactly 0 for any estimate.", *notes))
     rows = []
-    for speed in speeds:
+    for speed in speeds if len(speeds) > 1 else ():
         rows += [[f"{name} (paper)", f"{speed:g}", *pick(scores)]
                  for (name, s), scores in TABLE2.items() if s == speed]
         rows += [[name, f"{speed:g}", *(mean_text(only(method["cases"], speed), m, method["notes"])
                                         for m in columns)] for name, method in methods.items()]
-    out.append(table("Table 2: by camera speed", ["Method", "Camera Speed", *map(heading, columns)], rows,
-                     "(paper): on 40 of the clips."))
+    if rows:
+        out.append(table("Table 2: by camera speed", ["Method", "Camera Speed", *map(heading, columns)], rows,
+                         "(paper): on 40 of the clips."))
 
     camera = [m for m in CAMERA if m in known]
     rows = [[name, f"{speed:g}", str(mean(only(method["cases"], speed), "RotErr")[2]),

@@ -1,0 +1,505 @@
+"""evaluate.py: scores with known answers, the protocol from beginning to end on tiny weights, bad input."""
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.spatial.transform import Rotation
+
+import data
+import evaluate
+import report
+import tiny_weights
+import toy
+import trajectories
+from evaluate import Config, main, pose_scores
+from report import case_name
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+
+# ---- pose scores ----
+
+def test_pose_scores_agree_with_redirectors():
+    arrays = np.load(GOLDEN / "pose_errors.npz")
+    for k, errors in json.loads((GOLDEN / "pose_errors.json").read_text()).items():
+        found = pose_scores(arrays[f"pred{k}"], arrays[f"gt{k}"])
+        assert found["TransErr"] == pytest.approx(errors["TransErr"], abs=1e-6)
+        assert found["RotErr"] == pytest.approx(errors["RotErr_deg"], abs=1e-6)
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+def test_a_perfect_camera(number):
+    path = trajectories.recammaster(number, 21)
+    world = np.eye(4)
+    world[:3, :3], world[:3, 3] = Rotation.from_rotvec([0.3, -1, 2]).as_matrix(), [5, -6, 7]
+    found = pose_scores(world @ path, path)  # whatever its world frame
+    moves = number > 4
+    assert found.pop("scale") == (pytest.approx(1) if moves else None)
+    assert found.pop("TransErr_moving") == (pytest.approx(0, abs=1e-9) if moves else None)
+    assert all(x == pytest.approx(0, abs=1e-6) for x in found.values())
+
+
+@pytest.mark.parametrize("number", [5, 8, 9])
+def test_a_camera_that_goes_20_percent_too_far(number):
+    path = trajectories.recammaster(number, 41)
+    far = trajectories.scale_motion(path, 1.2, 1)
+    found = pose_scores(far, path)
+    assert found["scale"] == pytest.approx(1.2) and found["TransErr"] == pytest.approx(0, abs=1e-9)
+    assert found["position"] == pytest.approx(0.2 * np.linalg.norm(path[:, :3, 3], axis=1).mean())
+    assert found["rotation"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_camera_that_turns_too_far():
+    path = trajectories.recammaster("pan_right", 41)
+    found = pose_scores(trajectories.scale_motion(path, 1, 1.5), path)
+    angle = np.degrees(np.linalg.norm(Rotation.from_matrix(path[:, :3, :3]).as_rotvec(), axis=1))
+    assert found["rotation"] == pytest.approx(0.5 * angle.mean())
+    assert found["RotErr"] == pytest.approx(0.5 * np.abs(angle - angle[:, None]).sum() / (41 * 40))
+    assert found["TransErr"] == 0 and found["position"] == 0 and found["scale"] is None
+
+
+def test_a_pure_rotation_forgives_any_movement_in_transerr_only():
+    path = trajectories.recammaster(1, 9)
+    wrong = path.copy()
+    wrong[:, 2, 3] = np.linspace(0, 1, 9)
+    found = pose_scores(wrong, path)
+    assert found["TransErr"] == 0 and found["TransErr_moving"] is None
+    assert found["position"] == pytest.approx(0.5)
+
+
+def test_poses_that_are_not_finite_have_failed():
+    path = trajectories.recammaster(9, 9)
+    pred = path.copy()
+    pred[4] = np.nan
+    assert pose_scores(pred, path) == {"failed": "the estimated poses are not finite"}
+    with pytest.raises(ValueError, match="expected poses"):
+        pose_scores(path, path[:5])
+
+
+def rendered(stretch):
+    """A toy room filmed along arc_left, `stretch` times as far -> cameras the judge finds, and the target
+    path."""
+    target = trajectories.rescale(trajectories.recammaster("arc_left", toy.FRAMES), 0.06, np.radians(1.5))
+    path = torch.from_numpy(trajectories.scale_motion(target, stretch, 1)).float()[None]
+    room = toy.rooms(1, 3)
+    video = data.to_float(data.to_uint8(toy.render(room, path)[0])[0])[None]  # as 8-bit video shows it
+    return toy.judge(video, room, torch.from_numpy(target).float()[None])[0][0], target
+
+
+def test_known_answer_in_a_rendered_world():
+    found = pose_scores(*rendered(1.0))
+    assert found["position"] < 0.003 and found["rotation"] < 0.1 and found["TransErr"] < 0.02
+    assert found["scale"] == pytest.approx(1, abs=0.02)
+
+
+def test_known_answer_of_a_planted_scale_error():
+    found = pose_scores(*rendered(1.2))
+    assert found["scale"] == pytest.approx(1.2, abs=0.02) and found["TransErr"] < 0.02
+    assert found["position"] > 0.01
+
+
+# ---- what is to be evaluated ----
+
+def test_clips_are_found_by_name(tmp_path):
+    for name in ("bear.mp4", "b/cat.MOV", "dog/00000.jpg", "dog/00001.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    clips = evaluate.find_clips(tmp_path)
+    assert clips == {"b_cat": "b/cat.MOV", "bear": "bear.mp4", "dog": "dog"}
+    names = tmp_path / "subset.txt"
+    names.write_text("dog\n\nbear.mp4\n")
+    assert list(evaluate.find_clips(tmp_path, str(names))) == ["dog", "bear"]
+    assert list(evaluate.find_clips(tmp_path, "bear, dog")) == ["bear", "dog"]
+    names.write_text("dog\nbeer\nwolf\n")
+    with pytest.raises(ValueError, match="clips: 2 of 3 are not in .*: beer, wolf; did you mean bear?"):
+        evaluate.find_clips(tmp_path, str(names))
+    (tmp_path / "b_cat.mp4").touch()
+    with pytest.raises(ValueError, match="would both be called b_cat"):
+        evaluate.find_clips(tmp_path)
+
+
+def test_videos_made_elsewhere_are_found_by_name(tmp_path):
+    for name in ("bear_camera_9_speed_1.0.mp4", "sub/bear_camera_1_speed_1.5.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert set(evaluate.find_generated(tmp_path)) == {"bear_camera_9_speed_1", "bear_camera_1_speed_1.5"}
+    (tmp_path / "bear.mp4").touch()
+    with pytest.raises(ValueError, match="expected <clip>_camera_.*found bear.mp4"):
+        evaluate.find_generated(tmp_path)
+
+
+def test_checkpoints_are_found(tmp_path):
+    for n in (2, 10):
+        (tmp_path / f"run/iteration_{n:06d}").mkdir(parents=True)
+        (tmp_path / f"run/iteration_{n:06d}/self_attn.safetensors").touch()
+    (tmp_path / "mine.safetensors").touch()
+    run, first = tmp_path / "run", tmp_path / "run/iteration_000002"
+    found = evaluate.find_checkpoints(f"{run},{first}, {tmp_path / 'mine.safetensors'}")
+    assert list(found) == ["base", "run-iteration_000010", "run-iteration_000002", "mine"]
+    assert found["base"] is None
+    assert found["run-iteration_000002"] == first / "self_attn.safetensors"
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        evaluate.find_checkpoints(str(tmp_path))
+    with pytest.raises(ValueError, match="different names"):
+        evaluate.find_checkpoints(f"{run},{run}")
+
+
+def test_paths_by_number_or_name():
+    assert evaluate.listed("1, arc_left,10", "paths", evaluate.path_number) == [1, 9, 10]
+    for text in ("11", "arc_lft", ""):
+        with pytest.raises(ValueError, match="paths"):
+            evaluate.listed(text, "paths", evaluate.path_number)
+
+
+def test_results_of_another_protocol_are_refused(tmp_path):
+    file = tmp_path / "results.json"
+    for content, why in (('{"protocol": 0}', "protocol 0, expected"), ("[]", "protocol None"),
+                         ('{"prot', "damaged")):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=f"results.json: {why}"):
+            evaluate.read_results(file)
+    with pytest.raises(FileNotFoundError):
+        evaluate.read_results(tmp_path / "none.json")
+
+
+def test_a_folder_made_with_other_settings_is_refused(tmp_path):
+    evaluate.claim(tmp_path / "a", {"steps": 50, "seed": 0})
+    evaluate.claim(tmp_path / "a", {"steps": 50, "seed": 0})
+    with pytest.raises(ValueError, match=r"a: made with steps = 50, now 25; choose another --out"):
+        evaluate.claim(tmp_path / "a", {"steps": 25, "seed": 0})
+
+
+# ---- videos made elsewhere ----
+
+def noisy(number, frames, speed=1.0, scale=1.0, seed=0):
+    path = trajectories.scale_motion(trajectories.recammaster(number, frames, speed), scale, 1)
+    path[1:, :3, 3] += 1e-3 * np.random.default_rng(seed).standard_normal((frames - 1, 3))
+    return path
+
+
+def put(folder, poses, case, path):
+    """A video called `case` in folder and its poses, as an estimator would find them, in poses."""
+    data.write_video(folder / f"{case}.mp4", np.full((len(path), 16, 16, 3), 99, np.uint8), 24)
+    evaluate.save_poses(poses / folder.name / f"{case}.npz", path)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Two methods' videos of two clips and three paths, one of them limited to 9 of 21 frames; VBench not
+    there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate.outside, "vbench", lambda *a: ({}, "not installed: VBench (x)"))
+    for clip in ("bear", "cat"):
+        for n in (1, 5, 9):
+            put(Path("A"), Path("poses"), case_name(clip, n, 1.0), noisy(n, 21, scale=1.2))
+            put(Path("B"), Path("poses"), case_name(clip, n, 1.0), noisy(n, 9, scale=1.1))
+    return Config(generated="A,B", estimator="poses", paths="1,5,9", out="out")
+
+
+def results(config):
+    return evaluate.read_results(Path(config.out) / "results.json")["methods"]
+
+
+def test_scoring_videos_made_elsewhere(elsewhere, capsys):
+    evaluate.evaluate(elsewhere)
+    methods = results(elsewhere)
+    assert list(methods) == ["A", "B"] and len(methods["A"]["cases"]) == 6
+    case = methods["B"]["cases"]["cat_camera_9_speed_1"]
+    assert case["scale"] == pytest.approx(1.1, abs=0.02)  # 9 frames against the path of 9 frames
+    assert (case["clip"], case["path"], case["speed"]) == ("cat", "arc_left", 1.0)
+    assert methods["A"]["cases"]["cat_camera_1_speed_1"]["scale"] is None
+    assert "Geo-Align (paper)" in (Path("out") / "tables.md").read_text()
+    assert "B against A" in capsys.readouterr().out and Path("out/report.html").exists()
+
+
+def test_missing_and_failed_cases_are_listed(elsewhere):
+    Path("A/bear_camera_5_speed_1.mp4").unlink()
+    Path("poses/B/cat_camera_9_speed_1.npz").write_bytes(b"PK")
+    evaluate.evaluate(elsewhere)
+    methods = results(elsewhere)
+    assert methods["A"]["cases"]["bear_camera_5_speed_1"]["failed"].startswith("missing")
+    assert "cat_camera_9_speed_1.npz" in methods["B"]["cases"]["cat_camera_9_speed_1"]["failed"]
+    text = Path("out/tables.md").read_text()
+    assert "## Failed: 2" in text and "here, 5 of 6 cases" in text
+    assert report.compare(*(m["cases"] for m in methods.values()), "position")["cases"] == 4
+
+
+def test_finished_cases_are_kept_and_failed_ones_tried_again(elsewhere, monkeypatch):
+    bad = Path("poses/B/cat_camera_9_speed_1.npz")
+    good = bad.read_bytes()
+    bad.write_bytes(b"PK")
+    evaluate.evaluate(elsewhere)
+    bad.write_bytes(good)
+    Path("A/bear_camera_5_speed_1.mp4").write_bytes(Path("A/bear_camera_9_speed_1.mp4").read_bytes() + b"new")
+    seen, estimate = [], evaluate.pose_folder("poses")
+    monkeypatch.setattr(evaluate, "pose_folder", lambda folder: lambda *a: seen.append(a[0]) or estimate(*a))
+    evaluate.evaluate(elsewhere)
+    assert [str(path) for path in seen] == ["A/bear_camera_5_speed_1.mp4", "B/cat_camera_9_speed_1.mp4"]
+    assert "## Failed: 0" in Path("out/tables.md").read_text()
+
+
+def test_interrupted_scoring_goes_on(elsewhere, monkeypatch):
+    """Killed at the k-th file written, for every k, then run again: always the same results."""
+    evaluate.evaluate(elsewhere)
+    whole, write = Path("out/results.json").read_text(), data.write_file
+    shutil.rmtree("out")
+    count = 0
+
+    def stop(path, content):
+        nonlocal count
+        count += 1
+        if count % 3 == 0:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(data, "write_file", stop)
+    for _ in range(40):
+        try:
+            evaluate.evaluate(elsewhere)
+            break
+        except KeyboardInterrupt:
+            pass
+    assert count > 9 and Path("out/results.json").read_text() == whole
+
+
+def test_vbench_and_met3r_in_the_tables(elsewhere, monkeypatch):
+    """Their scores reach the results and are kept; what they lack is listed; the pairs of MEt3R are the
+    sources."""
+    calls = []
+
+    def vbench(python, videos, dimension):
+        calls.append(dimension)
+        if dimension == "motion_smoothness":
+            return {}, "failed: VBench, motion_smoothness (exit code 1)"
+        return {case: 0.75 for case in videos}, None
+
+    def met3r(python, checkout, source, video, number, speed):
+        calls.append("met3r")
+        assert source.exists() and case_name("bear", number, speed) in str(video)
+        if number == 5:
+            return {"MEt3R": 0.4}, "failed: Dyn-MEt3R (x)"
+        return {"MEt3R": 0.3, "Dyn-MEt3R": 0.8}, None
+
+    monkeypatch.setattr(evaluate.outside, "vbench", vbench)
+    monkeypatch.setattr(evaluate.outside, "met3r", met3r)
+    data.write_video(Path("videos/bear.mp4"), np.zeros((21, 32, 32, 3), np.uint8), 24)
+    Path("checkout").mkdir()
+    Path("checkout/evaluate.py").touch()
+    config = dataclasses.replace(elsewhere, videos="videos", redirector="checkout", height=32, width=32)
+    evaluate.evaluate(config)
+    case = results(config)["A"]["cases"]["bear_camera_5_speed_1"]
+    assert case["aesthetic_quality"] == 0.75 and case["MEt3R"] == 0.4 and "Dyn-MEt3R" not in case
+    text = Path("out/tables.md").read_text()
+    assert "| bear_camera_5_speed_1 | failed: Dyn-MEt3R (x) |" in text and "0.7500" in text
+    assert "failed: VBench, motion_smoothness |" in text
+    before, calls[:] = list(calls), []
+    evaluate.evaluate(config)  # only what failed is tried again
+    assert len(before) == 2 * (6 + 3) and sorted(calls) == ["met3r"] * 2 + ["motion_smoothness"] * 2
+
+
+@pytest.mark.parametrize("options, why", [
+    ({"generated": ""}, "--weights=FOLDER"), ({"clips": "bear"}, "--videos=FOLDER is needed"),
+    ({"speeds": "1.5"}, "none of its 6 videos"), ({"speeds": "fast"}, "speeds"), ({"speeds": "-1"}, "speeds"),
+    ({"estimator": "vpie"}, "expected vipe, mapanything or a folder"),
+    ({"estimator": "vipe", "vipe": "no/vipe"}, "not installed: ViPE"),
+    ({"redirector": "nowhere"}, "nowhere/evaluate.py"), ({"generated": "nowhere"}, "nowhere"),
+    ({"log": "nowhere.jsonl"}, "nowhere.jsonl"), ({"show": "bear"}, "show: no case 'bear'")])
+def test_settings_that_cannot_be(elsewhere, options, why):
+    with pytest.raises((ValueError, OSError), match=why):
+        evaluate.evaluate(dataclasses.replace(elsewhere, **options))
+    assert not Path("out/A/cases/bear_camera_1_speed_1.json").exists()
+
+
+def test_two_ranks_share_the_cases(elsewhere):
+    """Without torchrun's launcher: two processes that find each other as its ranks do."""
+    flags = [f"--{key}={getattr(elsewhere, key)}" for key in ("generated", "estimator", "paths")]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import evaluate; evaluate.main(sys.argv[1:])"
+    processes = []
+    for rank in range(2):
+        env = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "PYTHONPATH": "",
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+        processes.append(subprocess.Popen([sys.executable, "-c", code, *flags, "--out=two"], env=env))
+    assert [p.wait(timeout=120) for p in processes] == [0, 0]
+    evaluate.evaluate(elsewhere)
+    two, one = (results(dataclasses.replace(elsewhere, out=out)) for out in ("two", "out"))
+    assert {m: x["cases"] for m, x in two.items()} == {m: x["cases"] for m, x in one.items()}
+
+
+def test_comparing_evaluations(elsewhere, tmp_path, capsys):
+    evaluate.evaluate(dataclasses.replace(elsewhere, generated="A", paths="1,5", out="a"))
+    evaluate.evaluate(dataclasses.replace(elsewhere, generated="B", paths="5,9", out="b"))
+    capsys.readouterr()
+    main(["compare", "a/results.json", "b/results.json", "--out=c"])
+    text = capsys.readouterr().out
+    assert "b: B against a: A" in text and "| Position error (m) ↓ | 2 |" in text
+    assert Path("c/tables.md").read_text() in text
+    for edit, why in (({"estimator": "vipe"}, "different estimators"), (None, "no case in common")):
+        read = json.loads(Path("b/results.json").read_text())
+        if edit:
+            read["settings"] |= edit
+        else:
+            read["methods"]["B"]["cases"] = {"x_camera_1_speed_1": {"failed": "x"}}
+        Path("d").mkdir(exist_ok=True)
+        Path("d/results.json").write_text(json.dumps(read))
+        with pytest.raises(ValueError, match=why):
+            main(["compare", "a/results.json", "d/results.json"])
+    with pytest.raises(ValueError, match="two different"):
+        main(["compare", "a/results.json", "a/results.json"])
+
+
+# ---- the whole of it, on tiny random weights in the official layout ----
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Weights, a checkpoint equal to ReDirector's and one that is not, two clips, one broken, cameras,
+    captions."""
+    folder = tmp_path_factory.mktemp("clips")
+    weights = tiny_weights.write(folder / "weights")
+    state = load_file(weights / tiny_weights.REDIRECTOR)
+    save_file(state, folder / "same.safetensors")
+    save_file({k: 1.5 * v for k, v in state.items()}, folder / "other.safetensors")
+    rng = np.random.default_rng(0)
+    data.write_video(folder / "videos/bear.mp4", rng.integers(0, 255, (8, 40, 32, 3), np.uint8), 24)
+    (folder / "videos/broken.mp4").write_bytes(b"garbage")
+    (folder / "cameras").mkdir()
+    intrinsics = np.array([1, 1, 0.5, 0.5])
+    np.savez(folder / "cameras/bear.npz", c2w=trajectories.recammaster(5, 8), intrinsics=intrinsics)
+    (folder / "captions.csv").write_text("file_name,text\nbear.mp4,a bear\nbroken.mp4,nothing\n")
+    for method in ("base", "same", "other"):
+        for n in (1, 9):
+            evaluate.save_poses(folder / f"poses/{method}/bear_camera_{n}_speed_1.npz", noisy(n, 5))
+    return folder
+
+
+@pytest.fixture
+def protocol(clips, tmp_path, monkeypatch):
+    """The paper's protocol in small: 2 paths, 5 frames of 32 x 32, 1 step."""
+    monkeypatch.setattr(evaluate.outside, "vbench", lambda *a: ({}, "not installed: VBench (x)"))
+    folders = {name: str(clips / name) for name in ("videos", "weights", "cameras")}
+    return Config(**folders, ckpt=f"{clips / 'same.safetensors'},{clips / 'other.safetensors'}", paths="1,9",
+                  height=32, width=32, steps=1, captions=str(clips / "captions.csv"),
+                  estimator=str(clips / "poses"), out=str(tmp_path / "out"))
+
+
+def test_protocol(protocol, monkeypatch):
+    """Generate, score, go on after an interruption; equal weights make equal videos, other weights do not."""
+    out, written, write = Path(protocol.out), [], data.write_video
+
+    def stop_once(path, *rest):
+        if len(written) == 4:
+            written.append("interrupted")
+            raise KeyboardInterrupt
+        written.append(Path(path).relative_to(out).as_posix() if out in Path(path).parents else "report")
+        write(path, *rest)
+
+    monkeypatch.setattr(data, "write_video", stop_once)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(protocol)
+    evaluate.evaluate(protocol)
+    videos = [f"{m}/videos/bear_camera_{n}_speed_1.mp4" for m in ("base", "same", "other") for n in (1, 9)]
+    assert [x for x in written if x not in ("report", "interrupted")] == ["sources/bear.mp4", *videos]
+    read = {x: (out / x).read_bytes() for x in videos}
+    assert read[videos[0]] == read[videos[2]] and read[videos[1]] == read[videos[3]]
+    assert read[videos[0]] != read[videos[4]] and read[videos[0]] != read[videos[1]]
+    assert data.read_video(out / videos[0])[0].shape == (5, 32, 32, 3)
+    methods = results(protocol)
+    assert list(methods) == ["base", "same", "other"]
+    assert methods["same"]["cases"]["broken_camera_9_speed_1"]["failed"].startswith("source: ")
+    assert "failed" not in methods["other"]["cases"]["bear_camera_9_speed_1"]
+    page = (out / "report.html").read_text()
+    assert page.count("<video") == 2 and page.count(">From above<") == 2  # two good cases
+
+
+def test_settings_are_kept(protocol):
+    evaluate.claim(Path(protocol.out) / "base/videos", {"steps": 50})
+    with pytest.raises(ValueError, match="base/videos: made with steps = 50, now 1"):
+        evaluate.evaluate(protocol)
+
+
+def test_noise_depends_on_case_and_seed_alone(clips):
+    """Not on what else is generated with it, nor on the model."""
+    drawn = []
+
+    class Recorder(torch.nn.Module):
+        def prepare(self, condition):
+            return condition
+
+        def forward(self, x, t, condition):
+            drawn.append(x)
+            return torch.zeros_like(x)
+
+    codec = type("Codec", (), {"decode": staticmethod(lambda x: x[:, :3])})
+    row = evaluate.Condition(torch.zeros(1, 1, 4), None, torch.zeros(1, 16, 2, 4, 4))
+    both = evaluate.Condition.cat([row, row])
+    options = dict(steps=1, shift=5.0)
+    together = evaluate.generate(Recorder(), codec, both, ["a", "b"], **options)
+    alone = evaluate.generate(Recorder(), codec, row, ["b"], **options)
+    assert torch.equal(drawn[0][1], drawn[1][0]) and not torch.equal(drawn[0][0], drawn[0][1])
+    assert torch.equal(together[1], alone[0]) and together.shape == (2, 2, 4, 4, 3)
+    evaluate.generate(Recorder(), codec, row, ["b"], seed=1, **options)
+    assert not torch.equal(drawn[1], drawn[2])
+
+
+# ---- retake ----
+
+def retake(clips, out, *flags):
+    main(["retake", str(clips / "videos/bear.mp4"), f"--weights={clips / 'weights'}", "--steps=1",
+          f"--cameras={clips / 'cameras/bear.npz'}", "--prompt=a bear", "--height=32", "--width=48",
+          f"--out={out}", *flags])
+
+
+def test_retake(clips, tmp_path):
+    retake(clips, tmp_path, "--camera=arc_left", "--speed=1.5", f"--ckpt={clips / 'other.safetensors'}")
+    new, fps = data.read_video(tmp_path / "bear_arc_left_1.5.mp4")
+    assert new.shape == (5, 32, 48, 3) and fps == 24  # 8 frames: 5 is the largest 4k + 1
+    both, _ = data.read_video(tmp_path / "bear_arc_left_1.5_side_by_side.mp4")
+    assert both.shape[2] == 2 * 48 + 4 and len(both) == 5
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("flags, why", [
+    (["--camera=arc_lft"], "no path 'arc_lft'"), (["--width=50"], "multiples of 16"),
+    (["--ckpt=none"], "no checkpoint"), (["--cameras=none.npz"], "none.npz: no such camera file"),
+    (["--speeed=2"], "did you mean speed?"), (["--speed=fast"], "expected float"),
+    (["--stride=2"], "too short, 4 frames"), (["--weights=none"], "none/")])
+def test_retakes_that_cannot_be(clips, tmp_path, flags, why):
+    with pytest.raises((ValueError, OSError), match=why):
+        retake(clips, tmp_path, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("clip, why", [
+    ("none.mp4", "no such video"), ("broken.mp4", "unreadable"), ("empty.mp4", "empty")])
+def test_retakes_of_what_is_no_video(clips, tmp_path, clip, why):
+    shutil.copyfile(clips / "videos/broken.mp4", tmp_path / "broken.mp4")
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises((ValueError, OSError), match=why):
+        main(["retake", str(tmp_path / clip), f"--weights={clips / 'weights'}"])
+
+
+# ---- the command line ----
+
+def test_help_and_unknown_commands(capsys):
+    for argv, words in ((["--help"], "--videos=DAVIS"), (["retake", "--help"], "your own video, filmed anew"),
+                        ([], "retake")):
+        main(argv)
+        assert words in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no command 'retke'; did you mean retake?"):
+        main(["retke", "clip.mp4"])
+    with pytest.raises(ValueError, match="did you mean guidance?"):
+        main(["--guidence=3"])
+
+
+def test_errors_are_one_line(tmp_path):
+    command = [sys.executable, ROOT / "evaluate.py", "compare", "none/a.json", "none/b.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "none/a.json" in done.stderr
