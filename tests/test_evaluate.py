@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 
 import data
 import evaluate
+import model
 import report
 import tiny_weights
 import toy
@@ -447,6 +448,52 @@ def test_noise_depends_on_case_and_seed_alone(clips):
     assert torch.equal(together[1], alone[0]) and together.shape == (2, 2, 4, 4, 3)
     evaluate.generate(Recorder(), codec, row, ["b"], seed=1, **options)
     assert not torch.equal(drawn[1], drawn[2])
+
+
+# ---- the toy ----
+
+@pytest.fixture
+def toy_weights(tmp_path, monkeypatch):
+    """A small random base and a checkpoint of it; the judge sees every camera go 20 % too far, but for NaN
+    once."""
+    torch.manual_seed(0)
+    config = model.Config(dim=32 * toy.HEADS, num_heads=toy.HEADS, num_layers=1, ffn_dim=64,
+                          text_dim=toy.TEXT, camera_dim=24, roce=True)
+    state = model.DiT(config).state_dict()
+    save_file(state, tmp_path / "toy_base.safetensors")
+    save_file({k: v + 0.1 for k, v in state.items() if ".self_attn." in k}, tmp_path / "tuned.safetensors")
+    base = model.load_dit(tmp_path / "toy_base.safetensors", num_heads=toy.HEADS)
+    codec = toy.fit_codec(toy.render(toy.rooms(2, 0), torch.eye(4).expand(2, toy.FRAMES, 4, 4))[0])
+    judged = []
+
+    def judge(video, room, guess, codec):
+        judged.append(len(video))
+        far = guess.clone()
+        far[..., :3, 3] *= 1.2
+        far[4, 2, 0, 3] = float("nan")
+        return far, None
+
+    monkeypatch.setattr(toy, "open_weights", lambda folder: (base, codec, None))
+    monkeypatch.setattr(toy, "judge", judge)
+    return tmp_path, judged
+
+
+def test_toy(toy_weights):
+    folder, judged = toy_weights
+    argv = ["toy", f"--weights={folder}", f"--ckpt={folder / 'tuned.safetensors'}", f"--out={folder / 'out'}",
+            "--rooms=1", "--steps=1", "--speeds=1,2"]
+    main(argv)
+    methods = evaluate.read_results(folder / "out/results.json")["methods"]
+    assert list(methods) == ["base", "tuned"] and [len(m["cases"]) for m in methods.values()] == [20, 20]
+    case = methods["tuned"]["cases"]["room0_camera_9_speed_2"]
+    assert case["scale"] == pytest.approx(1.2, abs=1e-4) and case["TransErr"] == pytest.approx(0, abs=1e-4)
+    assert "not finite" in methods["base"]["cases"]["room0_camera_5_speed_1"]["failed"]
+    text = (folder / "out/tables.md").read_text()
+    assert "## Failed: 4" in text and "## Table 2: by camera speed" in text and "PSNR" in text
+    main(argv)
+    assert judged == [10] * 4  # room by room; nothing twice
+    with pytest.raises(ValueError, match="base/cases: made with steps = 1, now 2"):
+        main([*argv, "--steps=2"])
 
 
 # ---- retake ----
