@@ -751,7 +751,8 @@ def retake(config):
     new = generate(dit, codec, condition_of(clip, target, config, device), [path.stem], negative,
                    steps=config.steps, shift=config.shift, guidance=config.guidance, seed=config.seed)
     new = new[0].cpu().numpy()
-    file = Path(config.out) / f"{path.stem}_{Path(config.camera).stem}_{config.speed:g}.mp4"
+    name = re.sub(r"\.\w+(?=#|$)", "", Path(config.camera).name).replace("#", "_")  # of paths.json#cam03 too
+    file = Path(config.out) / f"{path.stem}_{name}_{config.speed:g}.mp4"
     beside = file.with_name(f"{file.stem}_side_by_side.mp4")
     data.write_video(file, new, fps)
     drawn = data.draw_paths(new, [clip.c2w.numpy(), target])  # white: the source's, orange: the new cameras
