@@ -17,7 +17,8 @@ ReCamMaster's ten paths. TransErr and RotErr compare estimated with target camer
 first and is exactly 0 on the four pure rotations; so it is also given for the paths that move, and errors in
 metres without alignment. An estimate of n frames is compared with the path of n frames at the same speed, as
 ReDirector does it (some methods make 49 frames at most). Deviations: VBench's scores are means over videos of
-each video's score, to have intervals and pairs. """
+each video's score, to have intervals and pairs.
+"""
 import dataclasses
 import difflib
 import inspect
@@ -49,6 +50,7 @@ from train import decode, digest, parse
 
 PROTOCOL = 1  # of results.json: raised whenever a number would come out differently
 CHECKPOINT = "self_attn.safetensors"  # as train.py names it
+DIT, REDIRECTOR = "diffusion_pytorch_model.safetensors", "step20000.safetensors"  # as published
 
 
 # ---- scores of a video ----
@@ -59,7 +61,9 @@ def pose_scores(pred, target):
     TransErr (after alignment; dimensionless), TransErr_moving (None on pure rotations), RotErr (degrees, all
     pairs of frames): ReDirector's. position (metres), rotation (degrees): means over frames, both paths
     relative to their first frame, nothing aligned. scale: length of the estimated over that of the target
-    path, None on pure rotations; jitter lengthens a path too. ValueError for poses that are not finite. """
+    path, None on pure rotations; jitter lengthens a path too. Poses that are not finite give {"failed": why}.
+    ValueError for paths of different lengths.
+    """
     pred, target = (np.asarray(x, np.float64) for x in (pred, target))
     if not np.isfinite(pred).all():
         return {"failed": "the estimated poses are not finite"}
@@ -76,7 +80,7 @@ def pose_folder(folder):
     """Cameras estimated before, in <folder>/<method>/<case>.npz or, as ViPE writes it,
     <method>/pose/<case>.npz."""
     if not Path(folder).is_dir():
-        raise ValueError(f"estimator: expected vipe, mapanything or a folder of poses, found {folder!r}")
+        raise ValueError(f"estimator: expected vipe, mapanything or a folder, found {str(folder)!r}")
 
     def estimate(path, method=""):
         files = [Path(folder) / method / where / f"{path.stem}.npz" for where in ("", "pose")]
@@ -90,10 +94,12 @@ def open_estimator(config, device):
     normalised intrinsics (4,) or None) that raises ValueError or FileNotFoundError where it fails."""
     if config.estimator == "vipe":
         return outside.vipe(config.vipe, config.vipe_pipeline)
-    if config.estimator != "mapanything":
-        return pose_folder(config.estimator)
+    folder = Path(config.weights if config.estimator == "mapanything" else config.estimator)
+    folder = folder / "map-anything" if config.estimator == "mapanything" else folder
+    if config.estimator != "mapanything" and not (folder / "model.safetensors").exists():
+        return pose_folder(folder)
     from rewards import mapanything
-    cameras = mapanything(Path(config.weights or ".") / "map-anything", device).cameras
+    cameras = mapanything(folder, device).cameras
 
     def estimate(path, method=""):
         c2w, intrinsics = cameras(torch.from_numpy(data.read_video(path)[0])[None].to(device))
@@ -289,12 +295,18 @@ def condition_of(clip, target, config, device):
 
 def open_policy(weights, checkpoint, device):
     """The published DiT with ReDirector's weights and, if any, a checkpoint laid over them."""
-    files = [Path(weights) / "diffusion_pytorch_model.safetensors", Path(weights) / "step20000.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file, expected the published weights")
-    return load_dit(*files, *([checkpoint] if checkpoint else []), device=device,
-                    dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+    files = [Path(weights) / DIT, Path(weights) / REDIRECTOR, *([checkpoint] if checkpoint else [])]
+    return load_dit(*files, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def weights_sizes(weights):
+    """{file: bytes} of the published files; FileNotFoundError for one that is missing."""
+    names = DIT, REDIRECTOR, data.VAE_FILE, data.TEXT_FILE, data.IMAGE_FILE
+    files = [Path(weights) / name for name in names]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{', '.join(missing)}: no such file, expected the published weights")
+    return {f"bytes of {file.name}": file.stat().st_size for file in files}
 
 
 @torch.no_grad()
@@ -303,7 +315,8 @@ def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidanc
 
     The noise depends on seed and ids (C names) alone, so two models get the same. negative: the negative
     prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail: sampler.schedule's and
-    rollout's. """
+    rollout's.
+    """
     prepared, unwanted = dit.prepare(condition), None
     if negative is not None and guidance != 1:
         text = negative.to(condition.text.device).expand(len(condition), -1, -1)
@@ -334,7 +347,8 @@ class Config:
     shift: float = 5.0          # of the schedule (Wan)
     guidance: float = 5.0       # classifier-free guidance (ReDirector); 1: off
     seed: int = 0               # of the noise
-    estimator: str = "vipe"     # of cameras: vipe (paper), mapanything (in weights), or a folder of poses
+    estimator: str = "vipe"     # of cameras: vipe (paper), mapanything (in weights), its folder, or a folder
+                                # of poses, <method>/<case>.npz
     cameras: str = ""           # source cameras: a folder with a file for each video; empty: estimated
     fov: float = 0.0            # horizontal field of view, degrees, where camera files have no intrinsics
     captions: str = ""          # csv with columns file_name, text; empty: BLIP-2 (ReDirector)
@@ -356,11 +370,11 @@ def film_sources(config, clips, out, mine, estimate, device, quiet):
             or config.weights and not (conditions / f"{clip}.safetensors").exists()]
     captions = data.read_captions(config.captions) if config.captions else None
     if config.weights and (todo or not (conditions / data.NEGATIVE).exists()):
-        from encoders import NEGATIVE_PROMPT
+        from encoders import NEGATIVE_PROMPT, load_captioner
         encoders = open_encoders(config.weights, device)
         unwanted = encoders[1].embed([NEGATIVE_PROMPT])[0].bfloat16().cpu()
         data.write_file(conditions / data.NEGATIVE, save({"text": unwanted}))
-    for clip in tqdm(todo, "sources", unit="clip", disable=quiet):
+    for clip in tqdm(todo, "sources", unit="clip", disable=quiet or not todo):
         path, mp4 = Path(config.videos) / clips[clip], sources / f"{clip}.mp4"
         try:
             read = read_clip(path, config)
@@ -376,6 +390,8 @@ def film_sources(config, clips, out, mine, estimate, device, quiet):
         except (ValueError, FileNotFoundError) as error:
             data.write_file(mp4.with_suffix(".failed"), str(error).encode())
             tqdm.write(f"{clip}: {error}")
+    if todo and config.weights and not captions:
+        load_captioner.cache_clear()  # makes room
 
 
 def score_poses(folder, case, video, estimate, why):
@@ -404,9 +420,8 @@ def score_poses(folder, case, video, estimate, why):
 
 
 def score_met3r(config, folder, case, source, video, scores):
-    """Add MEt3R and Dyn-MEt3R to a case's scores, unless they are there -> note if they cannot be had at
-    all."""
-    if "failed" in scores or {"MEt3R", "Dyn-MEt3R"} <= set(scores) or not source.exists():
+    """Add MEt3R and Dyn-MEt3R to a case's scores, unless there -> note if they cannot be had at all."""
+    if not scores["made"] or {"MEt3R", "Dyn-MEt3R"} <= set(scores) or not source.exists():
         return None
     _, number, speed = split_case(case)
     python = config.redirector_python or sys.executable
@@ -443,6 +458,7 @@ def evaluate(config):
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
 
     # what is asked for; all that can be refused is refused now
     numbers, speeds = listed(config.paths, "paths", path_number), listed(config.speeds, "speeds", float)
@@ -456,10 +472,10 @@ def evaluate(config):
         report.read_log(config.log)
     out, clips = Path(config.out), find_clips(config.videos, config.clips) if config.videos else {}
     checkpoints = find_checkpoints(config.ckpt) if config.weights else {}
-    elsewhere = {Path(f.strip()).resolve().name: find_generated(f.strip())
-                 for f in config.generated.split(",") if f.strip()}
-    if set(checkpoints) & set(elsewhere):
-        raise ValueError(f"generated: {', '.join(set(checkpoints) & set(elsewhere))} is a model's name here")
+    folders = [Path(f.strip()) for f in config.generated.split(",") if f.strip()]
+    elsewhere = {folder.resolve().name: find_generated(folder) for folder in folders}
+    if len({*checkpoints, *elsewhere}) < len(checkpoints) + len(folders):
+        raise ValueError(f"generated: expected folders of different names, none {', '.join(checkpoints)}")
     names = list(clips) or sorted({split_case(case)[0] for videos in elsewhere.values() for case in videos})
     cases = [case_name(clip, number, speed) for clip in names for speed in speeds for number in numbers]
     if odd := [case for case in cases if split_case(case) is None]:
@@ -475,9 +491,8 @@ def evaluate(config):
             raise ValueError(f"{method}: none of its {len(videos)} videos has such a clip, path and speed")
     shape = {"frames": config.frames, "height": config.height, "width": config.width}
     made = {**shape, "cameras": config.cameras or config.estimator, "fov": config.fov}
-    made |= {"captions": config.captions}
-    made |= {f"bytes of {f}": (Path(config.weights) / f).stat().st_size
-             for f in (data.VAE_FILE, data.TEXT_FILE, data.IMAGE_FILE) if config.weights}
+    made |= {"captions": config.captions, **(weights_sizes(config.weights) if config.weights else {})}
+    estimate = open_estimator(config, device)
     claim(out / "sources", shape)
     for method, checkpoint in checkpoints.items():
         claim(out / "conditions", made)
@@ -485,7 +500,6 @@ def evaluate(config):
             "steps", "shift", "guidance", "seed")} | {"checkpoint": checkpoint_digest(checkpoint)})
     for method in files:
         claim(out / method / "cases", {"estimator": config.estimator, "pipeline": config.vipe_pipeline})
-    estimate = open_estimator(config, device)
     if ranks > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))  # only to wait for each other
     wait = dist.barrier if ranks > 1 else lambda: None
@@ -509,7 +523,7 @@ def evaluate(config):
             dit = open_policy(config.weights, checkpoint, device)
             codec = load_vae(Path(config.weights) / data.VAE_FILE, device, dit.patch_embedding.weight.dtype)
             negative = load_file(out / "conditions" / data.NEGATIVE)["text"][None]
-        for case in tqdm(todo, method, unit="video", disable=rank > 0):
+        for case in tqdm(todo, method, unit="video", disable=rank > 0 or not todo):
             name, number, speed = split_case(case)
             clip = data.load_clip(out / "conditions" / f"{name}.safetensors")
             target = trajectories.recammaster(number, len(clip.c2w), speed)
@@ -538,8 +552,8 @@ def evaluate(config):
         methods = {}
         for method, videos in files.items():
             scores = {case: read_json(out / method / "cases" / f"{case}.json") for case in cases}
-            good = {case: videos[case] for case in cases if "failed" not in scores[case]}
-            found, note = score_vbench(out / method, config.vbench or sys.executable, good)
+            there = {case: videos[case] for case in cases if scores[case]["made"]}
+            found, note = score_vbench(out / method, config.vbench or sys.executable, there)
             methods[method] = {"cases": {case: scores[case] | found.get(case, {}) for case in cases},
                                "notes": notes[method] | ({"VBench": note} if note else {})}
         finish(out, config, methods)
@@ -568,19 +582,19 @@ def chosen(out, methods, cases=()):
     method's best, median and worst change of position error against the first."""
     a, b = (methods[name]["cases"] for name in (next(iter(methods)), list(methods)[-1]))
     if not cases:
-        score = lambda scores, case: report.value(scores.get(case, {}), "position")
+        score = lambda scores, case: scores.get(case, {}).get("position")
         both = {case: score(b, case) - score(a, case) * (a is not b) for case in b
                 if score(a, case) is not None and score(b, case) is not None}
         order = sorted(both, key=both.get)
         cases = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})] if order else []
     shown = []
-    metrics = [m for m in report.CAMERA if any(report.value(b[case], m) is not None for case in cases)]
+    metrics = [m for m in report.CAMERA if any(b[case].get(m) is not None for case in cases)]
     for case in cases:
         clip, number, speed = split_case(case)
         videos, paths, rows = [("source", out / "sources" / f"{clip}.mp4")], [], []
         for method, results in methods.items():
             scores, poses = results["cases"].get(case, {"failed": ""}), out / method / "poses" / f"{case}.npz"
-            rows.append([method, *(report.text_of(report.value(scores, m)) for m in metrics)])
+            rows.append([method, *(report.text_of(scores.get(m)) for m in metrics)])
             videos.append((method, Path(scores.get("video", ""))))
             if "failed" not in scores:
                 paths.append((method, trajectories.read_path(poses)))
@@ -724,7 +738,7 @@ class Retake:
 def retake(config):
     """Write <clip>_<camera>_<speed>.mp4 and the same with _side_by_side to config.out; returns the two
     paths."""
-    from encoders import NEGATIVE_PROMPT
+    from encoders import NEGATIVE_PROMPT, load_captioner
     if not config.clip or not config.weights:
         raise ValueError("retake: expected a clip and --weights=FOLDER")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -733,6 +747,7 @@ def retake(config):
     video, fps, _ = read
     target = trajectories.named_path(config.camera, len(video), config.speed)
     checkpoint = find_checkpoint(config.ckpt) if config.ckpt else None
+    weights_sizes(config.weights)  # all there?
     if config.cameras and not Path(config.cameras).is_file():
         raise FileNotFoundError(f"{config.cameras}: no such camera file")
     with tempfile.TemporaryDirectory() as folder:
@@ -745,6 +760,7 @@ def retake(config):
     clip = encode(read, path, config.prompt or None, cameras, encoders, config, device)
     codec, negative = encoders[0], encoders[1].embed([NEGATIVE_PROMPT])
     del encoders
+    load_captioner.cache_clear()  # makes room
     dit = open_policy(config.weights, checkpoint, device)
     title = f"{config.camera}, speed {config.speed:g}"
     print(f"{len(video)} frames of {config.height} x {config.width}, {title}: {clip.caption}")

@@ -2,7 +2,8 @@
 
 None is needed to train or to film a video anew. Each is called as a program, by a path that the user names,
 and judged by the file it writes, not by what it says: some exit with 0 after failing, some with 1 after
-succeeding. A note is "what (details)": the tables show what, their footnotes all of it. """
+succeeding. A note is "what (details)": the tables show what, their footnotes all of it.
+"""
 import json
 import math
 import os
@@ -46,7 +47,8 @@ def vipe(program="vipe", pipeline="default"):
 
     ValueError "not installed" without the program. Where a video hardly moves (fewer than 8 keyframes) it
     returns poor poses and says nothing. Videos visit a folder of plain name: = , ( [ and more in a path are
-    options to it. """
+    options to it.
+    """
     if shutil.which(shlex.split(program)[0]) is None:
         raise ValueError(f"not installed: ViPE (no program {program!r}; pip install nvidia-vipe in "
                          "an environment of its own, name it by --vipe, or use --estimator=mapanything)")
@@ -108,7 +110,8 @@ def met3r(python, checkout, source, video, number, speed):
 
     MEt3R (Asim et al., CVPR 2025): frame i of the source with frame i of the video, lower is better.
     Dyn-MEt3R (Park et al., ICCV 2025): within the video, higher is better. number, speed: of the path, which
-    that program reads off the file's name; its own pose errors are rounded to two digits and not taken. """
+    that program reads off the file's name; its own pose errors are rounded to two digits and not taken.
+    """
     with tempfile.TemporaryDirectory(prefix="met3r_") as folder:
         file = f"{folder}/clip_camera_{number}_speed_{speed:g}.mp4"
         shutil.copyfile(source, f"{folder}/input.mp4")

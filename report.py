@@ -1,10 +1,10 @@
-"""What is said about an evaluation: means with intervals, paired comparisons, the paper's tables, one HTML
-page.
+"""What is said about an evaluation: means with intervals, comparisons, the paper's tables, one HTML page.
 
-Cases are named <clip>_camera_<n>_speed_<s>. {case: scores} maps them to dicts of numbers (None where a score
-does not apply), or to {"failed": why}. A table is a dict: title, header (strings), rows (lists of strings),
-notes. The page stands alone: curves are inline SVG, videos base64, and its own policy forbids it to load
-anything. """
+Cases are named <clip>_camera_<n>_speed_<s>. {case: scores} maps them to dicts of numbers; a score is None or
+absent where it failed or does not apply, "failed" says why cameras could not be had.
+A table is a dict: title, header (strings), rows (lists of strings), notes.
+The page stands alone: curves are inline SVG, videos base64, and its own policy forbids it to load anything.
+"""
 import base64
 import html
 import json
@@ -56,11 +56,6 @@ def split_case(name):
     return (match[1], int(match[2]), float(match[3])) if match and 1 <= int(match[2]) <= 10 else None
 
 
-def value(case, metric):
-    """A case's score; None where it failed or the metric does not apply."""
-    return None if "failed" in case else case.get(metric)
-
-
 def interval(values, clips, draws=2000, seed=0):
     """95 % bootstrap interval of the mean of values (n,), resampling clips (n names): the cases of one clip
     are no independent samples. None for fewer than two clips."""
@@ -75,7 +70,7 @@ def interval(values, clips, draws=2000, seed=0):
 
 def mean(cases, metric):
     """(mean, interval, number of cases) of a metric over {case: scores}; (None, None, 0) if none has it."""
-    found = {name: value(case, metric) for name, case in cases.items() if value(case, metric) is not None}
+    found = {name: case[metric] for name, case in cases.items() if case.get(metric) is not None}
     if not found:
         return None, None, 0
     values = list(found.values())
@@ -90,10 +85,10 @@ def compare(a, b, metric):
     """
     better = METRICS[metric][1]
     common = [name for name in a
-              if name in b and value(a[name], metric) is not None and value(b[name], metric) is not None]
+              if a[name].get(metric) is not None and b.get(name, {}).get(metric) is not None]
     if not common:
         return None
-    x, y = (np.array([value(cases[name], metric) for name in common]) for cases in (a, b))
+    x, y = (np.array([cases[name][metric] for name in common]) for cases in (a, b))
     if better == 0:
         x, y = abs(x - 1), abs(y - 1)
     change = float((y - x).mean())
@@ -137,7 +132,7 @@ def tables(methods):
     baseline."""
     every = {name: case for method in methods.values() for name, case in method["cases"].items()}
     speeds, paths = (sorted({split_case(name)[i] for name in every}) for i in (2, 1))
-    known = [m for m in METRICS if any(value(case, m) is not None for case in every.values())]
+    known = [m for m in METRICS if any(case.get(m) is not None for case in every.values())]
     notes = sorted({note for method in methods.values() for note in method["notes"].values()})
     columns = [m for m in PAPER if m in known or m in CAMERA or notes]
     pick = lambda scores: [text_of(scores[PAPER.index(m)]) for m in columns]
@@ -184,7 +179,7 @@ def tables(methods):
     rows = [[name, case, reason] for name, method in methods.items()
             for case, scores in method["cases"].items() for reason in why(scores)]
     out.append(table(f"Failed: {len(rows)}", ["Method", "Case", "Why"], rows,
-                     "What failed is in no mean. Comparisons use the cases that both methods have."))
+                     "Means leave out what failed. Comparisons use the cases that both methods have."))
     return out
 
 
@@ -271,7 +266,8 @@ def chart(title, series, x_label, y_label, least=0.0, equal=False, size=(340, 23
     """SVG of lines [(label, colour, x (n,), y (n,), SVG attributes)]; an empty label is in no legend.
 
     least: shortest y axis, so that jitter about a constant looks flat; equal: one scale, and `least`, for
-    both axes; strokes: [(colour, x1, y1, x2, y2)]. """
+    both axes; strokes: [(colour, x1, y1, x2, y2)].
+    """
     W, H = size
     left, right, top, bottom = 56, W - 10, 26, H - (50 if any(s[0] for s in series) else 36)
     ends = []
