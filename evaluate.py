@@ -398,15 +398,17 @@ def score_poses(folder, case, video, estimate, why):
     """Scores of one case, also written to folder/cases/<case>.json; kept if the video is still the same,
     unless it failed. why: the reason, where there is no video."""
     file, made = folder / "cases" / f"{case}.json", fingerprint(video)
-    try:
-        kept = json.loads(file.read_text())
-        if made and kept["made"] == made and "failed" not in kept:
-            return kept
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
-        pass
     clip, number, speed = split_case(case)
     scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed, "video": str(video),
               "made": made}
+    try:
+        kept = json.loads(file.read_text())
+        if made and kept["made"] == made:
+            if "failed" not in kept:
+                return kept
+            scores = {k: x for k, x in kept.items() if k != "failed"}  # other programs' scores stay
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        pass  # not there, or damaged
     try:
         if not made:
             raise ValueError(why)

@@ -273,8 +273,7 @@ def test_interrupted_scoring_goes_on(elsewhere, monkeypatch):
 
 
 def test_vbench_and_met3r_in_the_tables(elsewhere, monkeypatch):
-    """Their scores reach the results and are kept; what they lack is listed; the pairs of MEt3R are the
-    sources."""
+    """Their scores reach the results and are kept, where cameras fail too; what they lack is listed."""
     calls = []
 
     def vbench(python, videos, dimension):
@@ -292,6 +291,7 @@ def test_vbench_and_met3r_in_the_tables(elsewhere, monkeypatch):
 
     monkeypatch.setattr(evaluate.outside, "vbench", vbench)
     monkeypatch.setattr(evaluate.outside, "met3r", met3r)
+    Path("poses/B/bear_camera_1_speed_1.npz").write_bytes(b"PK")
     data.write_video(Path("videos/bear.mp4"), np.zeros((21, 32, 32, 3), np.uint8), 24)
     Path("checkout").mkdir()
     Path("checkout/evaluate.py").touch()
@@ -302,6 +302,8 @@ def test_vbench_and_met3r_in_the_tables(elsewhere, monkeypatch):
     text = Path("out/tables.md").read_text()
     assert "| bear_camera_5_speed_1 | failed: Dyn-MEt3R (x) |" in text and "0.7500" in text
     assert "failed: VBench, motion_smoothness |" in text
+    case = results(config)["B"]["cases"]["bear_camera_1_speed_1"]
+    assert "failed" in case and "TransErr" not in case and case["MEt3R"] == 0.3
     before, calls[:] = list(calls), []
     evaluate.evaluate(config)  # only what failed is tried again
     assert len(before) == 2 * (6 + 3) and sorted(calls) == ["met3r"] * 2 + ["motion_smoothness"] * 2
