@@ -515,6 +515,46 @@ def test_retake(clips, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_is_not_given_is_estimated(clips, tmp_path, monkeypatch):
+    """Source cameras by MapAnything, the caption by BLIP-2 from the middle frame."""
+    import encoders
+    import rewards
+    seen = []
+
+    def cameras(videos):
+        n, t = videos.shape[:2]
+        c2w = torch.from_numpy(noisy(9, t))[None] * torch.ones(n, 1, 1, 1)
+        return c2w, torch.tensor([[0.8, 1.2, 0.5, 0.5]]).expand(n, 4)
+
+    def mapanything(folder, device):
+        seen.append(Path(folder))
+        return type("Estimator", (), {"cameras": staticmethod(cameras)})
+
+    def caption(frame, *rest):
+        seen.append(frame)
+        return "a bear, says BLIP-2"
+
+    def encode_clip(*args, original=data.encode_clip):
+        seen.append(args[1])
+        return original(*args)
+
+    monkeypatch.setattr(rewards, "mapanything", mapanything)
+    monkeypatch.setattr(encoders, "caption", caption)
+    monkeypatch.setattr(data, "encode_clip", encode_clip)
+    maps = []
+    monkeypatch.setattr(trajectories, "camera_maps", lambda *args, original=trajectories.camera_maps: (
+        maps.append(args) or original(*args)))
+    main(["retake", str(clips / "videos/bear.mp4"), f"--weights={clips / 'weights'}", "--steps=1",
+          "--height=32", "--width=32", f"--out={tmp_path}"])
+    video = data.read_video(clips / "videos/bear.mp4", frames=5, size=(32, 32))[0]
+    assert seen[0] == clips / "weights/map-anything" and seen[2] == "a bear, says BLIP-2"
+    assert np.array_equal(seen[1], video[2])
+    (target, intrinsics, *_), (source, *_) = maps
+    assert np.allclose(target[0], trajectories.recammaster("arc_left", 5))
+    assert np.allclose(source[0], trajectories.relative(noisy(9, 5)))
+    assert intrinsics[0].tolist() == pytest.approx([0.8, 1.2, 0.5, 0.5])
+
+
 @pytest.mark.parametrize("flags, why", [
     (["--camera=arc_lft"], "no path 'arc_lft'"), (["--width=50"], "multiples of 16"),
     (["--ckpt=none"], "no checkpoint"), (["--cameras=none.npz"], "none.npz: no such camera file"),
