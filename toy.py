@@ -8,6 +8,7 @@ drift), and a small feed-forward metric pose estimator (the miniature MapAnythin
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,7 +24,6 @@ import data
 import model
 import rewards
 import trajectories
-from sampler import sample, schedule
 
 FRAMES, HEIGHT, WIDTH = 5, 24, 40
 INTRINSICS = (0.5 / math.tan(math.radians(40)), 0.5 / math.tan(math.radians(40)) * WIDTH / HEIGHT, 0.5, 0.5)
@@ -237,21 +237,21 @@ def fit_codec(video, temper=0.5):
 
 # ---- what an uncalibrated reconstruction would call these paths ----
 
-LABEL_SCALE, LABEL_SCALE_SD = 1.3, 0.25    # labels over-report translation by about this factor (log-normal), ...
-LABEL_TURN, LABEL_TURN_SD = 1.15, 0.12     # ... rotation by this, ...
+LABEL_SCALE, LABEL_TURN = 1.3, 1.15        # labels over-report translation and rotation by about these factors ...
+LABEL_SD = (0.25, 0.12), (0.5, 0.3)        # ... (log-normal, sd for the two; two stages, less and more ambiguous), ...
 LABEL_DRIFT = 0.08                         # ... and both by this much more with every frame
 BASE_SPEED, BASE_TURN = 0.12, math.radians(2.5)  # fastest pretraining path: metres and radians per frame
 
 
-def mislabel(step, turn, g):
+def mislabel(step, turn, g, sd=LABEL_SD[-1]):
     """True steps and turns (n, T-1, 3) -> c2w (n, T, 4, 4) as labelled: unknown scale, over-reported turns, drift."""
     n, frames = step.shape[:2]
     gain = lambda mean, sd: mean * torch.exp(sd * torch.randn(n, 1, 1, generator=g))
     drift = 1 + LABEL_DRIFT * torch.arange(frames)[:, None]
-    return integrate(step * gain(LABEL_SCALE, LABEL_SCALE_SD) * drift, turn * gain(LABEL_TURN, LABEL_TURN_SD) * drift)
+    return integrate(step * gain(LABEL_SCALE, sd[0]) * drift, turn * gain(LABEL_TURN, sd[1]) * drift)
 
 
-def pairs(n, seed, draw=render, paths=4):
+def pairs(n, seed, draw=render, paths=4, sd=LABEL_SD[-1]):
     """n rooms x `paths` slow paths: videos (n, paths, 3, T, H, W), true c2w and labelled c2w (n, paths, T, 4, 4)."""
     g = torch.Generator().manual_seed(seed)
     room = rooms(n, seed)
@@ -260,7 +260,7 @@ def pairs(n, seed, draw=render, paths=4):
     turn = turn * BASE_TURN * torch.rand(n * paths, 1, 1, generator=g)
     c2w = integrate(step, turn)
     video = draw(room[torch.arange(n).repeat_interleave(paths)], c2w)[0]
-    return tuple(x.unflatten(0, (n, paths)) for x in (video, c2w, mislabel(step, turn, g)))
+    return tuple(x.unflatten(0, (n, paths)) for x in (video, c2w, mislabel(step, turn, g, sd)))
 
 
 # ---- the judge: registers every frame to the true scene; no training ever sees it ----
@@ -274,7 +274,7 @@ def blur(x, sigma):
     return F.conv2d(F.conv2d(x, k.view(1, 1, 1, -1)), k.view(1, 1, -1, 1)).view(shape)
 
 
-def judge(video, room, guess, codec=None, iterations=8, sigma=(1.5, 0.7)):
+def judge(video, room, guess, codec=None, iterations=8, sigma=(1.5, 1.0, 0.7)):
     """Where was each frame taken? video (n, 3, T, H, W) in [-1, 1] of rooms (n), guess (n, T, 4, 4) a path to search
     along (from standing still to 1.5 times as far) -> c2w (n, T, 4, 4), metres, relative to the first camera of the
     source, and the root mean square residual (n, T). Levenberg-Marquardt on robust photometric residuals: the true room
@@ -327,7 +327,7 @@ def judge(video, room, guess, codec=None, iterations=8, sigma=(1.5, 0.7)):
             move[..., :3, :3], move[..., :3, 3] = exp_so3(step[..., 3:]), step[..., :3]
             trial = pose @ move
             image2, depth2, residual2, weight2, cost2 = look(trial, target, s)
-            ok = cost2 < cost
+            ok = (cost2.mean(1, keepdim=True) < cost.mean(1, keepdim=True)).expand_as(cost)  # the codec mixes frames
             pose = torch.where(ok[..., None, None], trial, pose)
             pick = lambda new, old: torch.where(ok.view(n, *((1,) * (old.dim() - 4)), frames, 1, 1), new, old)
             image, residual, weight = (pick(p, q) for p, q in ((image2, image), (residual2, residual), (weight2, weight)))
@@ -510,9 +510,9 @@ def held_out(count, codec, speed=1.0, seed=TEST_ROOMS):
 
 # ---- pretraining: `python toy.py` makes the shipped weights ----
 
-def optimise(parameters, steps, lr, loss_at, out, name, export, seed=0, decay=0.3, log_every=50):
-    """AdamW with warm-up, constant rate and linear decay, and a moving average of the weights; resumes from its own file.
-    loss_at(step) -> (loss, dict of numbers to log); export(averaged parameters) saves what is shipped."""
+def optimise(parameters, stages, lr, loss_at, out, name, export, decay=0.3, log_every=50):
+    """AdamW with a moving average of the weights; each stage (steps) warms up, stays, and decays over its last 30 %.
+    Resumes from its own file. loss_at(step) -> (loss, dict of numbers to log); export(averaged parameters) saves what is shipped."""
     file, log = out / f"{name}.pretraining.pt", open(out / f"{name}.log.jsonl", "a")
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
     average, start = [p.detach().clone() for p in parameters], 0
@@ -522,9 +522,11 @@ def optimise(parameters, steps, lr, loss_at, out, name, export, seed=0, decay=0.
         optimizer.load_state_dict(state["optimizer"])
         for p, saved in zip(parameters, state["parameters"]):
             p.data.copy_(saved)
-    sums, began = {}, time.time()
+    sums, began, steps = {}, time.time(), sum(stages)
+    at = [(i, length) for length in stages for i in range(length)]  # step within its stage
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=name):
-        rate = lr * min(1, (step + 1) / 200) * min(1, (steps - step) / (decay * steps)) + 1e-6
+        i, length = at[step]
+        rate = lr * min(1, (i + 1) / 200) * min(1, (length - i) / (decay * length)) + 1e-6
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss, numbers = loss_at(step)
@@ -532,7 +534,7 @@ def optimise(parameters, steps, lr, loss_at, out, name, export, seed=0, decay=0.
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(0.9995, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(0.9995, (1 + i) / (10 + i)))
         sums = {key: sums.get(key, 0) + value for key, value in numbers.items()}
         if (step + 1) % log_every == 0:
             print(json.dumps({"step": step + 1, **{k: round(v / log_every, 4) for k, v in sums.items()},
@@ -552,7 +554,7 @@ def small_maps(c2w):
     return trajectories.camera_maps(c2w, intrinsics, HEIGHT // PATCH, WIDTH // PATCH)
 
 
-def pretrain_base(out, codec, steps=8000, rows=64, seed=0):
+def pretrain_base(out, codec, stages=(8000, 5000), rows=64, seed=0):
     """Flow matching on rooms seen along two slow mislabelled paths each, noise levels shifted to noise.
 
     The camera adapter's first layer sees 8 x 8 pixels of a map through one weight each; here it is trained with the 64
@@ -585,7 +587,7 @@ def pretrain_base(out, codec, steps=8000, rows=64, seed=0):
     def loss_at(step):
         if step // 4 not in films:
             films.clear()
-            video, _, label = pairs(rows, step // 4, draw)
+            video, _, label = pairs(rows, step // 4, draw, sd=LABEL_SD[step >= stages[0]])
             films[step // 4] = [x.unflatten(0, (rows, 4)) for x in (codec.encode(video.flatten(0, 1)), small_maps(label.flatten(0, 1)))]
         latents, maps = films[step // 4]
         g = torch.Generator().manual_seed(10_000_000 + step)
@@ -598,7 +600,7 @@ def pretrain_base(out, codec, steps=8000, rows=64, seed=0):
         x = torch.lerp(x0, eps, t.view(-1, 1, 1, 1, 1))
         v = dit(x, t, prepare(latents[every, source], maps[:, target], maps[every, source]))
         loss = (v - (eps - x0)).square().mean()
-        return loss, {"loss": float(loss)}
+        return loss, {"loss": float(loss.detach())}
 
     def export(average):
         state = {k: v.detach().clone() for k, v in dit.state_dict().items()} | dict(zip(names, average))
@@ -607,7 +609,7 @@ def pretrain_base(out, codec, steps=8000, rows=64, seed=0):
         state["control_adapter.conv.bias"] = bias
         write_weights(out / "toy_base.safetensors", state)
 
-    optimise(parameters, steps, 1e-3, loss_at, out, "toy_base", export)
+    optimise(parameters, stages, 1e-3, loss_at, out, "toy_base", export)
 
 
 def photographed(n, seed, codec, draw=render):
@@ -622,7 +624,7 @@ def photographed(n, seed, codec, draw=render):
     return codec.decode(latents + grain * torch.randn(latents.shape, generator=g))[:, :, 0], depth[:, 0]
 
 
-def train_estimator(out, codec, steps=20000, rows=64, seed=0):
+def train_estimator(out, codec, steps=6000, rows=64, seed=0):
     """The estimator's depth network; the rest of it has nothing to learn."""
     torch.manual_seed(seed)
     net, draw = Estimator(), torch.compile(render)
@@ -636,38 +638,23 @@ def train_estimator(out, codec, steps=20000, rows=64, seed=0):
     def export(average):
         write_weights(out / "toy_estimator.safetensors", dict(zip((n for n, _ in net.named_parameters()), average)))
 
-    optimise(parameters, steps, 1e-3, loss_at, out, "toy_estimator", export)
+    optimise(parameters, (steps,), 1e-3, loss_at, out, "toy_estimator", export)
 
 
 def write_weights(path, state):
-    data.write_file(path, save({k: v.contiguous() for k, v in state.items()}))
+    """Half precision is enough to start from, and half the download."""
+    data.write_file(path, save({k: v.half().contiguous() for k, v in state.items()}))
 
 
-def trial(dit, codec, estimator, count, speed, seed=0, steps=6):
-    """Generate `count` test rooms x ten paths and have them judged. Returns the videos uint8 (10 count, T, H, W, 3) and
-    name -> (10 count,): position error (m) and rotation error (degrees), means over frames, path length over target's
-    (NaN for pure rotations), aligned TransErr, all by the judge; the first three by the estimator too; image error in dB."""
-    room, condition, scene, truth = held_out(count, codec, speed)
-    with torch.no_grad():
-        latents = sample(dit, dit.prepare(condition), sigmas=schedule(steps, 5.0), shape=tuple(condition.source.shape[1:]),
-                         seed=seed, condition_ids=[f"test {k}" for k in range(len(scene.c2w))])
-    video = codec.decode(latents)
-    shown = data.to_uint8(video)
-    seen = [judge(video[i:i + 10], room[i:i + 10], scene.c2w[i:i + 10], codec)[0]
-            for i in tqdm(range(0, len(video), 10), desc=f"judge, speed {speed}", leave=False)]
-    numbers = {}
-    for name, c2w in (("", torch.cat(seen)), ("estimator ", estimator(shown))):
-        c2w = trajectories.relative(c2w)
-        position, rotation = trajectories.pose_errors(c2w, scene.c2w, "uniform")
-        length = lambda x: x[..., :3, 3].diff(dim=1).norm(dim=-1).sum(1)
-        numbers[name + "position"], numbers[name + "rotation"] = position, torch.rad2deg(rotation)
-        numbers[name + "scale"] = torch.where(length(scene.c2w) > 1e-6, length(c2w) / length(scene.c2w), math.nan)
-        numbers[name + "aligned"] = torch.tensor([trajectories.trans_err(a.double().numpy(), b.double().numpy())
-                                                  for a, b in zip(c2w, scene.c2w)])
-    error = (shown.float() - truth.float()).square().mean((1, 2, 3, 4))
-    numbers["image"] = 10 * torch.log10(255 ** 2 / error)
-    return shown, {k: v.double() for k, v in numbers.items()}, scene, truth
+def make_codec(out):
+    codec = fit_codec(pairs(128, 1_000_000)[0].flatten(0, 1))
+    data.write_file(out / "toy_codec.safetensors", save(codec.state))
+    return codec
 
 
-def report(world, config, out):
-    print("report: to come")
+if __name__ == "__main__":
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/pretraining")
+    folder.mkdir(parents=True, exist_ok=True)
+    codec = make_codec(folder)
+    train_estimator(folder, codec)
+    pretrain_base(folder, codec)

@@ -543,7 +543,9 @@ def main(argv):
             if show and (done % config.sample_every == 0 or done == config.iterations):
                 show(out / f"samples/iteration_{done:06d}.mp4")
         if rank == 0 and config.world == "toy":
-            toy.report(world, config, out)
+            import evaluate  # the held-out table, by the independent judge
+            evaluate.evaluate_toy(evaluate.Toy(str(out), config.weights, str(out / "evaluation"), speeds="1",
+                                               steps=config.steps, shift=config.shift, log=str(out / "log.jsonl")))
     except Stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
