@@ -201,9 +201,11 @@ def open_clips(config, device):
     clips = data.ClipCache(config.clips, frames=config.frames, height=config.height, width=config.width)
     paths = trajectories.PathFolder(config.trajectories, config.frames)
     folder = Path(config.weights)
-    redirector = folder / "step20000.safetensors"
-    dit = load_dit(folder / "diffusion_pytorch_model.safetensors", *([redirector] if redirector.exists() else []),
-                   device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for name in ("diffusion_pytorch_model.safetensors", "step20000.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: no such file; README.md lists what this folder holds")
+    dit = load_dit(folder / "diffusion_pytorch_model.safetensors", folder / "step20000.safetensors", device=device,
+                   dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     from vae import load_vae
     codec = load_vae(folder / data.VAE_FILE, device, dit.patch_embedding.weight.dtype)
     omega = tuple(np.radians(config.omega))

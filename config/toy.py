@@ -12,11 +12,12 @@ steps = 6
 shift = 5.0
 strategy = "random"                # LongCat's: one step, early, where the camera is decided
 size = 1
-first = 4
+first = 3
+tau = 0.9                          # wider than LongCat's 0.45: the base explores little by itself
 tail = 0.4
-rewards = "trans=1,rot=1,sharpness=0.1,flicker=0.1"
-reward_batch = 0
-lr = 1e-4
+rewards = "trans=1,rot=1,sharpness=0.01,flicker=0.03"
+reward_batch = 32
+lr = 2e-4
 iterations = 200
 save_every = 50
 sample_every = 50
