@@ -91,6 +91,7 @@ class Config:
     save_every: int = 10               # iterations between checkpoints
     keep: int = 2                      # checkpoints kept
     sample_every: int = 10             # iterations between sample videos
+    rooms: int = 8                     # toy: test rooms judged at the end, ten paths each; 0: none
     compile: bool = False              # torch.compile the transformer's blocks
     checkpointing: bool = True         # recompute activations in the backward pass, block by block
     threads: int = 0                   # CPU threads per process; 0: torch's choice
@@ -99,7 +100,7 @@ class Config:
     max_skips: int = 3                 # stop after so many updates in a row with non-finite gradients
 
     FREE = ("out", "iterations", "save_every", "keep", "sample_every", "timeout", "max_failures", "max_skips",
-            "threads", "park", "reward_batch")  # may change on resume
+            "threads", "park", "reward_batch", "rooms")  # may change on resume
 
 
 # ---- configuration: a file of `name = value` lines, then --name=value ----
@@ -544,9 +545,9 @@ def main(argv):
                     save_checkpoint(out, done, names, optimizer, config)
             if show and (done % config.sample_every == 0 or done == config.iterations):
                 show(out / f"samples/iteration_{done:06d}.mp4")
-        if rank == 0 and config.world == "toy":
+        if rank == 0 and config.world == "toy" and config.rooms:
             import evaluate  # the held-out table, by the independent judge
-            evaluate.evaluate_toy(evaluate.Toy(str(out), config.weights, str(out / "evaluation"), speeds="1",
+            evaluate.evaluate_toy(evaluate.Toy(str(out), config.weights, str(out / "evaluation"), config.rooms, "1",
                                                steps=config.steps, shift=config.shift, log=str(out / "log.jsonl")))
     except Stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
