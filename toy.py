@@ -2,7 +2,7 @@
 
 Procedural rooms are ray-cast with known metric geometry. `python toy.py` pretrains a base policy (model.py's DiT) on
 slow paths whose labels are what an uncalibrated reconstruction would give (unknown scale, over-reported rotation,
-drift), and a small feed-forward metric pose estimator (the miniature MapAnything); both are shipped in weights/.
+drift), and the metric depth network of a small pose estimator (MapAnything's part); both are shipped in weights/.
 `judge` is the independent referee: it registers a video to the true scene and is never seen by any training.
 """
 import json
@@ -282,7 +282,6 @@ def judge(video, room, guess, codec=None, iterations=8, sigma=(1.5, 1.0, 0.7)):
     n, frames, (height, width) = *guess.shape[:2], video.shape[-2:]
     ray = rays(INTRINSICS, height, width)
     focal = torch.tensor([INTRINSICS[0] * width, INTRINSICS[1] * height])
-    eye = torch.eye(3)
 
     def look(pose, target, s):
         image, depth = render(room, pose, height=height, width=width)

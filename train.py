@@ -34,7 +34,7 @@ import data
 import rewards as rewarding
 import toy
 import trajectories
-from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
+from grpo import advantages, micro_batches, policy_loss, succeeded, summary
 from model import Condition, load_dit, trainable
 from sampler import rollout, sample, schedule, window
 

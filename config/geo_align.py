@@ -1,6 +1,6 @@
 """The paper's setting as far as it is known. Each line says where its value is from; "ours" where the paper's is unknown."""
 world = "clips"
-frames = 81                        # paper: as ReDirector (its own number was lost in our copy)
+frames = 81                        # ReDirector (the paper's own number is missing from our copy)
 height = 480                       # ReDirector
 width = 832                        # ReDirector
 v = (0.005, 0.06, 0.025, 0.015)    # ours (paper's value unknown): m/frame at 24 to 30 frames per second

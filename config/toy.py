@@ -1,4 +1,4 @@
-"""The main job on a laptop: the paper's experiment in miniature, in the toy world (about ten minutes on two cores)."""
+"""The main job on a laptop: the paper's experiment in miniature, in the toy world (about five minutes on two cores)."""
 world = "toy"
 weights = "weights"
 frames = 5

@@ -52,9 +52,8 @@ def test_what_one_camera_sees_another_sees_there():
     y = (point - c2w[:, 4, None, None, :3, 3]) @ c2w[:, 4, None, :3, :3]
     at = 2 * y[..., :2] / y[..., 2:] * torch.tensor(INTRINSICS[:2])
     there = torch.nn.functional.grid_sample(video[:, :, 4], at, align_corners=False)
-    still = room.ball.clone()
     off = (there - video[:, :, 0]).abs().mean(1)[at.abs().amax(-1) < 0.95]
-    assert off.median() < 0.03 and still.shape == (8, 7)
+    assert off.median() < 0.03
     moved = (video[:, :, 4] - video[:, :, 0]).abs().mean(1)[at.abs().amax(-1) < 0.95]
     assert off.median() < 0.5 * moved.median()
 
