@@ -95,11 +95,10 @@ def rays(intrinsics, height, width):
     return torch.stack([u.expand(height, width), v[:, None].expand(height, width), torch.ones(height, width)], -1)
 
 
-def render(room, c2w, times=None, height=HEIGHT, width=WIDTH):
+def render(room, c2w, height=HEIGHT, width=WIDTH):
     """Rooms (n) seen from c2w (n, T, 4, 4), relative to the first camera -> video (n, 3, T, H, W) in [-1, 1] and depth
-    along the optical axis (n, T, H, W), metres. times: (T,) frame numbers for the ball (default 0 ... T-1)."""
+    along the optical axis (n, T, H, W), metres. The ball is where it is at frame 0 ... T-1."""
     n, frames = c2w.shape[:2]
-    times = torch.arange(frames) if times is None else times
     pose = room.pose[:, None] @ c2w.to(room.pose)
     d = torch.einsum("ntij,pj->ntpi", pose[..., :3, :3], rays(INTRINSICS, height, width).flatten(0, 1))
     o = pose[..., None, :3, 3]  # (n, T, 1, 3)
@@ -119,7 +118,7 @@ def render(room, c2w, times=None, height=HEIGHT, width=WIDTH):
         hit = (near < leave) & (near > 0.05) & (near < depth)
         depth, surface = torch.where(hit, near, depth), torch.where(hit, 6 + k, surface)
         facing = torch.where(hit, d.gather(-1, side[..., None])[..., 0].abs(), facing)
-    centre = room.ball[:, None, :3] + room.ball[:, None, 3:6] * times[:, None].to(room.ball)
+    centre = room.ball[:, None, :3] + room.ball[:, None, 3:6] * torch.arange(frames)[:, None]
     oc = o - centre[:, :, None]                                    # (n, T, 1, 3)
     qa, qb = d.square().sum(-1), (oc * d).sum(-1)
     disc = qb.square() - qa * (oc.square().sum(-1) - room.ball[:, None, None, 6].square())
