@@ -73,18 +73,23 @@ def speeds(c2w):
     return tuple(float(np.linalg.norm(x, axis=1).max(initial=0)) for x in (steps, rotvecs))
 
 
+def interpolate(c2w, at, where):
+    """The path c2w (T, 4, 4), T > 1, whose poses are at times `at` (T,), at other times `where` (N,) within:
+    (N, 4, 4), rotations on geodesics, positions linear."""
+    out = np.tile(np.eye(4), (len(where), 1, 1))
+    out[:, :3, :3] = Slerp(at, Rotation.from_matrix(c2w[:, :3, :3]))(where).as_matrix()
+    out[:, :3, 3] = np.stack([np.interp(where, at, x) for x in c2w[:, :3, 3].T], 1)
+    return out
+
+
 def resample(c2w, frames):
-    """The path c2w (T, 4, 4) from start to end in `frames` frames: slerp of rotations, positions linear."""
+    """The path c2w (T, 4, 4) from start to end in `frames` frames (see interpolate)."""
     if frames < 1:
         raise ValueError(f"a path needs at least 1 frame, found {frames}")
-    c2w, where = np.array(c2w, np.float64), np.linspace(0, len(c2w) - 1, frames)
-    if frames == len(c2w):
-        return c2w
-    out, at = np.tile(c2w[0], (frames, 1, 1)), np.arange(len(c2w))
-    if len(c2w) > 1:
-        out[:, :3, :3] = Slerp(at, Rotation.from_matrix(c2w[:, :3, :3]))(where).as_matrix()
-        out[:, :3, 3] = np.stack([np.interp(where, at, c2w[:, j, 3]) for j in range(3)], 1)
-    return out
+    c2w, T = np.array(c2w, np.float64), len(c2w)
+    if T in (1, frames):
+        return np.tile(c2w, (frames // T, 1, 1))
+    return interpolate(c2w, np.arange(T), np.linspace(0, T - 1, frames))
 
 
 # ---- metric-aware rescaling (paper, section 3.4)
