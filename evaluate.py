@@ -43,10 +43,9 @@ import data
 import outside
 import report
 import trajectories
-from model import Condition, load_dit
+from model import load_dit
 from report import case_name, split_case
-from sampler import sample, schedule
-from train import decode, digest, parse
+from train import condition_of, digest, generate, parse
 
 PROTOCOL = 1  # of results.json: raised whenever a number would come out differently
 CHECKPOINT = "self_attn.safetensors"  # as train.py names it
@@ -110,10 +109,15 @@ def open_estimator(config, device):
 
 # ---- which cases: clips, paths, speeds; videos made elsewhere ----
 
+def items(text):
+    """"a, b" -> ["a", "b"]"""
+    return [x.strip() for x in text.split(",") if x.strip()]
+
+
 def listed(text, what, convert):
     """"1,1.5" -> [1.0, 1.5]; ValueError naming `what` where it is no such list."""
     try:
-        found = [convert(x.strip()) for x in text.split(",") if x.strip()]
+        found = [convert(x) for x in items(text)]
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
     if not found:
@@ -137,8 +141,8 @@ def find_clips(videos, only=""):
             raise ValueError(f"{videos}: {clips[clip]} and {video} would both be called {clip}")
     if not only:
         return clips
-    lines = Path(only).read_text().split("\n") if Path(only).is_file() else only.split(",")
-    wanted = [line.strip() for line in lines if line.strip()]
+    wanted = Path(only).read_text().split("\n") if Path(only).is_file() else items(only)
+    wanted = [line.strip() for line in wanted if line.strip()]
     wanted = [Path(name).stem if name.lower().endswith(data.VIDEOS) else name for name in wanted]
     missing = [name for name in wanted if name not in clips]
     if missing or not wanted:
@@ -172,7 +176,7 @@ def find_checkpoint(path):
 def find_checkpoints(text):
     """Comma-separated checkpoints -> {method: file, None for the base}; a run's are called
     <run>-<iteration>."""
-    files = [find_checkpoint(x.strip()) for x in text.split(",") if x.strip()]
+    files = [find_checkpoint(x) for x in items(text)]
     names = ["-".join(f.resolve().parts[-3:-1]) if f.name == CHECKPOINT else f.stem for f in files]
     if len({*names, "base", "sources", "conditions", "targets"}) < len(names) + 4:
         raise ValueError(f"ckpt: expected different names, none of them base, found {', '.join(names)}")
@@ -284,13 +288,6 @@ def encode(clip, path, caption, cameras, encoders, config, device):
     return data.Clip(str(path), str(path), caption, fps, latents, image, text, *cameras)
 
 
-def condition_of(clip, target, config, device):
-    """A data.Clip and a target path (T, 4, 4) -> model.Condition of one row."""
-    maps = [trajectories.camera_maps(torch.as_tensor(c2w)[None].to(device), clip.intrinsics[None].to(device),
-                                     config.height, config.width) for c2w in (target, clip.c2w)]
-    return Condition(*(x[None].to(device) for x in (clip.text, clip.image, clip.latents)), *maps)
-
-
 # ---- generating ----
 
 def open_policy(weights, checkpoint, device):
@@ -309,22 +306,11 @@ def weights_sizes(weights):
     return {f"bytes of {file.name}": file.stat().st_size for file in files}
 
 
-@torch.no_grad()
-def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0, tail=None):
-    """Condition of C rows -> uint8 videos (C, T, H, W, 3).
-
-    The noise depends on seed and ids (C names) alone, so two models get the same. negative: the negative
-    prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail: sampler.schedule's and
-    rollout's.
-    """
-    prepared, unwanted = dit.prepare(condition), None
-    if negative is not None and guidance != 1:
-        text = negative.to(condition.text.device).expand(len(condition), -1, -1)
-        unwanted = dit.prepare(dataclasses.replace(condition, text=text))
-    latents = sample(dit, prepared, sigmas=schedule(steps, shift), shape=tuple(condition.source.shape[1:]),
-                     seed=seed, condition_ids=list(ids), negative=unwanted, guidance=guidance, tail=tail,
-                     device=condition.source.device)
-    return decode(codec, latents, 1)
+def film(dit, codec, clip, target, name, negative, config, device):
+    """A data.Clip filmed along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named `name`."""
+    condition = condition_of([clip], target[None], config, device)
+    return generate(dit, codec, condition, [name], negative, steps=config.steps, shift=config.shift,
+                    guidance=config.guidance, seed=config.seed)[0].cpu().numpy()
 
 
 # ---- the paper's protocol ----
@@ -474,7 +460,7 @@ def evaluate(config):
         report.read_log(config.log)
     out, clips = Path(config.out), find_clips(config.videos, config.clips) if config.videos else {}
     checkpoints = find_checkpoints(config.ckpt) if config.weights else {}
-    folders = [Path(f.strip()) for f in config.generated.split(",") if f.strip()]
+    folders = [Path(folder) for folder in items(config.generated)]
     elsewhere = {folder.resolve().name: find_generated(folder) for folder in folders}
     if len({*checkpoints, *elsewhere}) < len(checkpoints) + len(folders):
         raise ValueError(f"generated: expected folders of different names, none {', '.join(checkpoints)}")
@@ -482,7 +468,7 @@ def evaluate(config):
     cases = [case_name(clip, number, speed) for clip in names for speed in speeds for number in numbers]
     if odd := [case for case in cases if split_case(case) is None]:
         raise ValueError(f"speeds: expected numbers such as 1 and 1.5, found {odd[0].split('_')[-1]}")
-    if unknown := [case for case in config.show.split(",") if case.strip() and case.strip() not in cases]:
+    if unknown := [case for case in items(config.show) if case not in cases]:
         raise ValueError(f"show: no case {unknown[0]!r}, expected for example {cases[0]}")
     files = {method: {case: out / method / "videos" / f"{case}.mp4" for case in cases}
              for method in checkpoints}
@@ -529,10 +515,8 @@ def evaluate(config):
             name, number, speed = split_case(case)
             clip = data.load_clip(out / "conditions" / f"{name}.safetensors")
             target = trajectories.recammaster(number, len(clip.c2w), speed)
-            video = generate(dit, codec, condition_of(clip, target, config, device), [case], negative,
-                             steps=config.steps, shift=config.shift, guidance=config.guidance,
-                             seed=config.seed)
-            data.write_video(files[method][case], video[0].cpu().numpy(), clip.fps)
+            video = film(dit, codec, clip, target, case, negative, config, device)
+            data.write_video(files[method][case], video, clip.fps)
         dit = codec = None
 
     # scores: cameras and MEt3R by every rank for its own cases, VBench by the first
@@ -574,40 +558,9 @@ def finish(out, config, methods):
     tables = report.tables(methods)
     data.write_file(out / "tables.md", report.markdown(tables).encode())
     report.write(out / "report.html", f"Evaluation: {', '.join(methods)}", tables, config.log,
-                 chosen(out, methods, [case.strip() for case in config.show.split(",") if case.strip()]))
+                 report.chosen(out, methods, items(config.show)))
     print(report.markdown([t for t in tables if not t["title"].startswith("By path")]))
     print(f"{out}: results.json, tables.md, report.html")
-
-
-def chosen(out, methods, cases=()):
-    """What the report shows of single cases (see report.write): those named, or else those of the last
-    method's best, median and worst change of position error against the first."""
-    a, b = (methods[name]["cases"] for name in (next(iter(methods)), list(methods)[-1]))
-    if not cases:
-        score = lambda scores, case: scores.get(case, {}).get("position")
-        both = {case: score(b, case) - score(a, case) * (a is not b) for case in b
-                if score(a, case) is not None and score(b, case) is not None}
-        order = sorted(both, key=both.get)
-        cases = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})] if order else []
-    shown = []
-    metrics = [m for m in report.CAMERA if any(b[case].get(m) is not None for case in cases)]
-    for case in cases:
-        clip, number, speed = split_case(case)
-        videos, paths, rows = [("source", out / "sources" / f"{clip}.mp4")], [], []
-        for method, results in methods.items():
-            scores, poses = results["cases"].get(case, {"failed": ""}), out / method / "poses" / f"{case}.npz"
-            rows.append([method, *(report.text_of(scores.get(m)) for m in metrics)])
-            videos.append((method, Path(scores.get("video", ""))))
-            if "failed" not in scores:
-                paths.append((method, trajectories.read_path(poses)))
-        if paths:
-            file = out / "targets" / f"{case}.npz"
-            target = trajectories.recammaster(number, len(paths[0][1]), speed)
-            paths.insert(0, ("target", trajectories.read_path(file) if file.exists() else target))
-        shown.append({"title": f"{clip}, {trajectories.PATHS[number - 1]}, speed {speed:g}", "paths": paths,
-                      "videos": [(label, path) for label, path in videos if path.is_file()],
-                      "scores": report.table("", ["Method", *map(report.heading, metrics)], rows)})
-    return shown
 
 
 # ---- the same in the toy world ----
@@ -692,7 +645,7 @@ class Compare:
 
 def compare(config):
     """Print the tables of several results.json together; ValueError where they are not comparable."""
-    files = [x.strip() for x in config.results.split(",") if x.strip()]
+    files = items(config.results)
     if len(set(files)) < 2:
         raise ValueError("compare: expected two different results.json or more")
     results = {str(Path(f).parent): read_results(f) for f in files}
@@ -766,9 +719,7 @@ def retake(config):
     dit = open_policy(config.weights, checkpoint, device)
     title = f"{config.camera}, speed {config.speed:g}"
     print(f"{len(video)} frames of {config.height} x {config.width}, {title}: {clip.caption}")
-    new = generate(dit, codec, condition_of(clip, target, config, device), [path.stem], negative,
-                   steps=config.steps, shift=config.shift, guidance=config.guidance, seed=config.seed)
-    new = new[0].cpu().numpy()
+    new = film(dit, codec, clip, target, path.stem, negative, config, device)
     name = re.sub(r"\.\w+(?=#|$)", "", Path(config.camera).name).replace("#", "_")  # of paths.json#cam03 too
     file = Path(config.out) / f"{path.stem}_{name}_{config.speed:g}.mp4"
     beside = file.with_name(f"{file.stem}_side_by_side.mp4")

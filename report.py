@@ -392,6 +392,37 @@ def side_by_side(videos, height=240):
             + "".join(notes))
 
 
+def chosen(out, methods, cases=()):
+    """What the report shows of single cases (see write): those named, or else those of the last
+    method's best, median and worst change of position error against the first."""
+    a, b = (methods[name]["cases"] for name in (next(iter(methods)), list(methods)[-1]))
+    if not cases:
+        score = lambda scores, case: scores.get(case, {}).get("position")
+        both = {case: score(b, case) - score(a, case) * (a is not b) for case in b
+                if score(a, case) is not None and score(b, case) is not None}
+        order = sorted(both, key=both.get)
+        cases = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})] if order else []
+    shown = []
+    metrics = [m for m in CAMERA if any(b[case].get(m) is not None for case in cases)]
+    for case in cases:
+        clip, number, speed = split_case(case)
+        videos, paths, rows = [("source", out / "sources" / f"{clip}.mp4")], [], []
+        for method, results in methods.items():
+            scores, poses = results["cases"].get(case, {"failed": ""}), out / method / "poses" / f"{case}.npz"
+            rows.append([method, *(text_of(scores.get(m)) for m in metrics)])
+            videos.append((method, Path(scores.get("video", ""))))
+            if "failed" not in scores:
+                paths.append((method, trajectories.read_path(poses)))
+        if paths:
+            file = out / "targets" / f"{case}.npz"
+            target = trajectories.recammaster(number, len(paths[0][1]), speed)
+            paths.insert(0, ("target", trajectories.read_path(file) if file.exists() else target))
+        shown.append({"title": f"{clip}, {trajectories.PATHS[number - 1]}, speed {speed:g}", "paths": paths,
+                      "videos": [(label, path) for label, path in videos if path.is_file()],
+                      "scores": table("", ["Method", *map(heading, metrics)], rows)})
+    return shown
+
+
 def write(path, title, tables, log="", cases=()):
     """The page. log: a training log's file, or empty; cases: dicts of title, videos [(label, file)], paths
     [(label, c2w (T, 4, 4))] with the target's first, and scores, a table. ValueError or OSError for a log
