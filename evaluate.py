@@ -316,31 +316,37 @@ def film(dit, codec, clip, target, name, negative, config, device):
 # ---- the paper's protocol ----
 
 @dataclass
-class Config:
-    """python evaluate.py: the paper's protocol, for videos made here or elsewhere."""
+class Generating:
+    """Settings of all that generates videos with the published weights."""
+    weights: str = ""           # folder of the published weights
+    ckpt: str = ""              # beside or in place of ReDirector's: files, checkpoints' or runs' folders
+    cameras: str = ""           # source cameras: a file, or a folder of one for each video; empty: estimated
+    fov: float = 0.0            # horizontal field of view, degrees, where camera files have no intrinsics
+    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id, where captions are not given
+    vipe: str = "vipe"          # ViPE's program
+    vipe_pipeline: str = "default"  # its preset; only_pose where ReDirector's fork is installed
+    height: int = 480           # pixels, a multiple of 16 (ReDirector)
+    width: int = 832            # pixels, a multiple of 16 (ReDirector)
+    steps: int = 50             # denoising steps (ReDirector)
+    shift: float = 5.0          # of the schedule (Wan)
+    guidance: float = 5.0       # classifier-free guidance (ReDirector); 1: off
+    seed: int = 0               # of the noise
+
+
+@dataclass
+class Config(Generating):
+    """python evaluate.py: the paper's protocol, for videos made here (ckpt: several, by commas) or elsewhere.
+    """
     videos: str = ""            # folder of source videos, or of folders of images (DAVIS/JPEGImages/480p)
     clips: str = ""             # only these, comma-separated or one a line in a file; empty: all
-    weights: str = ""           # folder of the published weights, to generate with
-    ckpt: str = ""              # to compare with the base: files, checkpoints' or runs' folders, by commas
     generated: str = ""         # folders of videos made elsewhere: <clip>_camera_<n>_speed_<s>.mp4
     out: str = "out/evaluation"  # folder for all that is made; goes on there
     paths: str = "1,2,3,4,5,6,7,8,9,10"  # ReCamMaster's, by number or name (paper)
     speeds: str = "1"           # of the paths (paper: 1; and 1,1.5,2 on 40 clips)
     frames: int = 0             # per clip at most; 0: the largest 4k + 1 it has (ReDirector)
-    height: int = 480           # pixels (ReDirector)
-    width: int = 832            # pixels (ReDirector)
-    steps: int = 50             # denoising steps (ReDirector)
-    shift: float = 5.0          # of the schedule (Wan)
-    guidance: float = 5.0       # classifier-free guidance (ReDirector); 1: off
-    seed: int = 0               # of the noise
     estimator: str = "vipe"     # of cameras: vipe (paper), mapanything (in weights), its folder, or a folder
                                 # of poses, <method>/<case>.npz
-    cameras: str = ""           # source cameras: a folder with a file for each video; empty: estimated
-    fov: float = 0.0            # horizontal field of view, degrees, where camera files have no intrinsics
     captions: str = ""          # csv with columns file_name, text; empty: BLIP-2 (ReDirector)
-    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id
-    vipe: str = "vipe"          # ViPE's program
-    vipe_pipeline: str = "default"  # its preset; only_pose where ReDirector's fork is installed
     vbench: str = ""            # python of VBench's environment; empty: this one
     redirector: str = ""        # ReDirector's checkout, for MEt3R and Dyn-MEt3R
     redirector_python: str = ""  # python of its environment; empty: this one
@@ -665,29 +671,16 @@ def compare(config):
 # ---- a video of your own ----
 
 @dataclass
-class Retake:
+class Retake(Generating):
     """python evaluate.py retake CLIP: your own video, filmed anew along another camera path."""
     clip: str = ""              # video file or folder of images; may be given as a plain argument
     camera: str = "arc_left"    # ReCamMaster's path by number or name, static, or a camera file
     speed: float = 1.0          # of the camera path
-    weights: str = ""           # folder of the published weights
-    ckpt: str = ""              # file, checkpoint's or run's folder; empty: ReDirector as published
-    cameras: str = ""           # the clip's own cameras, a file; empty: estimated
-    fov: float = 0.0            # horizontal field of view, degrees, where the camera file has no intrinsics
     prompt: str = ""            # what the video shows; empty: BLIP-2's caption of the middle frame
-    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id
     estimator: str = "mapanything"  # of the clip's cameras: mapanything (in weights), or vipe
-    vipe: str = "vipe"          # ViPE's program
-    vipe_pipeline: str = "default"  # its preset
     out: str = "out/retake"     # folder for the videos
     frames: int = 81            # at most; the largest 4k + 1 that the clip has
     stride: int = 1             # take every n-th frame
-    height: int = 480           # pixels, a multiple of 16
-    width: int = 832            # pixels, a multiple of 16
-    steps: int = 50             # denoising steps (ReDirector)
-    shift: float = 5.0          # of the schedule (Wan)
-    guidance: float = 5.0       # classifier-free guidance (ReDirector); 1: off
-    seed: int = 0               # of the noise
 
 
 def retake(config):
@@ -730,22 +723,24 @@ def retake(config):
     return file, beside
 
 
-COMMANDS = {"toy": (Toy, evaluate_toy), "compare": (Compare, compare), "retake": (Retake, retake)}
+COMMANDS = {  # name -> settings, what it does, and the setting that may be given plainly
+    "evaluate": (Config, evaluate, None), "toy": (Toy, evaluate_toy, None),
+    "compare": (Compare, compare, "results"), "retake": (Retake, retake, "clip")}
 
 
 def main(argv):
-    command, run = Config, evaluate
-    if argv and argv[0] in COMMANDS:
-        (command, run), argv = COMMANDS[argv[0]], argv[1:]
-    if "--help" in argv or "-h" in argv or not argv and command is not Toy:
-        return print(__doc__ + "\n" + inspect.getsource(command).partition("\n")[2])
+    name, argv = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("evaluate", argv)
+    settings, run, first = COMMANDS[name]
+    if "--help" in argv or "-h" in argv or not argv and name != "toy":
+        kinds = [kind for kind in settings.__mro__ if dataclasses.is_dataclass(kind)]
+        return print(__doc__, *(inspect.getsource(kind).partition("\n")[2] for kind in kinds), sep="\n")
     plain, flags = ([a for a in argv if a.startswith("--") == flag] for flag in (False, True))
-    if plain and command in (Compare, Retake):  # their first setting may be given plainly
-        flags.append(f"--{dataclasses.fields(command)[0].name}={','.join(plain)}")
+    if plain and first:
+        flags.append(f"--{first}={','.join(plain)}")
     elif plain:
         near = difflib.get_close_matches(plain[0], COMMANDS, 1)
         raise ValueError(f"no command {plain[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    run(parse(command, flags))
+    run(parse(settings, flags))
 
 
 if __name__ == "__main__":
