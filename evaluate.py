@@ -76,8 +76,7 @@ def pose_scores(pred, target):
 
 
 def pose_folder(folder):
-    """Cameras estimated before, in <folder>/<method>/<case>.npz or, as ViPE writes it,
-    <method>/pose/<case>.npz."""
+    """Cameras estimated before: <folder>/<method>/<case>.npz or, as ViPE does, <method>/pose/<case>.npz."""
     if not Path(folder).is_dir():
         raise ValueError(f"estimator: expected vipe, mapanything or a folder, found {str(folder)!r}")
 
@@ -93,9 +92,9 @@ def open_estimator(config, device):
     normalised intrinsics (4,) or None) that raises ValueError or FileNotFoundError where it fails."""
     if config.estimator == "vipe":
         return outside.vipe(config.vipe, config.vipe_pipeline)
-    folder = Path(config.weights if config.estimator == "mapanything" else config.estimator)
-    folder = folder / "map-anything" if config.estimator == "mapanything" else folder
-    if config.estimator != "mapanything" and not (folder / "model.safetensors").exists():
+    ours = config.estimator == "mapanything"
+    folder = Path(config.weights, "map-anything") if ours else Path(config.estimator)
+    if not ours and not (folder / "model.safetensors").exists():
         return pose_folder(folder)
     from rewards import mapanything
     cameras = mapanything(folder, device).cameras
@@ -174,8 +173,7 @@ def find_checkpoint(path):
 
 
 def find_checkpoints(text):
-    """Comma-separated checkpoints -> {method: file, None for the base}; a run's are called
-    <run>-<iteration>."""
+    """Comma-separated checkpoints -> {method: file, None for the base}; a run's is <run>-<iteration>."""
     files = [find_checkpoint(x) for x in items(text)]
     names = ["-".join(f.resolve().parts[-3:-1]) if f.name == CHECKPOINT else f.stem for f in files]
     if len({*names, "base", "sources", "conditions", "targets"}) < len(names) + 4:
@@ -554,8 +552,7 @@ def evaluate(config):
 
 
 def finish(out, config, methods):
-    """Write results.json, tables.md and report.html of methods {name: {"cases", "notes"}}; print the main
-    tables."""
+    """Write results.json, tables.md, report.html of {method: {"cases", "notes"}}; print the main tables."""
     for method in methods.values():
         for scores in method["cases"].values():
             scores.pop("made", None)
@@ -643,8 +640,7 @@ def evaluate_toy(config):
 
 @dataclass
 class Compare:
-    """python evaluate.py compare a/results.json b/results.json: their tables together, and paired
-    comparisons."""
+    """python evaluate.py compare a/results.json b/results.json: their tables together, compared in pairs."""
     results: str = ""           # the files, comma-separated, or given as plain arguments
     out: str = ""               # folder for tables.md; empty: only printed
 
@@ -684,8 +680,7 @@ class Retake(Generating):
 
 
 def retake(config):
-    """Write <clip>_<camera>_<speed>.mp4 and the same with _side_by_side to config.out; returns the two
-    paths."""
+    """Write <clip>_<camera>_<speed>.mp4 and .._side_by_side.mp4 to config.out; returns the two paths."""
     from encoders import NEGATIVE_PROMPT, load_captioner
     if not config.clip or not config.weights:
         raise ValueError("retake: expected a clip and --weights=FOLDER")

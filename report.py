@@ -128,8 +128,7 @@ def only(cases, speed=None, number=None):
 
 
 def tables(methods):
-    """All tables of methods {name: {"cases": {case: scores}, "notes": {tool: note}}}; the first is the
-    baseline."""
+    """All tables of methods {name: {"cases": {case: scores}, "notes": {tool: note}}}, the baseline first."""
     every = {name: case for method in methods.values() for name, case in method["cases"].items()}
     speeds, paths = (sorted({split_case(name)[i] for name in every}) for i in (2, 1))
     known = [m for m in METRICS if any(case.get(m) is not None for case in every.values())]
@@ -369,8 +368,7 @@ def curves(records):
 
 
 def side_by_side(videos, height=240):
-    """[(label, file)] -> HTML of one looping video, of `height` lines at most; unreadable ones are named
-    below."""
+    """[(label, file)] -> HTML of one looping video, `height` lines at most, unreadable ones named below."""
     shown, labels, notes, rate = [], [], [], 24.0
     for label, path in videos:
         try:
@@ -425,8 +423,7 @@ def chosen(out, methods, cases=()):
 
 def write(path, title, tables, log="", cases=()):
     """The page. log: a training log's file, or empty; cases: dicts of title, videos [(label, file)], paths
-    [(label, c2w (T, 4, 4))] with the target's first, and scores, a table. ValueError or OSError for a log
-    that is none."""
+    [(label, c2w (T, 4, 4))] with the target's first, and scores, a table. ValueError, OSError: a bad log."""
     parts = [f"<h1>{esc(title)}</h1>", *map(html_table, tables), "<h2>Cases</h2>" if cases else ""]
     for case in cases:
         parts += [f"<h3>{esc(case['title'])}</h3>", side_by_side(case["videos"]), html_table(case["scores"])]

@@ -450,8 +450,9 @@ def main(argv):
         dit.compile()
     optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
     local, G, sigmas = config.conditions // ranks, config.members, schedule(config.steps, config.shift)
-    draw = dict(sigmas=sigmas, shape=world.shape, eta=config.eta, tau=config.tau or None, guidance=config.guidance,
-                t_max=None if config.tau else float(sigmas[1]), micro_batch=config.micro_batch or None, device=device)
+    sampling = dict(sigmas=sigmas, shape=world.shape, eta=config.eta, tau=config.tau or None,
+                    t_max=None if config.tau else float(sigmas[1]), guidance=config.guidance,
+                    micro_batch=config.micro_batch or None, device=device)
 
     out.mkdir(parents=True, exist_ok=True)
     show = demonstration(world, config) if rank == 0 else None  # the base's videos, before weights are resumed
@@ -490,7 +491,7 @@ def main(argv):
                            config.iters_per_window, config.first or None, config.seed)
             sampled = rollout(dit, prepared, G, steps, seed=config.seed, iteration=iteration, negative=negative,
                               condition_ids=list(range(config.conditions))[mine], share_noise=config.share_noise,
-                              share_prefix=config.share_prefix, tail=config.tail or None, **draw)
+                              share_prefix=config.share_prefix, tail=config.tail or None, **sampling)
             clock("rollout")
             videos = decode(world.codec, sampled.latents.flatten(0, 1), config.reward_batch)  # (C G, T, H, W, 3)
             clock("decode")
