@@ -46,6 +46,7 @@ import trajectories
 from model import load_dit
 from report import case_name, split_case
 from train import condition_of, digest, generate, parse
+from trajectories import path_number
 
 PROTOCOL = 1  # of results.json: raised whenever a number would come out differently
 CHECKPOINT = "self_attn.safetensors"  # as train.py names it
@@ -122,12 +123,6 @@ def listed(text, what, convert):
     if not found:
         raise ValueError(f"{what}: expected a comma-separated list, found {text!r}")
     return found
-
-
-def path_number(text):
-    """An evaluation path's number or name -> its number."""
-    trajectories.recammaster(text, 1)  # refuses any other
-    return trajectories.PATHS.index(text) + 1 if text in trajectories.PATHS else int(text)
 
 
 def find_clips(videos, only=""):
