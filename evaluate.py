@@ -43,10 +43,10 @@ import data
 import outside
 import report
 import trajectories
-from model import Condition, load_dit
+from model import load_dit
 from report import case_name, split_case
-from sampler import sample, schedule
-from train import decode, digest, parse
+from train import condition_of, digest, generate, parse
+from trajectories import path_number
 
 PROTOCOL = 1  # of results.json: raised whenever a number would come out differently
 CHECKPOINT = "self_attn.safetensors"  # as train.py names it
@@ -77,8 +77,7 @@ def pose_scores(pred, target):
 
 
 def pose_folder(folder):
-    """Cameras estimated before, in <folder>/<method>/<case>.npz or, as ViPE writes it,
-    <method>/pose/<case>.npz."""
+    """Cameras estimated before: <folder>/<method>/<case>.npz or, as ViPE does, <method>/pose/<case>.npz."""
     if not Path(folder).is_dir():
         raise ValueError(f"estimator: expected vipe, mapanything or a folder, found {str(folder)!r}")
 
@@ -94,9 +93,9 @@ def open_estimator(config, device):
     normalised intrinsics (4,) or None) that raises ValueError or FileNotFoundError where it fails."""
     if config.estimator == "vipe":
         return outside.vipe(config.vipe, config.vipe_pipeline)
-    folder = Path(config.weights if config.estimator == "mapanything" else config.estimator)
-    folder = folder / "map-anything" if config.estimator == "mapanything" else folder
-    if config.estimator != "mapanything" and not (folder / "model.safetensors").exists():
+    ours = config.estimator == "mapanything"
+    folder = Path(config.weights, "map-anything") if ours else Path(config.estimator)
+    if not ours and not (folder / "model.safetensors").exists():
         return pose_folder(folder)
     from rewards import mapanything
     cameras = mapanything(folder, device).cameras
@@ -110,21 +109,20 @@ def open_estimator(config, device):
 
 # ---- which cases: clips, paths, speeds; videos made elsewhere ----
 
+def items(text):
+    """"a, b" -> ["a", "b"]"""
+    return [x.strip() for x in text.split(",") if x.strip()]
+
+
 def listed(text, what, convert):
     """"1,1.5" -> [1.0, 1.5]; ValueError naming `what` where it is no such list."""
     try:
-        found = [convert(x.strip()) for x in text.split(",") if x.strip()]
+        found = [convert(x) for x in items(text)]
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
     if not found:
         raise ValueError(f"{what}: expected a comma-separated list, found {text!r}")
     return found
-
-
-def path_number(text):
-    """An evaluation path's number or name -> its number."""
-    trajectories.recammaster(text, 1)  # refuses any other
-    return trajectories.PATHS.index(text) + 1 if text in trajectories.PATHS else int(text)
 
 
 def find_clips(videos, only=""):
@@ -137,8 +135,8 @@ def find_clips(videos, only=""):
             raise ValueError(f"{videos}: {clips[clip]} and {video} would both be called {clip}")
     if not only:
         return clips
-    lines = Path(only).read_text().split("\n") if Path(only).is_file() else only.split(",")
-    wanted = [line.strip() for line in lines if line.strip()]
+    wanted = Path(only).read_text().split("\n") if Path(only).is_file() else items(only)
+    wanted = [line.strip() for line in wanted if line.strip()]
     wanted = [Path(name).stem if name.lower().endswith(data.VIDEOS) else name for name in wanted]
     missing = [name for name in wanted if name not in clips]
     if missing or not wanted:
@@ -170,9 +168,8 @@ def find_checkpoint(path):
 
 
 def find_checkpoints(text):
-    """Comma-separated checkpoints -> {method: file, None for the base}; a run's are called
-    <run>-<iteration>."""
-    files = [find_checkpoint(x.strip()) for x in text.split(",") if x.strip()]
+    """Comma-separated checkpoints -> {method: file, None for the base}; a run's is <run>-<iteration>."""
+    files = [find_checkpoint(x) for x in items(text)]
     names = ["-".join(f.resolve().parts[-3:-1]) if f.name == CHECKPOINT else f.stem for f in files]
     if len({*names, "base", "sources", "conditions", "targets"}) < len(names) + 4:
         raise ValueError(f"ckpt: expected different names, none of them base, found {', '.join(names)}")
@@ -284,13 +281,6 @@ def encode(clip, path, caption, cameras, encoders, config, device):
     return data.Clip(str(path), str(path), caption, fps, latents, image, text, *cameras)
 
 
-def condition_of(clip, target, config, device):
-    """A data.Clip and a target path (T, 4, 4) -> model.Condition of one row."""
-    maps = [trajectories.camera_maps(torch.as_tensor(c2w)[None].to(device), clip.intrinsics[None].to(device),
-                                     config.height, config.width) for c2w in (target, clip.c2w)]
-    return Condition(*(x[None].to(device) for x in (clip.text, clip.image, clip.latents)), *maps)
-
-
 # ---- generating ----
 
 def open_policy(weights, checkpoint, device):
@@ -309,52 +299,47 @@ def weights_sizes(weights):
     return {f"bytes of {file.name}": file.stat().st_size for file in files}
 
 
-@torch.no_grad()
-def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0, tail=None):
-    """Condition of C rows -> uint8 videos (C, T, H, W, 3).
-
-    The noise depends on seed and ids (C names) alone, so two models get the same. negative: the negative
-    prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail: sampler.schedule's and
-    rollout's.
-    """
-    prepared, unwanted = dit.prepare(condition), None
-    if negative is not None and guidance != 1:
-        text = negative.to(condition.text.device).expand(len(condition), -1, -1)
-        unwanted = dit.prepare(dataclasses.replace(condition, text=text))
-    latents = sample(dit, prepared, sigmas=schedule(steps, shift), shape=tuple(condition.source.shape[1:]),
-                     seed=seed, condition_ids=list(ids), negative=unwanted, guidance=guidance, tail=tail,
-                     device=condition.source.device)
-    return decode(codec, latents, 1)
+def film(dit, codec, clip, target, name, negative, config, device):
+    """A data.Clip filmed along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named `name`."""
+    condition = condition_of([clip], target[None], config, device)
+    return generate(dit, codec, condition, [name], negative, steps=config.steps, shift=config.shift,
+                    guidance=config.guidance, seed=config.seed)[0].cpu().numpy()
 
 
 # ---- the paper's protocol ----
 
 @dataclass
-class Config:
-    """python evaluate.py: the paper's protocol, for videos made here or elsewhere."""
+class Generating:
+    """Settings of all that generates videos with the published weights."""
+    weights: str = ""           # folder of the published weights
+    ckpt: str = ""              # beside or in place of ReDirector's: files, checkpoints' or runs' folders
+    cameras: str = ""           # source cameras: a file, or a folder of one for each video; empty: estimated
+    fov: float = 0.0            # horizontal field of view, degrees, where camera files have no intrinsics
+    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id, where captions are not given
+    vipe: str = "vipe"          # ViPE's program
+    vipe_pipeline: str = "default"  # its preset; only_pose where ReDirector's fork is installed
+    height: int = 480           # pixels, a multiple of 16 (ReDirector)
+    width: int = 832            # pixels, a multiple of 16 (ReDirector)
+    steps: int = 50             # denoising steps (ReDirector)
+    shift: float = 5.0          # of the schedule (Wan)
+    guidance: float = 5.0       # classifier-free guidance (ReDirector); 1: off
+    seed: int = 0               # of the noise
+
+
+@dataclass
+class Config(Generating):
+    """python evaluate.py: the paper's protocol, for videos made here (ckpt: several, by commas) or elsewhere.
+    """
     videos: str = ""            # folder of source videos, or of folders of images (DAVIS/JPEGImages/480p)
     clips: str = ""             # only these, comma-separated or one a line in a file; empty: all
-    weights: str = ""           # folder of the published weights, to generate with
-    ckpt: str = ""              # to compare with the base: files, checkpoints' or runs' folders, by commas
     generated: str = ""         # folders of videos made elsewhere: <clip>_camera_<n>_speed_<s>.mp4
     out: str = "out/evaluation"  # folder for all that is made; goes on there
     paths: str = "1,2,3,4,5,6,7,8,9,10"  # ReCamMaster's, by number or name (paper)
     speeds: str = "1"           # of the paths (paper: 1; and 1,1.5,2 on 40 clips)
     frames: int = 0             # per clip at most; 0: the largest 4k + 1 it has (ReDirector)
-    height: int = 480           # pixels (ReDirector)
-    width: int = 832            # pixels (ReDirector)
-    steps: int = 50             # denoising steps (ReDirector)
-    shift: float = 5.0          # of the schedule (Wan)
-    guidance: float = 5.0       # classifier-free guidance (ReDirector); 1: off
-    seed: int = 0               # of the noise
     estimator: str = "vipe"     # of cameras: vipe (paper), mapanything (in weights), its folder, or a folder
                                 # of poses, <method>/<case>.npz
-    cameras: str = ""           # source cameras: a folder with a file for each video; empty: estimated
-    fov: float = 0.0            # horizontal field of view, degrees, where camera files have no intrinsics
     captions: str = ""          # csv with columns file_name, text; empty: BLIP-2 (ReDirector)
-    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id
-    vipe: str = "vipe"          # ViPE's program
-    vipe_pipeline: str = "default"  # its preset; only_pose where ReDirector's fork is installed
     vbench: str = ""            # python of VBench's environment; empty: this one
     redirector: str = ""        # ReDirector's checkout, for MEt3R and Dyn-MEt3R
     redirector_python: str = ""  # python of its environment; empty: this one
@@ -474,7 +459,7 @@ def evaluate(config):
         report.read_log(config.log)
     out, clips = Path(config.out), find_clips(config.videos, config.clips) if config.videos else {}
     checkpoints = find_checkpoints(config.ckpt) if config.weights else {}
-    folders = [Path(f.strip()) for f in config.generated.split(",") if f.strip()]
+    folders = [Path(folder) for folder in items(config.generated)]
     elsewhere = {folder.resolve().name: find_generated(folder) for folder in folders}
     if len({*checkpoints, *elsewhere}) < len(checkpoints) + len(folders):
         raise ValueError(f"generated: expected folders of different names, none {', '.join(checkpoints)}")
@@ -482,7 +467,7 @@ def evaluate(config):
     cases = [case_name(clip, number, speed) for clip in names for speed in speeds for number in numbers]
     if odd := [case for case in cases if split_case(case) is None]:
         raise ValueError(f"speeds: expected numbers such as 1 and 1.5, found {odd[0].split('_')[-1]}")
-    if unknown := [case for case in config.show.split(",") if case.strip() and case.strip() not in cases]:
+    if unknown := [case for case in items(config.show) if case not in cases]:
         raise ValueError(f"show: no case {unknown[0]!r}, expected for example {cases[0]}")
     files = {method: {case: out / method / "videos" / f"{case}.mp4" for case in cases}
              for method in checkpoints}
@@ -529,10 +514,8 @@ def evaluate(config):
             name, number, speed = split_case(case)
             clip = data.load_clip(out / "conditions" / f"{name}.safetensors")
             target = trajectories.recammaster(number, len(clip.c2w), speed)
-            video = generate(dit, codec, condition_of(clip, target, config, device), [case], negative,
-                             steps=config.steps, shift=config.shift, guidance=config.guidance,
-                             seed=config.seed)
-            data.write_video(files[method][case], video[0].cpu().numpy(), clip.fps)
+            video = film(dit, codec, clip, target, case, negative, config, device)
+            data.write_video(files[method][case], video, clip.fps)
         dit = codec = None
 
     # scores: cameras and MEt3R by every rank for its own cases, VBench by the first
@@ -564,8 +547,7 @@ def evaluate(config):
 
 
 def finish(out, config, methods):
-    """Write results.json, tables.md and report.html of methods {name: {"cases", "notes"}}; print the main
-    tables."""
+    """Write results.json, tables.md, report.html of {method: {"cases", "notes"}}; print the main tables."""
     for method in methods.values():
         for scores in method["cases"].values():
             scores.pop("made", None)
@@ -574,40 +556,9 @@ def finish(out, config, methods):
     tables = report.tables(methods)
     data.write_file(out / "tables.md", report.markdown(tables).encode())
     report.write(out / "report.html", f"Evaluation: {', '.join(methods)}", tables, config.log,
-                 chosen(out, methods, [case.strip() for case in config.show.split(",") if case.strip()]))
+                 report.chosen(out, methods, items(config.show)))
     print(report.markdown([t for t in tables if not t["title"].startswith("By path")]))
     print(f"{out}: results.json, tables.md, report.html")
-
-
-def chosen(out, methods, cases=()):
-    """What the report shows of single cases (see report.write): those named, or else those of the last
-    method's best, median and worst change of position error against the first."""
-    a, b = (methods[name]["cases"] for name in (next(iter(methods)), list(methods)[-1]))
-    if not cases:
-        score = lambda scores, case: scores.get(case, {}).get("position")
-        both = {case: score(b, case) - score(a, case) * (a is not b) for case in b
-                if score(a, case) is not None and score(b, case) is not None}
-        order = sorted(both, key=both.get)
-        cases = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})] if order else []
-    shown = []
-    metrics = [m for m in report.CAMERA if any(b[case].get(m) is not None for case in cases)]
-    for case in cases:
-        clip, number, speed = split_case(case)
-        videos, paths, rows = [("source", out / "sources" / f"{clip}.mp4")], [], []
-        for method, results in methods.items():
-            scores, poses = results["cases"].get(case, {"failed": ""}), out / method / "poses" / f"{case}.npz"
-            rows.append([method, *(report.text_of(scores.get(m)) for m in metrics)])
-            videos.append((method, Path(scores.get("video", ""))))
-            if "failed" not in scores:
-                paths.append((method, trajectories.read_path(poses)))
-        if paths:
-            file = out / "targets" / f"{case}.npz"
-            target = trajectories.recammaster(number, len(paths[0][1]), speed)
-            paths.insert(0, ("target", trajectories.read_path(file) if file.exists() else target))
-        shown.append({"title": f"{clip}, {trajectories.PATHS[number - 1]}, speed {speed:g}", "paths": paths,
-                      "videos": [(label, path) for label, path in videos if path.is_file()],
-                      "scores": report.table("", ["Method", *map(report.heading, metrics)], rows)})
-    return shown
 
 
 # ---- the same in the toy world ----
@@ -684,15 +635,14 @@ def evaluate_toy(config):
 
 @dataclass
 class Compare:
-    """python evaluate.py compare a/results.json b/results.json: their tables together, and paired
-    comparisons."""
+    """python evaluate.py compare a/results.json b/results.json: their tables together, compared in pairs."""
     results: str = ""           # the files, comma-separated, or given as plain arguments
     out: str = ""               # folder for tables.md; empty: only printed
 
 
 def compare(config):
     """Print the tables of several results.json together; ValueError where they are not comparable."""
-    files = [x.strip() for x in config.results.split(",") if x.strip()]
+    files = items(config.results)
     if len(set(files)) < 2:
         raise ValueError("compare: expected two different results.json or more")
     results = {str(Path(f).parent): read_results(f) for f in files}
@@ -712,34 +662,20 @@ def compare(config):
 # ---- a video of your own ----
 
 @dataclass
-class Retake:
+class Retake(Generating):
     """python evaluate.py retake CLIP: your own video, filmed anew along another camera path."""
     clip: str = ""              # video file or folder of images; may be given as a plain argument
     camera: str = "arc_left"    # ReCamMaster's path by number or name, static, or a camera file
     speed: float = 1.0          # of the camera path
-    weights: str = ""           # folder of the published weights
-    ckpt: str = ""              # file, checkpoint's or run's folder; empty: ReDirector as published
-    cameras: str = ""           # the clip's own cameras, a file; empty: estimated
-    fov: float = 0.0            # horizontal field of view, degrees, where the camera file has no intrinsics
     prompt: str = ""            # what the video shows; empty: BLIP-2's caption of the middle frame
-    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id
     estimator: str = "mapanything"  # of the clip's cameras: mapanything (in weights), or vipe
-    vipe: str = "vipe"          # ViPE's program
-    vipe_pipeline: str = "default"  # its preset
     out: str = "out/retake"     # folder for the videos
     frames: int = 81            # at most; the largest 4k + 1 that the clip has
     stride: int = 1             # take every n-th frame
-    height: int = 480           # pixels, a multiple of 16
-    width: int = 832            # pixels, a multiple of 16
-    steps: int = 50             # denoising steps (ReDirector)
-    shift: float = 5.0          # of the schedule (Wan)
-    guidance: float = 5.0       # classifier-free guidance (ReDirector); 1: off
-    seed: int = 0               # of the noise
 
 
 def retake(config):
-    """Write <clip>_<camera>_<speed>.mp4 and the same with _side_by_side to config.out; returns the two
-    paths."""
+    """Write <clip>_<camera>_<speed>.mp4 and .._side_by_side.mp4 to config.out; returns the two paths."""
     from encoders import NEGATIVE_PROMPT, load_captioner
     if not config.clip or not config.weights:
         raise ValueError("retake: expected a clip and --weights=FOLDER")
@@ -766,9 +702,7 @@ def retake(config):
     dit = open_policy(config.weights, checkpoint, device)
     title = f"{config.camera}, speed {config.speed:g}"
     print(f"{len(video)} frames of {config.height} x {config.width}, {title}: {clip.caption}")
-    new = generate(dit, codec, condition_of(clip, target, config, device), [path.stem], negative,
-                   steps=config.steps, shift=config.shift, guidance=config.guidance, seed=config.seed)
-    new = new[0].cpu().numpy()
+    new = film(dit, codec, clip, target, path.stem, negative, config, device)
     name = re.sub(r"\.\w+(?=#|$)", "", Path(config.camera).name).replace("#", "_")  # of paths.json#cam03 too
     file = Path(config.out) / f"{path.stem}_{name}_{config.speed:g}.mp4"
     beside = file.with_name(f"{file.stem}_side_by_side.mp4")
@@ -779,22 +713,24 @@ def retake(config):
     return file, beside
 
 
-COMMANDS = {"toy": (Toy, evaluate_toy), "compare": (Compare, compare), "retake": (Retake, retake)}
+COMMANDS = {  # name -> settings, what it does, and the setting that may be given plainly
+    "evaluate": (Config, evaluate, None), "toy": (Toy, evaluate_toy, None),
+    "compare": (Compare, compare, "results"), "retake": (Retake, retake, "clip")}
 
 
 def main(argv):
-    command, run = Config, evaluate
-    if argv and argv[0] in COMMANDS:
-        (command, run), argv = COMMANDS[argv[0]], argv[1:]
-    if "--help" in argv or "-h" in argv or not argv and command is not Toy:
-        return print(__doc__ + "\n" + inspect.getsource(command).partition("\n")[2])
+    name, argv = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("evaluate", argv)
+    settings, run, first = COMMANDS[name]
+    if "--help" in argv or "-h" in argv or not argv and name != "toy":
+        kinds = [kind for kind in settings.__mro__ if dataclasses.is_dataclass(kind)]
+        return print(__doc__, *(inspect.getsource(kind).partition("\n")[2] for kind in kinds), sep="\n")
     plain, flags = ([a for a in argv if a.startswith("--") == flag] for flag in (False, True))
-    if plain and command in (Compare, Retake):  # their first setting may be given plainly
-        flags.append(f"--{dataclasses.fields(command)[0].name}={','.join(plain)}")
+    if plain and first:
+        flags.append(f"--{first}={','.join(plain)}")
     elif plain:
         near = difflib.get_close_matches(plain[0], COMMANDS, 1)
         raise ValueError(f"no command {plain[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    run(parse(command, flags))
+    run(parse(settings, flags))
 
 
 if __name__ == "__main__":

@@ -73,20 +73,6 @@ def rms_norm(x, weight):
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + 1e-6) * weight.to(x.dtype)
 
 
-def prologue(q, k, v, weight_q, weight_k, heads, angle, phase):
-    """RMSNorm of q and k; rotation of q and k by `angle` and, unless `phase` is None, of v by -phase.
-    q, k, v (B, N, D) -> (B, H, N, 2P) in their own type; angle (b or 1, N, H or 1, P), phase (b, N, H, P)."""
-    q, k = rms_norm(q, weight_q).unflatten(-1, (heads, -1)), rms_norm(k, weight_k).unflatten(-1, (heads, -1))
-    q, k, values = rotate(q, angle), rotate(k, angle), v.unflatten(-1, (heads, -1))
-    values = values if phase is None else rotate(values, -phase)
-    return tuple(x.to(v.dtype).transpose(1, 2) for x in (q, k, values))
-
-
-def epilogue(x, heads, phase):
-    """The attention output, after its projection, turned back by `phase`: (B, N, D) -> (B, N, D)."""
-    return rotate(x.unflatten(-1, (heads, -1)), phase).flatten(2).to(x.dtype)
-
-
 class Attention(nn.Module):
     """The projections that both kinds have."""
     def __init__(self, dim, heads):
@@ -94,6 +80,10 @@ class Attention(nn.Module):
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim), nn.RMSNorm(dim)  # rms_norm uses their weights
+
+    def split(self, x):
+        """(B, N, D) -> (B, N, H, 2P)"""
+        return x.unflatten(-1, (self.heads, -1))
 
 
 class SelfAttention(Attention):
@@ -108,18 +98,19 @@ class SelfAttention(Attention):
 
     def phase(self, camera, layer):
         """SiLU of camera tokens (b, N, D) -> (b, N, H, P) radians, zero for the time pairs."""
-        phase = wide(linear(camera, layer[1])).unflatten(-1, (self.heads, -1))
-        return F.pad(phase, (self.frame_pairs, 0))
+        return F.pad(self.split(wide(linear(camera, layer[1]))), (self.frame_pairs, 0))
 
     def forward(self, x, rope, camera):
-        angle, phase = rope[None, :, None], None  # (1, N, 1, P)
+        q = self.split(rms_norm(linear(x, self.q), self.norm_q.weight))
+        k = self.split(rms_norm(linear(x, self.k), self.norm_k.weight))
+        v, angle = self.split(linear(x, self.v)), rope[None, :, None]  # (B, N, H, 2P), (1, N, 1, P)
         if camera is not None:
             angle = angle + self.phase(camera, self.rope_phase_qk)  # (b, N, H, P)
             phase = self.phase(camera, self.rope_phase_vo)
-        q, k, v = prologue(linear(x, self.q), linear(x, self.k), linear(x, self.v),
-                           self.norm_q.weight, self.norm_k.weight, self.heads, angle, phase)
+            v = rotate(v, -phase)
+        q, k, v = (y.to(x.dtype).transpose(1, 2) for y in (rotate(q, angle), rotate(k, angle), v))
         x = linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), self.o)
-        return x if phase is None else epilogue(x, self.heads, phase)
+        return x if camera is None else rotate(self.split(x), phase).flatten(2).to(x.dtype)
 
 
 class CrossAttention(Attention):
@@ -135,8 +126,7 @@ class CrossAttention(Attention):
         pairs = [(rms_norm(self.k(text), self.norm_k.weight), self.v(text))]
         if image is not None:
             pairs.append((rms_norm(self.k_img(image), self.norm_k_img.weight), self.v_img(image)))
-        return tuple(tuple(x.to(text.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in pair)
-                     for pair in pairs)
+        return tuple(tuple(self.split(x.to(text.dtype)).transpose(1, 2) for x in pair) for pair in pairs)
 
     def forward(self, x, keys_values):
         q = rms_norm(self.q(x), self.norm_q.weight).to(x.dtype)
@@ -451,8 +441,7 @@ def read_shapes(path):
     return shapes
 
 
-def load_dit(path, *overlays, num_heads=None, device="cpu", dtype=torch.float32, trained_dtype=None,
-             compile=False):
+def load_dit(path, *overlays, num_heads=None, device="cpu", dtype=torch.float32, trained_dtype=None):
     """Official safetensors files, by their own key names -> DiT in eval mode.
     path: a Wan2.1 DiT (T2V, Fun-Control-Camera). overlays: laid over it in order, each with any of its keys,
     or RoCE's for all blocks: ReDirector's file, our checkpoints. num_heads: where the head size isn't 128.
@@ -482,8 +471,6 @@ def load_dit(path, *overlays, num_heads=None, device="cpu", dtype=torch.float32,
             kind = trained_dtype if trained_dtype and ".self_attn." in key else dtype
             state[key] = f.get_tensor(key).to(device, kind, copy=True)
     dit.load_state_dict(state, assign=True)
-    if compile:
-        dit.compile()
     return dit.eval()
 
 

@@ -128,8 +128,7 @@ def only(cases, speed=None, number=None):
 
 
 def tables(methods):
-    """All tables of methods {name: {"cases": {case: scores}, "notes": {tool: note}}}; the first is the
-    baseline."""
+    """All tables of methods {name: {"cases": {case: scores}, "notes": {tool: note}}}, the baseline first."""
     every = {name: case for method in methods.values() for name, case in method["cases"].items()}
     speeds, paths = (sorted({split_case(name)[i] for name in every}) for i in (2, 1))
     known = [m for m in METRICS if any(case.get(m) is not None for case in every.values())]
@@ -369,8 +368,7 @@ def curves(records):
 
 
 def side_by_side(videos, height=240):
-    """[(label, file)] -> HTML of one looping video, of `height` lines at most; unreadable ones are named
-    below."""
+    """[(label, file)] -> HTML of one looping video, `height` lines at most, unreadable ones named below."""
     shown, labels, notes, rate = [], [], [], 24.0
     for label, path in videos:
         try:
@@ -392,10 +390,40 @@ def side_by_side(videos, height=240):
             + "".join(notes))
 
 
+def chosen(out, methods, cases=()):
+    """What the report shows of single cases (see write): those named, or else those of the last
+    method's best, median and worst change of position error against the first."""
+    a, b = (methods[name]["cases"] for name in (next(iter(methods)), list(methods)[-1]))
+    if not cases:
+        score = lambda scores, case: scores.get(case, {}).get("position")
+        both = {case: score(b, case) - score(a, case) * (a is not b) for case in b
+                if score(a, case) is not None and score(b, case) is not None}
+        order = sorted(both, key=both.get)
+        cases = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})] if order else []
+    shown = []
+    metrics = [m for m in CAMERA if any(b[case].get(m) is not None for case in cases)]
+    for case in cases:
+        clip, number, speed = split_case(case)
+        videos, paths, rows = [("source", out / "sources" / f"{clip}.mp4")], [], []
+        for method, results in methods.items():
+            scores, poses = results["cases"].get(case, {"failed": ""}), out / method / "poses" / f"{case}.npz"
+            rows.append([method, *(text_of(scores.get(m)) for m in metrics)])
+            videos.append((method, Path(scores.get("video", ""))))
+            if "failed" not in scores:
+                paths.append((method, trajectories.read_path(poses)))
+        if paths:
+            file = out / "targets" / f"{case}.npz"
+            target = trajectories.recammaster(number, len(paths[0][1]), speed)
+            paths.insert(0, ("target", trajectories.read_path(file) if file.exists() else target))
+        shown.append({"title": f"{clip}, {trajectories.PATHS[number - 1]}, speed {speed:g}", "paths": paths,
+                      "videos": [(label, path) for label, path in videos if path.is_file()],
+                      "scores": table("", ["Method", *map(heading, metrics)], rows)})
+    return shown
+
+
 def write(path, title, tables, log="", cases=()):
     """The page. log: a training log's file, or empty; cases: dicts of title, videos [(label, file)], paths
-    [(label, c2w (T, 4, 4))] with the target's first, and scores, a table. ValueError or OSError for a log
-    that is none."""
+    [(label, c2w (T, 4, 4))] with the target's first, and scores, a table. ValueError, OSError: a bad log."""
     parts = [f"<h1>{esc(title)}</h1>", *map(html_table, tables), "<h2>Cases</h2>" if cases else ""]
     for case in cases:
         parts += [f"<h3>{esc(case['title'])}</h3>", side_by_side(case["videos"]), html_table(case["scores"])]

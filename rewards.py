@@ -36,13 +36,12 @@ import json
 import math
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.spatial.transform import Rotation, Slerp
 from torch import nn
 
 import trajectories
@@ -64,10 +63,9 @@ class Scene:
     source_c2w: torch.Tensor = None
 
     def __getitem__(self, rows):
-        index = range(len(self.prompt))[rows] if isinstance(rows, slice) else rows
-        take = lambda x: None if x is None else x[rows]
-        return Scene(take(self.c2w), take(self.intrinsics), [self.prompt[i] for i in index], self.fps,
-                     take(self.source), take(self.source_c2w))
+        take = lambda x: np.array(x, object)[rows].tolist() if isinstance(x, list) else x[rows]
+        mine = {name: take(x) for name, x in vars(self).items() if x is not None and name != "fps"}
+        return replace(self, **mine)
 
 
 # ---- scoring: in micro-batches, one failure costs one member ----
@@ -86,49 +84,20 @@ def on_device(module, device):
             tensor.data = data
 
 
-def _names(reward):
-    return getattr(reward, "names", None) or (reward.__name__,)
-
-
-def _join(parts, names, step):
-    """[(scores, failures) of `step` videos each] -> those of all."""
-    scores = {name: torch.cat([part[name] for part, _ in parts]) for name in names}
-    failures = {name: {k * step + i: why for k, (_, part) in enumerate(parts)
-                       for i, why in part[name].items()} for name in names}
-    return scores, failures
-
-
-def _attempt(reward, videos, scene):
-    """score() of one micro-batch by one reward; a batch that fails is repeated one video at a time."""
-    n, names, reason = len(videos), _names(reward), None
-    try:
-        scores = reward(videos, scene)
-    except (TypeError, NameError, AttributeError, ImportError, OSError) as error:  # no property of a video
-        raise ValueError(f"reward {', '.join(names)}: {type(error).__name__}: {error}") from error
-    except Exception as error:
-        if n == 1 and isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = f"{type(error).__name__}: {error}"
-    if reason and n > 1:  # not in the except clause: the error would keep the batch's memory alive
-        return _join([_attempt(reward, videos[i:i + 1], scene[i:i + 1]) for i in range(n)], names, 1)
-    if reason:
-        return ({name: torch.full((1,), math.nan, device=videos.device) for name in names},
-                {name: {0: reason} for name in names})
+def _checked(scores, names, n):
+    """What a reward returned for n videos as name -> (n,); ValueError where it is not what was expected."""
     if torch.is_tensor(scores) and len(names) == 1:
         scores = {names[0]: scores}
     if not isinstance(scores, dict) or set(scores) != set(names):
         found = sorted(scores) if isinstance(scores, dict) else type(scores).__name__
         raise ValueError(f"reward {', '.join(names)}: expected scores named {sorted(names)}, found {found}")
-    checked, failed = {}, {}
     for name, x in scores.items():
         if not torch.is_tensor(x) or x.shape != (n,) or not x.is_floating_point():
             found = f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
             raise ValueError(f"reward {name}: expected float scores ({n},), one per video, found {found}")
         if torch.isinf(x).any():
             raise ValueError(f"reward {name}: expected finite scores or NaN, found {x.tolist()}")
-        checked[name] = x.detach().to(videos.device, torch.float32)
-        failed[name] = {i: "no score (NaN)" for i in torch.isnan(x).nonzero().flatten().tolist()}
-    return checked, failed
+    return scores
 
 
 @torch.no_grad()
@@ -146,10 +115,30 @@ def score(rewards, videos, scene, micro_batch=None):
                          f"found {videos.dtype} {tuple(videos.shape)}")
     scores, failures = {}, {}
     for reward in rewards:
+        names = getattr(reward, "names", None) or (reward.__name__,)
+        scores |= {name: torch.full((n,), math.nan, device=videos.device) for name in names}
+        failures |= {name: {} for name in names}
+        batches = [slice(i, min(i + step, n)) for i in range(0, n, step)]
         with on_device(getattr(reward, "module", None), videos.device):
-            parts = [_attempt(reward, videos[i:i + step], scene[i:i + step]) for i in range(0, n, step)]
-        for total, new in zip((scores, failures), _join(parts, _names(reward), step)):
-            total.update(new)
+            for rows in batches:
+                try:
+                    got = reward(videos[rows], scene[rows])
+                except (TypeError, NameError, AttributeError, ImportError, OSError) as error:
+                    what = f"{type(error).__name__}: {error}"
+                    raise ValueError(f"reward {', '.join(names)}: {what}") from error
+                except Exception as error:
+                    if rows.stop - rows.start > 1:  # try its videos one by one, at the end
+                        batches += [slice(i, i + 1) for i in range(rows.start, rows.stop)]
+                    elif isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    for name in names:
+                        failures[name][rows.start] = f"{type(error).__name__}: {error}"
+                    continue
+                for name, x in _checked(got, names, rows.stop - rows.start).items():
+                    scores[name][rows] = x.to(videos.device, torch.float32)
+        for name in names:
+            failed = scores[name].isnan().nonzero().flatten().tolist()
+            failures[name] = {i: failures[name].get(i, "no score (NaN)") for i in failed}
     return scores, failures
 
 
@@ -185,10 +174,7 @@ def fill_in(c2w, kept, frames):
     out = torch.full((len(c2w), frames, 4, 4), math.nan, dtype=torch.float64)
     for poses, row in zip(c2w.double().cpu().numpy(), out.numpy()):
         if np.isfinite(poses).all():
-            at = np.arange(frames)
-            row[:, :3, :3] = Slerp(kept, Rotation.from_matrix(poses[:, :3, :3]))(at).as_matrix()
-            row[:, :3, 3] = np.stack([np.interp(at, kept, x) for x in poses[:, :3, 3].T], -1)
-            row[:, 3] = 0, 0, 0, 1
+            row[:] = trajectories.interpolate(poses, kept, np.arange(frames))
     return out.to(c2w.device)
 
 
@@ -265,22 +251,20 @@ def mapanything(folder, device="cpu", stride=1):
 # ---- pixels ----
 
 @functools.lru_cache(maxsize=64)
-def _taps(size, new, kernel):
-    """Pillow's resampling of one axis: (K, new) source pixels and their weights, integers, times 2^22."""
+def _resampling(size, new, kernel):
+    """Pillow's resampling of one axis, a matrix (new, size): weights times 2^22, integers in float64."""
     stretch = max(size / new, 1)  # shrinking widens the kernel
     reach = {"bicubic": 2, "lanczos": 3}[kernel] * stretch
-    centre = (torch.arange(new, dtype=torch.float64) + 0.5) * size / new
-    start = (centre - reach + 0.5).floor().clamp(min=0)
-    pixel = start + torch.arange(math.ceil(2 * reach) + 1)[:, None]
+    centre = (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * size / new
+    pixel = torch.arange(size)
     x = ((pixel + 0.5 - centre) / stretch).abs()
     if kernel == "lanczos":
         weight = torch.sinc(x) * torch.sinc(x / 3) * (x < 3)
     else:  # a = -0.5
         weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
-    weight = weight * (pixel < (centre + reach + 0.5).floor().clamp(max=size))
-    weight = weight / weight.sum(0) * 2 ** 22
-    weight = torch.where(weight < 0, (weight - 0.5).ceil(), (weight + 0.5).floor())
-    return pixel.long().clamp(max=size - 1), weight.int()
+    weight *= (pixel >= (centre - reach + 0.5).floor()) & (pixel < (centre + reach + 0.5).floor())
+    weight *= 2 ** 22 / weight.sum(1, keepdim=True)
+    return (weight + weight.sign() / 2).trunc()
 
 
 def resize(frames, height, width, kernel):
@@ -289,14 +273,12 @@ def resize(frames, height, width, kernel):
     It rounds and clips after each axis, the horizontal one first.
     """
     out = []
-    for x in frames.split(8):  # bounds the int32 copies
+    for x in frames.split(8):  # bounds the float64 copies, whose sums of integers are exact
         for axis, new in ((2, width), (1, height)):
             if x.shape[axis] != new:
-                pixels, weights = (taps.to(x.device) for taps in _taps(x.shape[axis], new, kernel))
-                x, total = x.movedim(axis, 0).int().contiguous(), 2 ** 21
-                for pixel, weight in zip(pixels, weights):
-                    total = total + x[pixel] * weight.view(-1, 1, 1, 1)
-                x = (total >> 22).clamp(0, 255).byte().movedim(0, axis)
+                weight = _resampling(x.shape[axis], new, kernel).to(x.device)
+                x = torch.tensordot(weight, x.double(), ([1], [axis])).movedim(0, axis)
+                x = (x / 2 ** 22 + 0.5).floor().clamp(0, 255).byte()
         out.append(x)
     return torch.cat(out)
 

@@ -174,7 +174,8 @@ class Rollout:
     def part(self, members):
         """The same rollout, of a slice of its members only: for several updates on one rollout."""
         x = [x if x.shape[1] == 1 else x[:, members] for x in self.x]
-        return dataclasses.replace(self, latents=self.latents[:, members], x=x, log_prob=self.log_prob[:, :, members],
+        return dataclasses.replace(self, latents=self.latents[:, members], x=x,
+                                   log_prob=self.log_prob[:, :, members],
                                    x_next=[x[:, members] for x in self.x_next])
 
     @property

@@ -20,6 +20,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,14 @@ class World:
     reward_weights: dict     # name -> weight
 
 
+def condition_of(clips, target, config, device):
+    """data.Clips and their target paths (C, T, 4, 4) -> Condition, a row per clip."""
+    stack = lambda name: torch.stack([getattr(clip, name) for clip in clips]).to(device)
+    maps = [trajectories.camera_maps(torch.as_tensor(c2w).to(device), stack("intrinsics"), config.height,
+                                     config.width) for c2w in (target, stack("c2w"))]
+    return Condition(stack("text"), stack("image"), stack("latents"), *maps)
+
+
 def open_clips(config, device):
     """World of prepared real clips, target paths drawn from a folder and rescaled (paper Sec. 3.4)."""
     clips = data.ClipCache(config.clips, frames=config.frames, height=config.height, width=config.width)
@@ -216,10 +225,7 @@ def open_clips(config, device):
         target = np.stack([trajectories.rescale(paths.draw(g), *trajectories.draw_speeds(g, config.v, omega)) for g in rngs])
         target, source = torch.from_numpy(target), torch.stack([clip.c2w for clip in rows])
         intrinsics = torch.stack([clip.intrinsics for clip in rows])
-        maps = [trajectories.camera_maps(c2w.to(device), intrinsics.to(device), config.height, config.width)
-                for c2w in (target, source)]
-        stack = lambda name: torch.stack([getattr(clip, name) for clip in rows]).to(device)
-        condition = Condition(stack("text"), stack("image"), stack("latents"), *maps)
+        condition = condition_of(rows, target, config, device)
         videos = [read_source(clip, config, clips.settings) for clip in rows]
         scene = rewarding.Scene(target.to(device), intrinsics.to(device), [clip.caption for clip in rows], rows[0].fps,
                                 None if any(x is None for x in videos) else torch.stack(videos).to(device),
@@ -350,41 +356,51 @@ def decode(codec, latents, rows=0):
     return torch.cat([data.to_uint8(codec.decode(x)) for x in latents.split(rows or len(latents))])
 
 
-def demonstration(world, config, draw):
+def negative_of(dit, condition, negative, guidance):
+    """The condition with the negative prompt's embedding (1, L, D) in the caption's place, prepared; None
+    without guidance."""
+    if guidance == 1:
+        return None
+    if negative is None:
+        raise ValueError("guidance: this world has no negative prompt, expected 1")
+    text = negative.to(condition.text.device).expand(len(condition), -1, -1)
+    return dit.prepare(dataclasses.replace(condition, text=text))
+
+
+@torch.no_grad()
+def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0, tail=None, rows=1):
+    """Condition of C rows -> uint8 videos (C, T, H, W, 3), by the plain ODE.
+
+    The noise depends on seed and ids (C names) alone, so two models get the same. negative: the negative
+    prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail: sampler.schedule's and
+    rollout's; rows: decode's.
+    """
+    latents = sample(dit, dit.prepare(condition), sigmas=schedule(steps, shift), seed=seed, tail=tail,
+                     shape=tuple(condition.source.shape[1:]), condition_ids=list(ids), guidance=guidance,
+                     negative=negative_of(dit, condition, negative, guidance), device=condition.source.device)
+    return decode(codec, latents, rows)
+
+
+def demonstration(world, config):
     """What is shown while training: a function (path) that writes an mp4 of source | base | now for a few conditions,
     the target path drawn in. The base's videos are sampled here, before any update."""
     count = 3 if config.world == "toy" else 1
     rngs = [np.random.default_rng((config.seed, 1 << 32, j)) for j in range(count)]
     condition, scene = world.draw(list(range(count)), rngs)
-
-    def generate():
-        with torch.no_grad():
-            prepared = world.dit.prepare(condition)
-            negative = negative_of(world, config, condition)
-        return decode(world.codec, sample(world.dit, prepared, seed=config.seed, negative=negative,
-                                          condition_ids=[f"show {j}" for j in range(count)], **draw), config.reward_batch)
-
-    base = generate()
+    now = partial(generate, world.dit, world.codec, condition, [f"show {j}" for j in range(count)],
+                  world.negative, steps=config.steps, shift=config.shift, guidance=config.guidance,
+                  seed=config.seed, rows=config.reward_batch)
+    base = now()
     source = scene.source if scene.source is not None else decode(world.codec, condition.source, config.reward_batch)
 
     def show(path):
         rows = []
-        for j, videos in enumerate(zip(source, base, generate())):
+        for j, videos in enumerate(zip(source, base, now())):
             panels = [data.upscale(x.cpu().numpy(), max(1, 192 // x.shape[1])) for x in videos]
             panels = [panels[0]] + [data.draw_paths(x, [scene.c2w[j].cpu().numpy()]) for x in panels[1:]]
             rows.append(data.grid(panels, ["source", "base", "now"]))
         data.write_video(path, np.concatenate(rows, 1), scene.fps)
     return show
-
-
-def negative_of(world, config, condition):
-    """The condition with the negative prompt in the caption's place, prepared; None without guidance."""
-    if config.guidance == 1:
-        return None
-    if world.negative is None:
-        raise ValueError("guidance: this world has no negative prompt, expected 1")
-    text = world.negative.expand(len(condition), -1, -1)
-    return world.dit.prepare(dataclasses.replace(condition, text=text))
 
 
 class Clock:
@@ -434,11 +450,12 @@ def main(argv):
         dit.compile()
     optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
     local, G, sigmas = config.conditions // ranks, config.members, schedule(config.steps, config.shift)
-    draw = dict(sigmas=sigmas, shape=world.shape, eta=config.eta, tau=config.tau or None, guidance=config.guidance,
-                t_max=None if config.tau else float(sigmas[1]), micro_batch=config.micro_batch or None, device=device)
+    sampling = dict(sigmas=sigmas, shape=world.shape, eta=config.eta, tau=config.tau or None,
+                    t_max=None if config.tau else float(sigmas[1]), guidance=config.guidance,
+                    micro_batch=config.micro_batch or None, device=device)
 
     out.mkdir(parents=True, exist_ok=True)
-    show = demonstration(world, config, draw) if rank == 0 else None  # the base's videos, before weights are resumed
+    show = demonstration(world, config) if rank == 0 else None  # the base's videos, before weights are resumed
     start = done = resume(out, names, optimizer, config)
     assert_ranks_agree(parameters, "at the start")
     say(f"{config.conditions} conditions x {G} members = {config.conditions * G} videos an iteration on {ranks} rank(s); "
@@ -465,7 +482,8 @@ def main(argv):
             rngs = [np.random.default_rng((config.seed, iteration, j)) for j in range(config.conditions)]
             condition, scene = world.draw(numbers[mine], rngs[mine])
             with torch.no_grad():
-                prepared, negative = dit.prepare(condition), negative_of(world, config, condition)
+                prepared = dit.prepare(condition)
+                negative = negative_of(dit, condition, world.negative, config.guidance)
             clock("conditions")
 
             # rollout: G videos per condition, stochastic in the window's steps only (Sec. 3.3)
@@ -473,7 +491,7 @@ def main(argv):
                            config.iters_per_window, config.first or None, config.seed)
             sampled = rollout(dit, prepared, G, steps, seed=config.seed, iteration=iteration, negative=negative,
                               condition_ids=list(range(config.conditions))[mine], share_noise=config.share_noise,
-                              share_prefix=config.share_prefix, tail=config.tail or None, **draw)
+                              share_prefix=config.share_prefix, tail=config.tail or None, **sampling)
             clock("rollout")
             videos = decode(world.codec, sampled.latents.flatten(0, 1), config.reward_batch)  # (C G, T, H, W, 3)
             clock("decode")

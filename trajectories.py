@@ -73,18 +73,23 @@ def speeds(c2w):
     return tuple(float(np.linalg.norm(x, axis=1).max(initial=0)) for x in (steps, rotvecs))
 
 
+def interpolate(c2w, at, where):
+    """The path c2w (T, 4, 4), T > 1, whose poses are at times `at` (T,), at other times `where` (N,) within:
+    (N, 4, 4), rotations on geodesics, positions linear."""
+    out = np.tile(np.eye(4), (len(where), 1, 1))
+    out[:, :3, :3] = Slerp(at, Rotation.from_matrix(c2w[:, :3, :3]))(where).as_matrix()
+    out[:, :3, 3] = np.stack([np.interp(where, at, x) for x in c2w[:, :3, 3].T], 1)
+    return out
+
+
 def resample(c2w, frames):
-    """The path c2w (T, 4, 4) from start to end in `frames` frames: slerp of rotations, positions linear."""
+    """The path c2w (T, 4, 4) from start to end in `frames` frames (see interpolate)."""
     if frames < 1:
         raise ValueError(f"a path needs at least 1 frame, found {frames}")
-    c2w, where = np.array(c2w, np.float64), np.linspace(0, len(c2w) - 1, frames)
-    if frames == len(c2w):
-        return c2w
-    out, at = np.tile(c2w[0], (frames, 1, 1)), np.arange(len(c2w))
-    if len(c2w) > 1:
-        out[:, :3, :3] = Slerp(at, Rotation.from_matrix(c2w[:, :3, :3]))(where).as_matrix()
-        out[:, :3, 3] = np.stack([np.interp(where, at, c2w[:, j, 3]) for j in range(3)], 1)
-    return out
+    c2w, T = np.array(c2w, np.float64), len(c2w)
+    if T in (1, frames):
+        return np.tile(c2w, (frames // T, 1, 1))
+    return interpolate(c2w, np.arange(T), np.linspace(0, T - 1, frames))
 
 
 # ---- metric-aware rescaling (paper, section 3.4)
@@ -133,24 +138,29 @@ def draw_speeds(rng, v=V_BOUNDS, omega=OMEGA_BOUNDS):
 
 def published(number):
     """ReCamMaster's path 1-10 in closed form, c2w (81, 4, 4), metres; its file agrees to its own rounding."""
-    a, kind, sign = np.arange(81) / 80.5, (number - 1) // 2, 1 if number % 2 else -1
-    rotvec, t = np.zeros((81, 3)), np.zeros((81, 3))
-    if kind == 0:  # pan
-        rotvec[:, 1] = sign * np.radians(20) * a
-    elif kind == 1:  # tilt
-        rotvec[:, 0] = sign * np.radians(10) * a
-    elif kind == 2:  # zoom
-        t[:, 2] = sign * 2 * a
-    elif kind == 3:  # translate
-        t[:, 1] = -sign * a
-    else:  # arc
-        t[:, 0], t[:, 2] = -sign * 2 * a, (4 - 2 * np.sqrt(3)) * a
+    a, kind, sign = np.arange(81)[:, None] / 80.5, (number - 1) // 2, 1 if number % 2 else -1
+    turn, move = (((0, 20, 0), (0, 0, 0)),   # pan: degrees about x, y, z; metres along them
+                  ((10, 0, 0), (0, 0, 0)),   # tilt
+                  ((0, 0, 0), (0, 0, 2)),    # zoom
+                  ((0, 0, 0), (0, -1, 0)),   # translate
+                  ((0, 0, 0), (-2, 0, 0)))[kind]  # arc
+    rotvec, t = sign * np.radians(turn) * a, sign * np.array(move) * a
+    if kind == 4:  # forward both ways
+        t[:, 2:] = (4 - 2 * np.sqrt(3)) * a
     if kind >= 3:  # these keep looking at the point 4 m ahead of the first camera
         x, y, z = ([0, 0, 4] - t).T
         rotvec[:, 0], rotvec[:, 1] = -np.arctan2(y, z), np.arctan2(x, z)
     c2w = np.tile(np.eye(4), (81, 1, 1))
     c2w[:, :3, :3], c2w[:, :3, 3] = Rotation.from_rotvec(rotvec).as_matrix(), t
     return c2w
+
+
+def path_number(path):
+    """The number 1-10 of an evaluation path given by number or name (PATHS); ValueError for any other."""
+    number = PATHS.index(path) + 1 if path in PATHS else int(path) if str(path).isdecimal() else 0
+    if not 1 <= number <= 10:
+        raise ValueError(f"no evaluation path {path!r}: expected 1-10 or one of {', '.join(PATHS)}")
+    return number
 
 
 def recammaster(path, frames=81, speed=1.0):
@@ -160,9 +170,7 @@ def recammaster(path, frames=81, speed=1.0):
     axis, at 81 frames and speed 1 too (paths 7-10 then lie up to 0.013 m from the published ones). Another
     length so keeps the speed, not the distance. ValueError for an unknown path or frames < 1.
     """
-    number = PATHS.index(path) + 1 if path in PATHS else int(path) if str(path).isdecimal() else 0
-    if not 1 <= number <= 10:
-        raise ValueError(f"no evaluation path {path!r}: expected 1-10 or one of {', '.join(PATHS)}")
+    number = path_number(path)
     if frames < 1:
         raise ValueError(f"a path needs at least 1 frame, found {frames}")
     rotvecs, steps = increments(published(number))

@@ -441,8 +441,8 @@ def test_noise_depends_on_case_and_seed_alone(clips):
             return torch.zeros_like(x)
 
     codec = type("Codec", (), {"decode": staticmethod(lambda x: x[:, :3])})
-    row = evaluate.Condition(torch.zeros(1, 1, 4), None, torch.zeros(1, 16, 2, 4, 4))
-    both = evaluate.Condition.cat([row, row])
+    row = model.Condition(torch.zeros(1, 1, 4), None, torch.zeros(1, 16, 2, 4, 4))
+    both = model.Condition.cat([row, row])
     options = dict(steps=1, shift=5.0)
     together = evaluate.generate(Recorder(), codec, both, ["a", "b"], **options)
     alone = evaluate.generate(Recorder(), codec, row, ["b"], **options)
