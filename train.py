@@ -113,11 +113,12 @@ def convert(kind, value, where):
         value = ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError):
         pass
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is tuple and type(value) in (list, tuple) and all(type(x) in (int, float) for x in value):
+    number = lambda x: type(x) in (int, float) and abs(x) < 1e300  # no infinity, no NaN
+    if kind is float and number(value):
+        return float(value)
+    if kind is tuple and type(value) in (list, tuple) and all(map(number, value)):
         return tuple(map(float, value))
-    if type(value) is not kind:
+    if type(value) is not kind or kind in (float, tuple):
         raise ValueError(f"{where}: expected {kind.__name__}, found {value!r}")
     return value
 
@@ -167,12 +168,16 @@ def check(config, ranks):
         if not ok:
             raise ValueError(message)
     need(config.world in ("toy", "clips"), f"world: expected toy or clips, found {config.world!r}")
-    need(config.frames % 4 == 1, f"frames: expected 4k + 1, found {config.frames}")
     need(config.height % 16 == 0 and config.width % 16 == 0 or config.world == "toy",
          f"height and width: expected multiples of 16, found {config.height} x {config.width}")
     need(len(config.v) == 4 and len(config.omega) == 4, "v and omega: expected (lowest, highest, mean, sd)")
-    for name in ("conditions", "members", "steps", "iterations", "save_every", "keep", "sample_every", "updates"):
-        need(getattr(config, name) >= 1, f"{name}: expected at least 1, found {getattr(config, name)}")
+    trajectories.draw_speeds(np.random.default_rng(0), config.v, config.omega)  # refuses bounds out of order
+    zero = ("first", "micro_batch", "reward_batch", "seed", "rooms", "threads")  # may be 0
+    for name, x in vars(config).items():
+        need(type(x) is not int or x >= (name not in zero),
+             f"{name}: expected at least {int(name not in zero)}, found {x}")
+    need(config.frames % 4 == 1, f"frames: expected 4k + 1, found {config.frames}")
+    need(config.normalise in ("max", "group"), f"normalise: expected max or group, found {config.normalise!r}")
     need(config.conditions % ranks == 0, f"conditions: {config.conditions} do not divide over {ranks} ranks")
     need(config.members % config.updates == 0, f"updates: {config.updates} do not divide {config.members} members")
     need(config.lr > 0 and config.eta > 0, f"lr and eta: expected > 0, found {config.lr} and {config.eta}")
@@ -424,6 +429,8 @@ def main(argv):
     config = parse(Config, argv, str(Path(__file__).parent / "config/toy.py"))
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(config, ranks)
+    if ":" in config.rewards and not any(arg.startswith("--rewards=") for arg in argv):
+        raise ValueError(f"rewards: {config.rewards}: code of one's own runs only from the command line, --rewards=...")
     half, signals = False, []  # whether weights are between two iterations; what was received
 
     def stop(signum, frame):
@@ -456,7 +463,6 @@ def main(argv):
     draw = dict(sigmas=sigmas, shape=world.shape, eta=config.eta, tau=config.tau or None, guidance=config.guidance,
                 t_max=None if config.tau else float(sigmas[1]), micro_batch=config.micro_batch or None, device=device)
 
-    out.mkdir(parents=True, exist_ok=True)
     show = demonstration(world, config, draw) if rank == 0 else None  # the base's videos, before weights are resumed
     start = done = saved = resume(out, names, optimizer, config)
     assert_ranks_agree(parameters, "at the start")
