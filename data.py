@@ -441,9 +441,11 @@ def read_index(folder):
         return None
     try:
         index = json.loads((folder / INDEX).read_text())
-        index = {key: kind(index[key]) for key, kind in (("settings", dict), ("clips", list), ("skipped", dict))}
-        if strange := [name for name in index["clips"] if ".." in Path(name).parts or Path(name).is_absolute()]:
-            raise ValueError(f"clips: expected names below this folder, found {strange[0]!r}")
+        kinds = {"settings": dict, "clips": list, "skipped": dict}
+        index = {key: kind(index[key]) for key, kind in kinds.items()}
+        for name in index["clips"]:
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise ValueError(f"clips: expected names below this folder, found {name!r}")
         return index
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX}: no index of prepared clips ({one_line(error)})") from None
@@ -608,7 +610,8 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
     if min(stride, estimator_stride) < 1:
         raise ValueError(f"stride: expected at least 1, found {min(stride, estimator_stride)}")
     vae = load_vae(weights / VAE_FILE, device, dtype)
-    if min(frames, height, width) < 1 or (frames - 1) % vae.time or height % (2 * vae.space) or width % (2 * vae.space):
+    if (min(frames, height, width) < 1 or (frames - 1) % vae.time
+            or height % (2 * vae.space) or width % (2 * vae.space)):
         raise ValueError(f"{frames} frames of {height}x{width}: expected {vae.time}k+1 frames, "
                          f"height and width divisible by {2 * vae.space}")
     negative_prompt = encoders.NEGATIVE_PROMPT if negative_prompt is None else negative_prompt

@@ -116,8 +116,8 @@ def test_it_says_when_complete(straight):
 
 
 def test_two_ranks_equal_one_process(tmp_path):
-    """The largest group deviation (Eq. 5) included. Every call is of one condition and the reward goes in steps, so that
-    batches of another size, which round otherwise, are not what is compared."""
+    """The largest group deviation (Eq. 5) included. Every call is of one condition and the reward goes in steps:
+    batches of another size round otherwise, and that is not what is compared."""
     script = patched(tmp_path, """
 import model
 prepare = model.DiT.prepare
@@ -127,7 +127,8 @@ def one_by_one(self, condition):
 model.DiT.prepare = one_by_one
 """)
     logs, gradients, reward = [], [], tmp_path / "steps.py"
-    reward.write_text("def steps(videos, scene):\n    return (videos.long().sum((1, 2, 3, 4)) // 300).float()\n")
+    reward.write_text("def steps(videos, scene):\n"
+                      "    return (videos.long().sum((1, 2, 3, 4)) // 300).float()\n")
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         code, _, err = run("--iterations=1", "--micro_batch=4", "--reward_batch=4", "--share_prefix=False",
@@ -206,7 +207,8 @@ def main(monkeypatch):
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(toy, "TRAIN_ROOMS", 4)
-    yield lambda out, *args: train.main([*SMALL, "--keep=9", f"--weights={ROOT / 'weights'}", f"--out={out}", *args])
+    always = [*SMALL, "--keep=9", f"--weights={ROOT / 'weights'}"]
+    yield lambda out, *args: train.main([*always, f"--out={out}", *args])
     for s, handler in handlers.items():
         signal.signal(s, handler)
 
@@ -249,7 +251,8 @@ def test_non_finite_gradients_change_nothing_and_stop_in_a_row(main, tmp_path, m
     main(tmp_path, "--iterations=3")
     assert [record["skipped"] for record in log_of(tmp_path)] == [0, 1, 0]
     one, two, three = (load_file(tmp_path / f"iteration_00000{k}/self_attn.safetensors") for k in (1, 2, 3))
-    assert all(torch.equal(one[k], two[k]) for k in one) and any(not torch.equal(two[k], three[k]) for k in one)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert any(not torch.equal(two[k], three[k]) for k in one)
     calls[0], bad = 0, range(100)
     with pytest.raises(RuntimeError, match="iteration 4: gradient norm nan, 2 updates skipped in a row"):
         main(tmp_path, "--iterations=9", "--max_skips=2")
@@ -257,7 +260,7 @@ def test_non_finite_gradients_change_nothing_and_stop_in_a_row(main, tmp_path, m
 
 
 def test_a_signal_never_saves_half_an_update(main, straight, tmp_path, monkeypatch):
-    monkeypatch.undo()  # all rooms, as in `straight`
+    monkeypatch.undo()  # with all rooms, as in `straight`
     monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
     step, count = torch.optim.AdamW.step, []
 
