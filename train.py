@@ -177,7 +177,7 @@ def check(config, ranks):
         need(type(x) is not int or x >= (name not in zero),
              f"{name}: expected at least {int(name not in zero)}, found {x}")
     need(config.frames % 4 == 1, f"frames: expected 4k + 1, found {config.frames}")
-    need(config.normalise in ("max", "group"), f"normalise: expected max or group, found {config.normalise!r}")
+    need(config.normalise in ("max", "group"), f"normalise: expected max or group, found {config.normalise}")
     need(config.conditions % ranks == 0, f"conditions: {config.conditions} do not divide over {ranks} ranks")
     need(config.members % config.updates == 0, f"updates: {config.updates} do not divide {config.members} members")
     need(config.lr > 0 and config.eta > 0, f"lr and eta: expected > 0, found {config.lr} and {config.eta}")
@@ -314,7 +314,8 @@ def resume(out, names, optimizer, config):
     for folder in sorted(out.glob("iteration_??????"), reverse=True):
         try:
             return load_checkpoint(folder, names, optimizer, config)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError, SafetensorError) as e:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError,
+                SafetensorError) as e:
             print(f"warning: {folder}: skipped, {e}", file=sys.stderr)
     return 0
 
@@ -350,7 +351,7 @@ def gather(tensor):
 
 
 def absent(wait=3):
-    """After a collective failed: the ranks that do not come here within `wait` seconds, because they ended or hang.
+    """After a collective failed: the ranks that do not come here in `wait` seconds, as they ended or hang.
     Known under torchrun, whose store outlives them."""
     store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
     store.set(f"came/{dist.get_rank()}", "")
@@ -430,7 +431,7 @@ def main(argv):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(config, ranks)
     if ":" in config.rewards and not any(arg.startswith("--rewards=") for arg in argv):
-        raise ValueError(f"rewards: {config.rewards}: code of one's own runs only from the command line, --rewards=...")
+        raise ValueError(f"rewards: code of one's own runs only when named by --rewards=: {config.rewards}")
     half, signals = False, []  # whether weights are between two iterations; what was received
 
     def stop(signum, frame):

@@ -154,7 +154,8 @@ def random_kills(folder, ranks=1, points=17):
     codes = [p.wait(timeout=300) for p in start_ranks(out, ranks, f"--iterations={end}")]
     equal = same(out, straight(folder, end, ranks), end)
     return (f"{points} kills, {during} of them in a checkpoint; {resumed} resumed from the newest one, "
-            f"{lost} iterations lost at most, one every 2; {end} iterations bitwise equal to no kill: {equal}",
+            f"{lost} iterations lost at most, one every 2; {end} iterations bitwise equal to "
+            f"no kill: {equal}",
             resumed == points and lost <= 2 and equal and not any(codes) and during >= points // 4)
 
 
@@ -222,7 +223,7 @@ def gone(folder, rank, signum, timeout=8):
     code = process.wait(timeout=60)
     named = said(out, f"rank {rank} ended or hangs") or said(out, f"(exitcode: -{signum}) local_rank: {rank}")
     left = f"{len(workers(out))} processes left"
-    return (f"the other ended in {seconds:.1f} s: {named[:28] or 'unnamed'}; {left}",
+    return (f"the other ended in {seconds:.1f} s: {named[:40].split(':')[0] or 'unnamed'}; {left}",
             bool(named) and seconds < timeout + 10 and code != 0 and not workers(out))
 
 

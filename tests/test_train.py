@@ -116,7 +116,7 @@ def test_it_says_when_complete(straight):
 
 
 def test_two_ranks_equal_one_process(tmp_path):
-    """The largest group deviation (Eq. 5) included. Every call is of one condition and the reward goes in steps:
+    """The largest group deviation (Eq. 5) included. Every call is of one condition, the reward goes in steps:
     batches of another size round otherwise, and that is not what is compared."""
     script = patched(tmp_path, """
 import model
