@@ -396,8 +396,13 @@ def load_clip(path):
             tensors = {key: file.get_tensor(key) for key in TENSORS}
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or no safetensors file ({one_line(error)})") from None
-    padding = facts.pop("text_length") - len(tensors["text"])
-    tensors["text"] = F.pad(tensors["text"], (0, 0, 0, padding))
+    except (json.JSONDecodeError, RecursionError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({one_line(error)})") from None
+    facts = {key: facts[key] for key in (*FACTS, "text_length")}
+    length, text = facts.pop("text_length"), tensors["text"]
+    if type(length) is not int or not len(text) <= length <= 1 << 16 or text.ndim != 2:
+        raise ValueError(f"{path}: damaged (text_length {length!r} of {tuple(text.shape)})")
+    tensors["text"] = F.pad(text, (0, 0, 0, length - len(text)))
     return Clip(**facts, **tensors)
 
 
@@ -436,8 +441,13 @@ def read_index(folder):
         return None
     try:
         index = json.loads((folder / INDEX).read_text())
-        return {key: index[key] for key in ("settings", "clips", "skipped")}
-    except (ValueError, KeyError, TypeError) as error:
+        kinds = {"settings": dict, "clips": list, "skipped": dict}
+        index = {key: kind(index[key]) for key, kind in kinds.items()}
+        for name in index["clips"]:
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise ValueError(f"clips: expected names below this folder, found {name!r}")
+        return index
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX}: no index of prepared clips ({one_line(error)})") from None
 
 
@@ -471,19 +481,21 @@ def read_captions(path):
 
     Columns: file_name or videoFile, and text or caption (MultiCamVideo's and Sekai's names).
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        columns = rows.fieldnames or []
-        name = next((c for c in columns if c in ("file_name", "videoFile")), None)
-        text = next((c for c in columns if c in ("text", "caption")), None)
-        if name is None or text is None:
-            raise ValueError(f"{path}: needs columns file_name and text (or videoFile and caption), "
-                             f"has {', '.join(columns) or 'none'}")
-        captions = {}
-        for row in rows:
-            key, caption = re.sub(r"\.\w+$", "", row[name] or ""), (row[text] or "").strip()
-            if caption and captions.setdefault(key, caption) != caption:
-                raise ValueError(f"{path}: line {rows.line_num}: another caption for {row[name]}")
+    try:
+        rows = csv.DictReader(io.StringIO(Path(path).read_bytes().decode("utf-8-sig"), newline=""))
+        columns, rows = rows.fieldnames or [], [(rows.line_num, row) for row in rows]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: expected UTF-8 csv ({one_line(error)})") from None
+    name = next((c for c in columns if c in ("file_name", "videoFile")), None)
+    text = next((c for c in columns if c in ("text", "caption")), None)
+    if name is None or text is None:
+        raise ValueError(f"{path}: needs columns file_name and text (or videoFile and caption), "
+                         f"has {', '.join(columns) or 'none'}")
+    captions = {}
+    for line, row in rows:
+        key, caption = re.sub(r"\.\w+$", "", row[name] or ""), (row[text] or "").strip()
+        if caption and captions.setdefault(key, caption) != caption:
+            raise ValueError(f"{path}: line {line}: another caption for {row[name]}")
     if not captions:
         raise ValueError(f"{path}: no row with a caption")
     return captions
@@ -595,8 +607,11 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
     wanted = {name: find_caption(name, texts) or nothing for name in names}
     if cameras != "mapanything" and not Path(cameras).is_dir():
         raise FileNotFoundError(f"{cameras}: expected mapanything or a folder of camera files")
+    if min(stride, estimator_stride) < 1:
+        raise ValueError(f"stride: expected at least 1, found {min(stride, estimator_stride)}")
     vae = load_vae(weights / VAE_FILE, device, dtype)
-    if (frames - 1) % vae.time or height % (2 * vae.space) or width % (2 * vae.space):
+    if (min(frames, height, width) < 1 or (frames - 1) % vae.time
+            or height % (2 * vae.space) or width % (2 * vae.space)):
         raise ValueError(f"{frames} frames of {height}x{width}: expected {vae.time}k+1 frames, "
                          f"height and width divisible by {2 * vae.space}")
     negative_prompt = encoders.NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
@@ -605,10 +620,15 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
                     estimator_stride=estimator_stride, negative_prompt=negative_prompt)
     for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):  # tells one set of weights from another
         settings[f"bytes of {file}"] = (weights / file).stat().st_size
+    if index := read_index(out):
+        check_settings(out, index["settings"], settings)
+    text_encoder = encoders.load_text_encoder(weights / TEXT_FILE, weights / TOKENIZER, device, dtype)
+    image_encoder = encoders.load_image_encoder(weights / IMAGE_FILE, device, dtype)
+    if cameras == "mapanything":
+        import rewards
+        cameras = rewards.mapanything(weights / "map-anything", device, estimator_stride).cameras
     box, skipped = [None], {}
     if rank == 0:
-        if index := read_index(out):
-            check_settings(out, index["settings"], settings)
         for leftover in out.rglob("*.tmp"):  # of a killed run
             leftover.unlink()
         write_index(out, settings, {})
@@ -622,13 +642,8 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
     if world > 1:
         dist.broadcast_object_list(box)
     todo = box[0]
-    text_encoder = encoders.load_text_encoder(weights / TEXT_FILE, weights / TOKENIZER, device, dtype)
-    image_encoder = encoders.load_image_encoder(weights / IMAGE_FILE, device, dtype)
     if rank == 0:
         write_file(out / NEGATIVE, save({"text": text_encoder.embed([negative_prompt])[0].bfloat16().cpu()}))
-    if cameras == "mapanything":
-        import rewards
-        cameras = rewards.mapanything(weights / "map-anything", device, estimator_stride).cameras
     for name in tqdm(todo[rank::world], desc="prepare", unit="clip", disable=rank > 0):
         path = videos / name
         try:
@@ -685,6 +700,8 @@ def main():
     add("--width", type=int, default=832, help="pixels (default 832)")
     add("--stride", type=int, default=1, help="take every n-th frame")
     add("--negative-prompt", help="for classifier-free guidance (default: Wan's)")
+    for each in (parser, command):
+        each.error = lambda message: sys.exit(f"data.py: {message}")  # one line, without the usage
     options = vars(parser.parse_args())
     if options.pop("command") is None:
         print(parser.format_help() + "\n" + command.format_help())

@@ -125,6 +125,12 @@ def listed(text, what, convert):
     return found
 
 
+def at_least_1(config, *names):
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, found {getattr(config, name)}")
+
+
 def find_clips(videos, only=""):
     """{clip: video, by its name below the folder `videos`}. only: clips, comma-separated or one a line in a
     text file; ValueError naming those that do not exist."""
@@ -185,7 +191,7 @@ def write_json(path, content):
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from None
 
 
@@ -195,6 +201,12 @@ def read_results(path):
     found = results.get("protocol") if isinstance(results, dict) else None
     if found != PROTOCOL:
         raise ValueError(f"{path}: protocol {found}, expected {PROTOCOL}: evaluate again to compare")
+    try:
+        scores = [dict(case) for m in results["methods"].values() for case in m["cases"].values()]
+        if not scores or not isinstance(results["settings"]["estimator"], str):
+            raise ValueError("no case, or no estimator")
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error!r})") from None
     return results
 
 
@@ -449,6 +461,7 @@ def evaluate(config):
 
     # what is asked for; all that can be refused is refused now
     numbers, speeds = listed(config.paths, "paths", path_number), listed(config.speeds, "speeds", float)
+    at_least_1(config, "height", "width", "steps")
     if not (config.weights or config.generated):
         raise ValueError("give --weights=FOLDER to generate videos, or --generated=FOLDER to score some")
     if (config.weights or config.clips) and not config.videos:
@@ -457,6 +470,8 @@ def evaluate(config):
         raise FileNotFoundError(f"{config.redirector}/evaluate.py: no such file, expected ReDirector's")
     if config.log:
         report.read_log(config.log)
+    if config.captions:
+        data.read_captions(config.captions)
     out, clips = Path(config.out), find_clips(config.videos, config.clips) if config.videos else {}
     checkpoints = find_checkpoints(config.ckpt) if config.weights else {}
     folders = [Path(folder) for folder in items(config.generated)]
@@ -588,15 +603,16 @@ def evaluate_toy(config):
         raise ValueError(f"estimator: expected judge or estimator, found {config.estimator!r}")
     if config.log:
         report.read_log(config.log)
+    at_least_1(config, "rooms", "steps")
     checkpoints, file = find_checkpoints(config.ckpt), Path(config.weights) / "toy_base.safetensors"
     settings = {name: getattr(config, name)
                 for name in ("rooms", "steps", "shift", "tail", "seed", "estimator")}
-    for method, checkpoint in checkpoints.items():
-        claim(out / method / "cases", settings | {"base": checkpoint_digest(file),
-                                                  "checkpoint": checkpoint_digest(checkpoint)})
     base, codec, estimator = toy.open_weights(config.weights)
     dits = {method: load_dit(file, checkpoint, num_heads=toy.HEADS) if checkpoint else base
             for method, checkpoint in checkpoints.items()}
+    for method, checkpoint in checkpoints.items():
+        claim(out / method / "cases", settings | {"base": checkpoint_digest(file),
+                                                  "checkpoint": checkpoint_digest(checkpoint)})
     methods = {method: {"cases": {}, "notes": {}} for method in dits}
     show = lambda video: data.upscale(video.numpy(), max(1, 160 // video.shape[1]))
     for speed in speeds:
@@ -679,6 +695,7 @@ def retake(config):
     from encoders import NEGATIVE_PROMPT, load_captioner
     if not config.clip or not config.weights:
         raise ValueError("retake: expected a clip and --weights=FOLDER")
+    at_least_1(config, "frames", "height", "width", "stride", "steps")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = Path(config.clip)
     read = read_clip(path, config, config.stride)  # what can be refused is refused before big files are read

@@ -582,7 +582,10 @@ def _from_file(path, function):
         raise FileNotFoundError(f"{path}: no such file; a reward of your own is my_file.py:function=weight")
     spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     reward = getattr(module, function, None)
     if not callable(reward):
         raise ValueError(f"{path}: expected a function {function}(videos, scene), found none")

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node=8 train.py config/geo_align.py --weights=... --clips=... --trajectories=...
 
 The same command again resumes from --out. Exit codes: 0 done, 1 bad input or failed run (one line says why),
-75 stopped by a signal after writing a checkpoint.
+75 stopped by SIGTERM or SIGINT after writing a checkpoint.
 """
 import ast
 import dataclasses
@@ -98,7 +98,7 @@ class Config:
     threads: int = 0                   # CPU threads per process; 0: torch's choice
     timeout: int = 1800                # seconds until a rank that does not answer ends the run
     max_failures: float = 0.25         # stop where more than this share of an iteration's videos fail
-    max_skips: int = 3                 # stop after so many updates in a row with non-finite gradients
+    max_skips: int = 3                 # stop at so many updates in a row with non-finite gradients
 
     FREE = ("out", "iterations", "save_every", "keep", "sample_every", "timeout", "max_failures", "max_skips",
             "threads", "park", "reward_batch", "rooms")  # may change on resume
@@ -114,11 +114,12 @@ def convert(kind, value, where):
         value = ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError):
         pass
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is tuple and type(value) in (list, tuple) and all(type(x) in (int, float) for x in value):
+    number = lambda x: type(x) in (int, float) and abs(x) < 1e300  # no infinity, no NaN
+    if kind is float and number(value):
+        return float(value)
+    if kind is tuple and type(value) in (list, tuple) and all(map(number, value)):
         return tuple(map(float, value))
-    if type(value) is not kind:
+    if type(value) is not kind or kind in (float, tuple):
         raise ValueError(f"{where}: expected {kind.__name__}, found {value!r}")
     return value
 
@@ -168,12 +169,16 @@ def check(config, ranks):
         if not ok:
             raise ValueError(message)
     need(config.world in ("toy", "clips"), f"world: expected toy or clips, found {config.world!r}")
-    need(config.frames % 4 == 1, f"frames: expected 4k + 1, found {config.frames}")
     need(config.height % 16 == 0 and config.width % 16 == 0 or config.world == "toy",
          f"height and width: expected multiples of 16, found {config.height} x {config.width}")
     need(len(config.v) == 4 and len(config.omega) == 4, "v and omega: expected (lowest, highest, mean, sd)")
-    for name in ("conditions", "members", "steps", "iterations", "save_every", "keep", "sample_every", "updates"):
-        need(getattr(config, name) >= 1, f"{name}: expected at least 1, found {getattr(config, name)}")
+    trajectories.draw_speeds(np.random.default_rng(0), config.v, config.omega)  # refuses bounds out of order
+    zero = ("first", "micro_batch", "reward_batch", "seed", "rooms", "threads")  # may be 0
+    for name, x in vars(config).items():
+        need(type(x) is not int or x >= (name not in zero),
+             f"{name}: expected at least {int(name not in zero)}, found {x}")
+    need(config.frames % 4 == 1, f"frames: expected 4k + 1, found {config.frames}")
+    need(config.normalise in ("max", "group"), f"normalise: expected max or group, found {config.normalise}")
     need(config.conditions % ranks == 0, f"conditions: {config.conditions} do not divide over {ranks} ranks")
     need(config.members % config.updates == 0, f"updates: {config.updates} do not divide {config.members} members")
     need(config.lr > 0 and config.eta > 0, f"lr and eta: expected > 0, found {config.lr} and {config.eta}")
@@ -274,7 +279,7 @@ def save_checkpoint(out, iteration, names, optimizer, config):
              "digests": {name: digest(content) for name, content in files.items()}}
     files["state.json"] = json.dumps(state, indent=1).encode()
     final = out / f"iteration_{iteration:06d}"
-    temporary = out / f"{final.name}.tmp"
+    temporary = out / "checkpoint.tmp"  # always the same: a killed run leaves one at most
     shutil.rmtree(temporary, ignore_errors=True)
     for name, content in files.items():
         data.write_file(temporary / name, content)
@@ -288,6 +293,8 @@ def load_checkpoint(folder, names, optimizer, config):
     """Restore weights and optimiser from a checkpoint; returns its iteration. ValueError where it is damaged, OSError
     where unreadable, RuntimeError where it belongs to a run with other settings."""
     state = json.loads((folder / "state.json").read_text())
+    if int(folder.name[-6:]) != state["iteration"]:
+        raise ValueError(f"state.json: iteration {state['iteration']!r}")
     files = {name: (folder / name).read_bytes() for name in ("self_attn.safetensors", "optimizer.safetensors")}
     for name, content in files.items():
         if digest(content) != state["digests"][name]:
@@ -298,7 +305,7 @@ def load_checkpoint(folder, names, optimizer, config):
     if differ:
         raise RuntimeError(f"{folder}: made with {'; '.join(differ)}; choose another --out or the same settings")
     weights, moments = load_file(folder / "self_attn.safetensors"), load_file(folder / "optimizer.safetensors")
-    if set(weights) != set(names):
+    if {name: x.shape for name, x in weights.items()} != {name: p.shape for name, p in names.items()}:
         raise ValueError(f"{folder}: other parameters than this model's")
     with torch.no_grad():
         for name, p in names.items():
@@ -313,7 +320,8 @@ def resume(out, names, optimizer, config):
     for folder in sorted(out.glob("iteration_??????"), reverse=True):
         try:
             return load_checkpoint(folder, names, optimizer, config)
-        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as e:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError,
+                SafetensorError) as e:
             print(f"warning: {folder}: skipped, {e}", file=sys.stderr)
     return 0
 
@@ -346,6 +354,15 @@ def gather(tensor):
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def absent(wait=3):
+    """After a collective failed: the ranks that do not come here in `wait` seconds, as they ended or hang.
+    Known under torchrun, whose store outlives them."""
+    store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
+    store.set(f"came/{dist.get_rank()}", "")
+    time.sleep(wait)
+    return [str(rank) for rank in ranks if not store.check([f"came/{rank}"])]
 
 
 # ---- what a run shows ----
@@ -429,6 +446,16 @@ def main(argv):
     config = parse(Config, argv, str(Path(__file__).parent / "config/toy.py"))
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(config, ranks)
+    if ":" in config.rewards and not any(arg.startswith("--rewards=") for arg in argv):
+        raise ValueError(f"rewards: code of one's own runs only when named by --rewards=: {config.rewards}")
+    half, signals = False, []  # whether weights are between two iterations; what was received
+
+    def stop(signum, frame):
+        signals.append(signum)
+        if not half:  # else the iteration is finished first
+            raise Stop
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     device = torch.device("cpu")
     if torch.cuda.is_available() and config.world == "clips":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -454,9 +481,8 @@ def main(argv):
                     t_max=None if config.tau else float(sigmas[1]), guidance=config.guidance,
                     micro_batch=config.micro_batch or None, device=device)
 
-    out.mkdir(parents=True, exist_ok=True)
     show = demonstration(world, config) if rank == 0 else None  # the base's videos, before weights are resumed
-    start = done = resume(out, names, optimizer, config)
+    start = done = saved = resume(out, names, optimizer, config)
     assert_ranks_agree(parameters, "at the start")
     say(f"{config.conditions} conditions x {G} members = {config.conditions * G} videos an iteration on {ranks} rank(s); "
         f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in dit.parameters()):,} parameters train; "
@@ -464,11 +490,6 @@ def main(argv):
     log = open_log(out / "log.jsonl", start) if rank == 0 else None
     policy = dit if ranks == 1 else DistributedDataParallel(dit, None if device.type == "cpu" else [device.index])
     skipped = 0
-
-    def stop(signum, frame):
-        raise Stop
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     try:
         if show and start == 0:
             show(out / "samples/iteration_000000.mp4")
@@ -534,14 +555,17 @@ def main(argv):
                     say(f"on-policy ratio 1 + {error:.0e}, as it should be")
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
                 skipped = 0 if norm.isfinite() else skipped + 1
-                if skipped > config.max_skips:
+                if skipped >= config.max_skips:
                     raise RuntimeError(f"iteration {iteration}: gradient norm {float(norm)}, {skipped} updates skipped in a row")
                 if not skipped:
+                    half = True
                     optimizer.step()
                 if iteration == start and u == 0:
                     assert_ranks_agree(parameters, "after the first update")
             clock("update")
-            done = iteration + 1
+            done, half = iteration + 1, False
+            if signals:
+                raise Stop
 
             record = {"iteration": iteration, "window": list(steps), "failed": int(failed.sum()), "skipped": skipped,
                       "ratio_error": error, "grad_norm": float(norm), "evaluations": sampled.evaluations}
@@ -552,8 +576,11 @@ def main(argv):
                 record |= {f"reward/{name}": float(ok.mean()), f"spread/{name}": float(x.nan_to_num().std(1).mean())}
             record |= {f"seconds/{phase}": round(s, 4) for phase, s in clock.seconds.items()}
             if rank == 0:
-                log.write(json.dumps(record) + "\n")
-                log.flush()
+                try:
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+                except OSError as e:
+                    raise OSError(e.errno, e.strerror, log.name) from None
                 bar.set_postfix_str(" ".join(f"{n}={record['reward/' + n]:.4f}" for n in scores) + f" |r-1|={error:.0e} "
                                     f"clip={record['clip_fraction']:.2f} grad={float(norm):.2g} "
                                     + " ".join(f"{p}={s:.2f}s" for p, s in clock.seconds.items()))
@@ -561,6 +588,7 @@ def main(argv):
                 assert_ranks_agree(parameters, f"iteration {iteration}")
                 if rank == 0:
                     save_checkpoint(out, done, names, optimizer, config)
+                    saved = done
             if show and (done % config.sample_every == 0 or done == config.iterations):
                 show(out / f"samples/iteration_{done:06d}.mp4")
         if rank == 0 and config.world == "toy" and config.rooms:
@@ -571,7 +599,8 @@ def main(argv):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if rank == 0:
-            save_checkpoint(out, done, names, optimizer, config)
+            if done > saved:
+                save_checkpoint(out, done, names, optimizer, config)
             print(f"\nstopped after {done} iterations, saved; the same command goes on", file=sys.stderr)
         os._exit(75)  # other ranks may wait in a collective that this one has left
 
@@ -579,9 +608,16 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except Stop:
+        os._exit(75)  # before the first iteration
     except (ValueError, OSError, RuntimeError) as e:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)  # torchrun sends one while this still finds out who is gone
         if os.environ.get("DEBUG"):
             raise
-        print(f"error: {e}", file=sys.stderr)
+        collective = "gloo" in str(e) or isinstance(e, dist.DistError)
+        gone = absent() if collective and dist.is_initialized() and dist.is_torchelastic_launched() else []
+        why = f"rank {', '.join(gone)} ended or hangs: " if gone else ""
+        print(f"error: {why}{str(e).splitlines()[0]}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)

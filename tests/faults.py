@@ -1,0 +1,323 @@
+"""What happens to a training run when things go wrong; about five minutes on one core.
+
+    python tests/faults.py [WORD ...]      only the scenarios whose names hold one of the words
+
+Prints a table, scenario | what happened | ok, and exits with 1 if one is not. It trains in the toy world for
+real, in processes that are killed, stopped and starved of disk. As root, full and read-only disks are mounts.
+"""
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--conditions=2", "--members=2", "--steps=4", "--first=2", "--rooms=0", "--sample_every=100000",
+         "--save_every=2", "--rewards=trans=1,rot=1"]
+STARTED = []
+
+
+# ---- runs ----
+
+def start(out, *args, python=(), env=None, prepare=None):
+    """A training run as a process; what it says is appended to <out>.err."""
+    with open(f"{out}.err", "a") as err:
+        command = [sys.executable, *python, str(ROOT / "train.py"), *SMALL, f"--out={out}", *args]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | (env or {})
+        process = subprocess.Popen(command, cwd=ROOT, stdout=err, stderr=err, preexec_fn=prepare, env=env)
+    STARTED.append(process)
+    return process
+
+
+def start_ranks(out, ranks, *args):
+    """The processes of a run on so many ranks, without torchrun."""
+    if ranks == 1:
+        return [start(out, *args)]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    return [start(out, *args, env=env | {"RANK": str(rank)}) for rank in range(ranks)]
+
+
+def torchrun(out, *args, restarts=0):
+    options = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+    return start(out, *args, python=["-m", "torch.distributed.run", *options])
+
+
+def said(out, word):
+    """The last line of a run's words that holds `word`, from there on; empty without one."""
+    lines = Path(f"{out}.err").read_text(errors="replace").replace("\r", "\n").split("\n")
+    return next((x[x.index(word):].strip() for x in reversed(lines) if word in x), "")
+
+
+def resumed_at(out):
+    """The iteration that the last start went on from, as it says."""
+    found = re.findall(r"; (\d+) of \d+ iterations done in", Path(f"{out}.err").read_text(errors="replace"))
+    return int(found[-1]) if found else None
+
+
+def wait_for(ready, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > end or process.poll() is not None:
+            raise RuntimeError(f"the run did not get that far (exit code {process.poll()})")
+        time.sleep(0.002)
+
+
+def logged(out):
+    log = out / "log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def newest(out):
+    return max((int(f.name[-6:]) for f in out.glob("iteration_??????")), default=0)
+
+
+def same(a, b, iteration):
+    """Whether two runs' checkpoints of an iteration are bitwise equal, optimiser included."""
+    files = [f"iteration_{iteration:06d}/{name}.safetensors" for name in ("self_attn", "optimizer")]
+    return all((a / file).read_bytes() == (b / file).read_bytes() for file in files)
+
+
+def workers(out):
+    """{rank: process id} of the living processes that train into `out`; torchrun's own is -1."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"--out={out}".encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                rank = re.search(rb"\0RANK=(\d+)\0", b"\0" + (folder / "environ").read_bytes())
+                found[int(rank[1]) if rank else -1] = int(folder.name)
+        except OSError:
+            pass  # it has ended
+    return found
+
+
+def straight(folder, iterations, ranks=1):
+    """The undisturbed run, to compare with."""
+    out = folder / f"straight_{iterations}_{ranks}"
+    codes = [p.wait(timeout=300) for p in start_ranks(out, ranks, f"--iterations={iterations}")]
+    if codes != [0] * ranks:
+        raise RuntimeError(f"undisturbed run: {codes} {said(out, 'error')}")
+    return out
+
+
+# ---- scenarios: folder -> what happened, whether that is right ----
+
+def exact_resume(folder, ranks=1):
+    """8 iterations = 3, kill -9, 5"""
+    out = folder / "exact"
+    processes = start_ranks(out, ranks, "--iterations=8", "--save_every=1")
+    wait_for(lambda: newest(out) == 3, processes[0])
+    for process in processes:
+        process.kill()
+    killed = [p.wait() for p in processes] == [-9] * ranks
+    codes = [p.wait(timeout=300) for p in start_ranks(out, ranks, "--iterations=8", "--save_every=1")]
+    equal = same(out, straight(folder, 8, ranks), 8)
+    return f"resumed at {resumed_at(out)}; bitwise equal: {equal}", killed and equal and not any(codes)
+
+
+def exact_resume_2_ranks(folder):
+    """the same on 2 ranks"""
+    return exact_resume(folder, 2)
+
+
+def random_kills(folder, ranks=1, points=17):
+    """kill -9 at 17 random moments"""
+    out, g, lost, during, resumed = folder / "kills", random.Random(ranks), 0, 0, 0
+    for point in range(points):
+        there, log = newest(out), Path(f"{out}.err")
+        log.write_text("")
+        processes = start_ranks(out, ranks, "--iterations=100000")
+        wait_for(lambda: resumed_at(out) is not None, processes[0])
+        resumed += resumed_at(out) == there and "warning" not in log.read_text()
+        if point % 2:  # while a checkpoint is written
+            shutil.rmtree(out / "checkpoint.tmp", ignore_errors=True)  # what the last kill left
+            wait_for((out / "checkpoint.tmp").exists, processes[0])
+            time.sleep(g.uniform(0, 0.03))
+        else:
+            wait_for(lambda: point % 4 or logged(out) > there, processes[0])
+            time.sleep(g.uniform(0, 1.5))
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+        during += (out / "checkpoint.tmp").exists()
+        lost = max(lost, logged(out) - newest(out))
+    end = newest(out) + 1
+    codes = [p.wait(timeout=300) for p in start_ranks(out, ranks, f"--iterations={end}")]
+    equal = same(out, straight(folder, end, ranks), end)
+    return (f"{points} kills, {during} of them in a checkpoint; {resumed} resumed from the newest one, "
+            f"{lost} iterations lost at most, one every 2; {end} iterations bitwise equal to "
+            f"no kill: {equal}",
+            resumed == points and lost <= 2 and equal and not any(codes) and during >= points // 4)
+
+
+def random_kills_2_ranks(folder):
+    """kill -9 of both ranks at 8 random moments"""
+    return random_kills(folder, 2, 8)
+
+
+def signals(folder):
+    """SIGTERM and SIGINT at 8 random moments"""
+    out, g, codes, seconds, kept = folder / "signals", random.Random(0), [], 0.0, True
+    for k in range(8):
+        Path(f"{out}.err").write_text("")
+        there, process = newest(out), start(out, "--iterations=100000", "--save_every=100000")
+        wait_for(lambda: resumed_at(out) is not None, process)
+        wait_for(lambda: k % 4 == 3 or logged(out) > there, process)
+        time.sleep(g.uniform(0.2, 1.2))
+        process.send_signal((signal.SIGTERM, signal.SIGINT)[k % 2])
+        begun = time.monotonic()
+        codes.append(process.wait(timeout=60))
+        seconds = max(seconds, time.monotonic() - begun)
+        kept &= abs(logged(out) - newest(out)) <= 1  # the signal may fall between update and log
+    end = newest(out) + 1
+    start(out, f"--iterations={end}").wait(timeout=300)
+    equal = same(out, straight(folder, end), end)
+    return (f"exit codes {sorted(set(codes))} after {seconds:.1f} s at most, nothing lost; {end} iterations "
+            f"bitwise equal to no signal: {equal}", set(codes) == {75} and seconds < 30 and kept and equal)
+
+
+def signal_to_torchrun(folder):
+    """SIGTERM to torchrun"""
+    out = folder / "torchrun"
+    process = torchrun(out, "--iterations=100000", "--save_every=100000")
+    wait_for(lambda: logged(out) >= 2, process)
+    process.terminate()
+    begun = time.monotonic()
+    process.wait(timeout=60)
+    seconds = time.monotonic() - begun
+    return (f"checkpoint of iteration {newest(out)} of {logged(out)}; all ended in {seconds:.1f} s, "
+            f"{len(workers(out))} processes left",
+            newest(out) >= logged(out) - 1 and seconds < 30 and not workers(out))
+
+
+def restart(folder):
+    """kill -9 of a worker, --max-restarts=1"""
+    out = folder / "restart"
+    process = torchrun(out, "--iterations=12", restarts=1)
+    wait_for(lambda: logged(out) >= 5, process)
+    os.kill(workers(out)[1], signal.SIGKILL)
+    code = process.wait(timeout=120)
+    equal = same(out, straight(folder, 12, 2), 12)
+    return (f"went on by itself at {resumed_at(out)}, exit code {code}; bitwise equal: {equal}",
+            code == 0 and equal and logged(out) == 12)
+
+
+def gone(folder, rank, signum, timeout=8):
+    out = folder / f"gone_{rank}_{signum}"
+    process = torchrun(out, "--iterations=100000", f"--timeout={timeout}")
+    wait_for(lambda: logged(out) >= 2, process)
+    other = workers(out)[1 - rank]
+    os.kill(workers(out)[rank], signum)
+    begun = time.monotonic()
+    wait_for(lambda: other not in workers(out).values(), process)
+    seconds = time.monotonic() - begun
+    code = process.wait(timeout=60)
+    named = said(out, f"rank {rank} ended or hangs") or said(out, f"(exitcode: -{signum}) local_rank: {rank}")
+    left = f"{len(workers(out))} processes left"
+    return (f"the other ended in {seconds:.1f} s: {named[:40].split(':')[0] or 'unnamed'}; {left}",
+            bool(named) and seconds < timeout + 10 and code != 0 and not workers(out))
+
+
+def dead_rank(folder):
+    """rank 1 dies"""
+    return gone(folder, 1, signal.SIGKILL)
+
+
+def hanging_rank(folder):
+    """rank 1 hangs (SIGSTOP), --timeout=8"""
+    return gone(folder, 1, signal.SIGSTOP)
+
+
+def hanging_rank_0(folder):
+    """rank 0 hangs (SIGSTOP), --timeout=8"""
+    return gone(folder, 0, signal.SIGSTOP)
+
+
+def full_disk(folder):
+    """the disk fills up"""
+    out = folder / "full"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "none", out]
+    mounted = os.geteuid() == 0 and not subprocess.run(mount).returncode
+    try:
+        start(out, "--iterations=4").wait(timeout=120)
+        before = newest(out), (out / "iteration_000004/state.json").read_bytes(), logged(out)
+        prepare = None
+        if mounted:  # all but a little
+            free = shutil.disk_usage(out).free
+            (out / "other").write_bytes(bytes(max(0, free - (1 << 20))))
+        else:  # no file larger than 1 MB stands in for it
+            prepare = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        code = start(out, "--iterations=8", prepare=prepare).wait(timeout=120)
+        error = said(out, "error:").replace(f"{folder}/", "")
+        kept = before[0] == newest(out) and before[1] == (out / "iteration_000004/state.json").read_bytes()
+        (out / "other").unlink(missing_ok=True)
+        again = start(out, "--iterations=8").wait(timeout=120)
+        how = "tmpfs" if mounted else "RLIMIT_FSIZE"
+        on = again == 0 and newest(out) == 8
+        return (f"{how}: exit code {code}, {error}; earlier results intact: {kept}; "
+                f"with room again it went on: {on}",
+                code == 1 and ("space" in error or "large" in error) and kept and on)
+    finally:
+        if mounted:
+            subprocess.run(["umount", out])
+
+
+def read_only(folder):
+    """the output folder is read-only"""
+    out = folder / "read_only"
+    start(out, "--iterations=2").wait(timeout=120)
+    files = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    if os.geteuid():
+        out.chmod(0o500)
+    elif subprocess.run(["mount", "--bind", out, out]).returncode:
+        return "skipped: root may write anywhere, and mounting is not allowed", True
+    else:
+        subprocess.run(["mount", "-o", "remount,ro,bind", out])
+    try:
+        code = start(out, "--iterations=4").wait(timeout=120)
+    finally:
+        subprocess.run(["umount", out]) if not os.geteuid() else out.chmod(0o700)
+    error, kept = said(out, "error:").replace(f"{folder}/", ""), files == {f: f.read_bytes() for f in files}
+    ok = code == 1 and "log.jsonl" in error and kept
+    return f"exit code {code}, {error}; earlier results intact: {kept}", ok
+
+
+SCENARIOS = (exact_resume, exact_resume_2_ranks, random_kills, random_kills_2_ranks, signals,
+             signal_to_torchrun, restart, dead_rank, hanging_rank, hanging_rank_0, full_disk, read_only)
+
+
+def main(words):
+    bad, begun = [], time.monotonic()
+    print("| scenario | what happened | ok |\n|---|---|---|", flush=True)
+    for scenario in SCENARIOS:
+        if words and not any(word in scenario.__name__ for word in words):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                what, ok = scenario(Path(folder))
+            except (RuntimeError, subprocess.TimeoutExpired, KeyError, OSError) as error:
+                what, ok = f"{type(error).__name__}: {error}", False
+            finally:
+                for process in STARTED:
+                    process.kill() if process.poll() is None else None
+                for out in Path(folder).iterdir():
+                    for pid in workers(out).values():
+                        os.kill(pid, signal.SIGKILL)
+        bad += [] if ok else [scenario.__name__]
+        print(f"| {scenario.__doc__} | {what} | {'yes' if ok else 'NO'} |", flush=True)
+    print(f"\n{time.monotonic() - begun:.0f} s" + (f"; not ok: {', '.join(bad)}" if bad else ""))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
