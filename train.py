@@ -3,6 +3,7 @@
     python train.py                                   the toy world, on a laptop (config/toy.py)
     python train.py config/toy.py --seed=1 --out=out/seed1
     torchrun --nproc-per-node=8 train.py config/geo_align.py --weights=... --clips=... --trajectories=...
+    python train.py config/geo_align.py --dry-run     what that would cost (plan.py); WORLD_SIZE=8 before it: per rank
 
 The same command again resumes from --out. Exit codes: 0 done, 1 bad input or failed run (one line says why),
 75 stopped by a signal after writing a checkpoint.
@@ -161,8 +162,8 @@ def parse(config_class, argv, default=None):
     return config
 
 
-def check(config, ranks):
-    """ValueError where settings cannot work together."""
+def check(config, ranks, folders=True):
+    """ValueError where settings cannot work together; `folders`: or where those of the data are not named."""
     def need(ok, message):
         if not ok:
             raise ValueError(message)
@@ -177,7 +178,7 @@ def check(config, ranks):
     need(config.members % config.updates == 0, f"updates: {config.updates} do not divide {config.members} members")
     need(config.lr > 0 and config.eta > 0, f"lr and eta: expected > 0, found {config.lr} and {config.eta}")
     window(0, config.steps, config.size, config.strategy, config.stride, config.iters_per_window, config.first or None)
-    if config.world == "clips":
+    if config.world == "clips" and folders:
         for name in ("clips", "trajectories"):
             need(getattr(config, name), f"--{name}=FOLDER is needed")
 
@@ -410,9 +411,13 @@ def open_log(path, iteration):
 # ---- the loop ----
 
 def main(argv):
-    config = parse(Config, argv, str(Path(__file__).parent / "config/toy.py"))
+    dry = "--dry-run" in argv
+    config = parse(Config, [a for a in argv if a != "--dry-run"], str(Path(__file__).parent / "config/toy.py"))
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check(config, ranks)
+    check(config, ranks, folders=not dry)
+    if dry:
+        import plan
+        return rank or print(plan.report(config, ranks))
     device = torch.device("cpu")
     if torch.cuda.is_available() and config.world == "clips":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -466,6 +471,7 @@ def main(argv):
             condition, scene = world.draw(numbers[mine], rngs[mine])
             with torch.no_grad():
                 prepared, negative = dit.prepare(condition), negative_of(world, config, condition)
+            del condition  # its camera maps are large
             clock("conditions")
 
             # rollout: G videos per condition, stochastic in the window's steps only (Sec. 3.3)
@@ -539,6 +545,7 @@ def main(argv):
                 bar.set_postfix_str(" ".join(f"{n}={record['reward/' + n]:.4f}" for n in scores) + f" |r-1|={error:.0e} "
                                     f"clip={record['clip_fraction']:.2f} grad={float(norm):.2g} "
                                     + " ".join(f"{p}={s:.2f}s" for p, s in clock.seconds.items()))
+            del prepared, negative, sampled, part, videos  # or they stay while the next iteration makes its own
             if done % config.save_every == 0 or done == config.iterations:
                 assert_ranks_agree(parameters, f"iteration {iteration}")
                 if rank == 0:
