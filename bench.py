@@ -14,10 +14,8 @@ the same core do not count.
 import argparse
 import ast
 import collections
-import dataclasses
 import importlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +23,7 @@ import time
 import traceback
 import types
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -33,12 +32,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import plan
+import train
 import trajectories
 import vae
 from grpo import micro_batches, policy_loss
 from model import Condition, Config, DiT, trainable
 from sampler import rollout, schedule
-from train import decode
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = torch.device("cuda" if CUDA else "cpu"), torch.bfloat16 if CUDA else torch.float32
@@ -53,7 +52,7 @@ def table(title, rows):
     widths = [max(map(len, column)) for column in zip(rows[0], *text)]
     print(f"\n{title}")
     for line in (list(rows[0]), *text):
-        print("  ".join(x.ljust(n) if i == 0 else x.rjust(n) for i, (x, n) in enumerate(zip(line, widths))), flush=True)
+        print(line[0].ljust(widths[0]), *(x.rjust(n) for x, n in zip(line[1:], widths[1:])), sep="  ", flush=True)
 
 
 def now():
@@ -74,22 +73,25 @@ def seconds(f, repeat):
 
 # ---- what is measured: a DiT with random weights, its condition, one iteration on them ----
 
-def build(args, seed=0, rows=1):
-    """DiT, latent's shape, Condition of `rows`; random, but with every part at work."""
+def shape_of(args):
+    return Config(dim=args.dim, num_heads=args.dim // 128, num_layers=args.layers, ffn_dim=args.ffn, image_dim=1280,
+                  camera_dim=24, roce=True)
+
+
+def build(args, seed=0):
+    """DiT, latent's shape, one Condition, and what the DiT prepares of it; random, but with every part at work."""
     torch.manual_seed(seed)
-    config = Config(dim=args.dim, num_heads=args.dim // 128, num_layers=args.layers, ffn_dim=args.ffn, image_dim=1280,
-                    camera_dim=24, roce=True)
-    with DEVICE:
-        dit = DiT(config).to(DTYPE).eval()
+    with DEVICE, torch.no_grad():
+        dit = DiT(shape_of(args)).to(DTYPE).eval()
         for name, p in dit.named_parameters():
             if name.endswith("head.weight") or "rope_phase" in name:
-                torch.nn.init.normal_(p, std=0.02)
+                p.normal_(std=0.02)
         for p in trainable(dit):
             p.data = p.data.float()
         shape = (16, (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
-        maps = (rows, 24, shape[1], args.height, args.width)
-        text = torch.randn(rows, 512, 4096) * (torch.arange(512) < 60)[:, None]
-        return dit, shape, Condition(text, torch.randn(rows, 257, 1280), torch.randn(rows, *shape), torch.randn(maps), torch.randn(maps))
+        maps = torch.randn(2, 1, 24, shape[1], args.height, args.width)
+        condition = Condition(torch.randn(1, 512, 4096), torch.randn(1, 257, 1280), torch.randn(1, *shape), *maps)
+        return dit, shape, condition, dit.prepare(condition)
 
 
 def flops(config, tokens, text=512, image=257):
@@ -106,11 +108,10 @@ def one_iteration(dit, prepared, shape, at, mark, members=8, steps=25, codec=Non
     sampled = rollout(dit, prepared, members, at, sigmas=schedule(steps, 5.0), shape=shape, seed=0, condition_ids=[0],
                       device=DEVICE, **settings)
     mark("rollout")
-    videos = codec and decode(codec, sampled.latents[0], 1)
+    videos = codec and train.decode(codec, sampled.latents[0], 1)
     mark("decode")
     A = torch.linspace(-1, 1, members, device=DEVICE)[None]
-    for p in dit.parameters():
-        p.grad = None
+    dit.zero_grad()
     for k in range(len(at)):
         for c, m in micro_batches(sampled, k, settings.get("micro_batch")):
             policy_loss(dit, sampled, k, A, None, c, m)[0].backward()
@@ -133,9 +134,9 @@ def official(path, dit):
     package.__path__ = [str(Path(path) / "diffsynth/models")]
     sys.modules["redirector"] = package
     code = importlib.import_module("redirector.wan_video_dit")
-    file, scope = Path(path) / "diffsynth/pipelines/wan_video_new.py", {"torch": torch, "Optional": object, **vars(code)}
-    scope["Optional"] = {torch.Tensor: None}
-    body = [x for x in ast.parse(file.read_text()).body if isinstance(x, ast.FunctionDef) and x.name == "model_fn_wan_video"]
+    file = Path(path) / "diffsynth/pipelines/wan_video_new.py"
+    scope = {**vars(code), "torch": torch, "Optional": {torch.Tensor: None}}  # that one function, not all its file needs
+    body = [x for x in ast.parse(file.read_text()).body if getattr(x, "name", "") == "model_fn_wan_video"]
     exec(compile(ast.Module(body, []), str(file), "exec"), scope)
     c, head = dit.config, dit.head_dim
     with DEVICE:
@@ -151,22 +152,18 @@ def official(path, dit):
     trainable(wan)
 
     def velocity(x, t, condition, checkpointing=False):
+        c = condition.to(DTYPE)
         return scope["model_fn_wan_video"](
-            wan, latents=x.to(DTYPE), timestep=(1000 * t[None]).to(DTYPE), context=condition.text.to(DTYPE),
-            clip_feature=condition.image.to(DTYPE), y=condition.source.to(DTYPE), control_camera_latents_input=condition.camera.to(DTYPE),
-            cond_plucker_embedding=condition.source_camera.to(DTYPE), use_gradient_checkpointing=checkpointing)
+            wan, latents=x.to(DTYPE), timestep=(1000 * t[None]).to(DTYPE), context=c.text, clip_feature=c.image,
+            y=c.source, control_camera_latents_input=c.camera, cond_plucker_embedding=c.source_camera,
+            use_gradient_checkpointing=checkpointing)
     return velocity
 
 
 def network(args):
-    for frames in args.frames_list:
-        network_at(argparse.Namespace(**{**vars(args), "frames": frames}))
-
-
-def network_at(args):
-    dit, shape, condition = build(args)
+    dit, shape, condition, prepared = build(args)
     tokens = 2 * shape[1] * shape[2] * shape[3] // 4
-    a, b = torch.randn(tokens, args.dim, device=DEVICE, dtype=DTYPE), torch.randn(args.dim, args.ffn, device=DEVICE, dtype=DTYPE)
+    a, b = (torch.randn(n, device=DEVICE, dtype=DTYPE) for n in ((tokens, args.dim), (args.dim, args.ffn)))
     rate = 2 * tokens * args.dim * args.ffn / seconds(lambda: a @ b, 10)[1]
     big = torch.randn(2 ** 25, device=DEVICE)
     bandwidth = 2 * big.nbytes / seconds(lambda: big.clone(), 5)[1]
@@ -175,8 +172,6 @@ def network_at(args):
           f"{rate / 1e12:.3f} TFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; floor {work / rate:.3f} s (arithmetic), "
           f"{sum(p.nbytes for p in dit.parameters()) / bandwidth:.3f} s (weights read once)")
     x, t = torch.randn(1, *shape, device=DEVICE), torch.tensor(0.7, device=DEVICE)
-    with torch.no_grad():
-        prepared = dit.prepare(condition)
     ours, rows, values = (lambda c: lambda recompute: dit(x, t, c)), [], {}
 
     def measure(name, forward):
@@ -187,8 +182,8 @@ def network_at(args):
             first_both, both = seconds(lambda: forward(True).float().square().mean().backward(), args.repeat)
         except RuntimeError as error:
             return print(f"{name}: not measured, {str(error).splitlines()[0]}")
-        rows.append({"": name, "forward s": forwards, "share of matrix product rate": work / rate / forwards, "fwd + bwd s": both,
-                     "over forward": both / forwards, "first calls s": first + first_both - forwards - both})
+        rows.append({"": name, "forward s": forwards, "of matrix product rate": work / rate / forwards, "fwd + bwd s": both,
+                     "over forward": both / forwards, "first calls s": first + first_both})
     if args.official:
         with torch.no_grad():
             reference = official(args.official, dit)
@@ -202,9 +197,9 @@ def network_at(args):
     if args.compile:
         dit.compile()
         measure("ours, compiled", ours(prepared))
+    for row in rows if args.official else ():
+        row |= {f"official / this, {key[:-2]}": rows[0][key] / row[key] for key in ("forward s", "fwd + bwd s")}
     if args.official:
-        for row in rows:
-            row["official / this"], row["fwd + bwd: official / this"] = rows[0]["forward s"] / row["forward s"], rows[0]["fwd + bwd s"] / row["fwd + bwd s"]
         error = (values["ours, prepared"] - values["official"]).abs().max() / values["official"].abs().max()
         print(f"largest difference from the official velocity: {float(error):.1e} of the largest value")
     table(f"network, {args.frames} frames", rows)
@@ -214,125 +209,113 @@ def network_at(args):
 
 def recompiles(args, dit, shape):
     """Graphs that dynamo makes while what should not matter changes."""
-    graphs, rows = (lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]), []
-    rows.append({"": "after the table above", "graphs": graphs(), "seconds": None})
+    graphs, G = (lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]), 4
+    rows = [{"": "the table above", "graphs so far": graphs(), "seconds": None}]
     with torch.no_grad():
         first, other = (dit.prepare(build(args, seed)[2]) for seed in (1, 2))
-    G = 4
     for name, at, prepared, members in (
-            ("iteration: rollout and update, rows 1 and G", (2,), first, G), ("another window", (5,), first, G),
-            ("wider window", (1, 2), first, G), ("another condition and caption", (2,), other, G), ("another G", (2,), other, G - 1)):
+            ("window of 2: rows 1 and G, with and without gradient", (1, 2), first, G), ("another window", (5, 6), first, G),
+            ("window of 1", (3,), first, G), ("another condition and caption", (1, 2), other, G), ("another G", (1, 2), other, 3)):
         start = now()
         one_iteration(dit, prepared, shape, at, lambda phase: None, members, 8)
-        rows.append({"": name, "graphs": graphs(), "seconds": now() - start})
-    table("graphs compiled so far", rows)
+        rows.append({"": name, "graphs so far": graphs(), "seconds": now() - start})
+    table("compilation", rows)
 
 
 # ---- iteration ----
 
 def iteration(args):
-    dit, shape, condition = build(args)
-    dit.checkpoint = True
-    with torch.no_grad():
-        prepared = dit.prepare(condition)
-    members, steps, rows = 8, 25, []
+    dit, shape, _, prepared = build(args)
+    dit.checkpoint, rows = True, []
 
     def timed(at, **settings):
-        phases, last = {}, [now()]
-
-        def mark(phase):
-            phases[phase], last[0] = now() - last[0], now()
-        best = None
+        """Seconds of (rollout, update)."""
+        times = []
         for _ in range(args.repeat):
-            last[0] = now()
-            one_iteration(dit, prepared, shape, at, mark, members, steps, **settings)
-            best = dict(phases) if best is None else {p: min(best[p], phases[p]) for p in best}
-        return np.array([best["rollout"], best["update"]])
-    with torch.no_grad():  # warm
-        dit(torch.zeros(1, *shape, device=DEVICE), torch.ones((), device=DEVICE), prepared)
-    for name, size, starts, few in (("1, any step", 1, range(24), (0, 12, 23)), ("1, first 6", 1, range(6), (0, 5)), ("4, any", 4, range(21), (0, 10, 20))):
-        windows = [tuple(range(w, w + size)) for w in starts]
-        chosen = [tuple(range(w, w + size)) for w in few]
-        paper = timed(chosen[-1], share_prefix=False, micro_batch=1)
+            stamps = [now()]
+            one_iteration(dit, prepared, shape, at, lambda phase: stamps.append(now()), **settings)
+            times.append(np.diff(stamps)[[0, 2]])
+        return np.min(times, 0)
+    timed((0,))  # warm
+    for name, size, starts, few in (("1, any", 1, 24, (0, 12, 23)), ("1, first 6", 1, 6, (0, 5)), ("4, any", 4, 21, (0, 10, 20))):
+        windows, chosen = ([tuple(range(w, w + size)) for w in x] for x in (range(starts), few))
+        alone = timed(chosen[-1], share_prefix=False, micro_batch=1).sum()
         for loop, tail in (("exact", None), ("with tail", 0.4)):
-            mean = lambda windows, *how: np.mean([plan.cost(plan.evaluations(w, steps, members, *how)) for w in windows])
-            one, many = (np.mean([timed(w, tail=tail, micro_batch=rows_) for w in chosen], 0) for rows_ in (1, None))
-            counted = mean(chosen, False) / mean(chosen, True, tail)
-            rows.append({"window": name, "ours": loop, "paper": float(mean(windows, False) / mean(windows, True, tail)),
-                         "these windows": float(counted), "seconds": float(paper.sum() / one.sum()), "over count": float(paper.sum() / one.sum() / counted),
-                         "all rows at once": float(paper.sum() / many.sum()), "alone s": float(paper.sum()), "ours s": float(one.sum()),
-                         "update share": float(one[1] / one.sum())})
+            times = lambda windows: np.divide(*(sum(plan.cost(plan.evaluations(w, 25, 8, *how)) for w in windows)
+                                                for how in ((False,), (True, tail))))
+            one, many = (np.mean([timed(w, tail=tail, micro_batch=n) for w in chosen], 0) for n in (1, None))
+            rows.append({"window": name, "ours": loop, "on paper": float(times(windows)), "windows timed": float(times(chosen)),
+                         "in seconds": float(alone / one.sum()), "seconds / paper": float(alone / one.sum() / times(chosen)),
+                         "all rows at once": float(alone / many.sum()), "alone s": float(alone), "ours s": float(one.sum()),
+                         "update's share": float(one[1] / one.sum())})
     table("iteration: times less than every member alone (G 8, 25 steps)", rows)
 
 
 # ---- memory ----
 
 def status(pid, key="VmRSS"):
-    """MB of a process."""
+    """MB of a process; None where it has gone."""
     try:
-        return next(int(line.split()[1]) / 1024 for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(key))
-    except (OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
         return None
+    return next((int(line.split()[1]) * 1.024e-3 for line in lines if line.startswith(key)), None)
 
 
 def memory(args):
-    """Peaks of one condition's phases, micro-batches of one row, against plan.memory's."""
-    from train import Config as Run
-    config = Run(world="clips", weights="", frames=args.frames, height=args.height, width=args.width, conditions=1, micro_batch=1, size=2)
-    fun, plan.FUN_CAMERA = plan.FUN_CAMERA, Config(dim=args.dim, num_heads=args.dim // 128, num_layers=args.layers, ffn_dim=args.ffn,
-                                                   image_dim=1280, camera_dim=24, roce=True)
-    estimate, peaks, plan.FUN_CAMERA = *plan.memory(config, dtype=DTYPE), fun
-    rows, found = [], {}
-    live = plan.Live()
+    """Peaks of one condition's phases, one row a call, against plan.memory's."""
+    G = 8 if CUDA else 2
+    config = train.Config(world="clips", weights="", frames=args.frames, height=args.height, width=args.width, conditions=1,
+                          members=G, micro_batch=1, size=2)
+    with patch.object(plan, "FUN_CAMERA", shape_of(args)):
+        peaks = plan.memory(config, dtype=DTYPE)[1]
+    found, resident = {}, status("self")
 
-    def reset():
+    def mark(phase):
+        found[phase] = torch.cuda.max_memory_allocated() if CUDA else live.peak, status("self", "VmHWM") - resident
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         live.peak = live.now
-        Path("/proc/self/clear_refs").write_text("5")  # the resident set's peak
-    resident = status("self")
-
-    def mark(phase):
-        found[phase] = (torch.cuda.max_memory_allocated() if CUDA else live.peak) / 1e6, (status("self", "VmHWM") - resident) * 1.048576
-        reset()
-    with live:
-        reset()
-        dit, shape, condition = build(args)
-        dit.checkpoint, codec = True, random_vae()
-        optimizer = torch.optim.AdamW(trainable(dit))
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    with plan.Live() as live:
+        mark("start")
+        dit, shape, condition, prepared = build(args)
+        dit.checkpoint, codec, optimizer = True, random_vae(), torch.optim.AdamW(trainable(dit))
         for p in trainable(dit):
             p.grad = torch.zeros_like(p)
         optimizer.step()
+        mark("building")
         with torch.no_grad():
             prepared = dit.prepare(condition)
         mark("conditions")
         del condition
-        one_iteration(dit, prepared, shape, (1, 2), mark, steps=4, codec=codec, micro_batch=1)
-    for phase in peaks:
-        rows.append({"": phase, "estimate MB": peaks[phase] / 1e6, "tensors MB": found[phase][0], "estimate / tensors": peaks[phase] / 1e6 / found[phase][0],
-                     "resident MB": None if CUDA else found[phase][1]})
-    table("memory: peak per phase", rows)
+        videos = one_iteration(dit, prepared, shape, (1, 2), mark, G, 4, codec, micro_batch=1)
+    del videos
+    table("memory: peak per phase", [{"": phase, "estimate MB": x / 1e6, "tensors MB": found[phase][0] / 1e6,
+                                      "estimate / tensors": x / found[phase][0],
+                                      "resident MB": None if CUDA else found[phase][1]} for phase, x in peaks.items()])
     soak(args)
 
 
 def soak(args):
     with tempfile.TemporaryDirectory() as out:
-        run, sizes = toy_process(out, f"--iterations={args.iterations}", "--sample_every=100000"), {}
+        run, sizes = toy_process(out, f"--iterations={args.iterations}"), {}
         while run.poll() is None:
             lines = Path(out, "log.jsonl").read_text().count("\n") if Path(out, "log.jsonl").exists() else 0
             sizes[lines] = status(run.pid) or sizes.get(lines)
             time.sleep(0.05)
         if run.returncode:
             sys.exit(run.stderr.read())
-    at = sorted(k for k in sizes if k > 1 and sizes[k])
-    table("soak: resident MB of a toy run after so many iterations", [{"iterations": k, "MB": sizes[k]} for k in at[::max(1, len(at) // 6)] + at[-1:]])
+    at = sorted(k for k in sizes if k and sizes[k])
+    table("soak: resident MB of a toy run", [{"iterations": k, "MB": sizes[k]} for k in at[::max(1, len(at) // 6)] + at[-1:]])
 
 
 # ---- scaling ----
 
 def toy_process(out, *settings, ranks=1):
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, *start, "train.py", "--rooms=0", "--save_every=100000", f"--out={out}", *settings],
+    return subprocess.Popen([sys.executable, *start, "train.py", "--rooms=0", "--save_every=100000",
+                             "--sample_every=100000", f"--out={out}", *settings],
                             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -361,17 +344,13 @@ class Waits(TorchDispatchMode):
 def scaling(args):
     rows = []
     for ranks in (1, 2):
-        log = toy_log(f"--iterations={args.iterations}", f"--conditions={8 * ranks}", "--sample_every=100000", f"--timeout={args.timeout}", ranks=ranks)[1:]
+        log = toy_log(f"--iterations={args.iterations}", f"--conditions={8 * ranks}", ranks=ranks)[1:]
         phases = {k.split("/")[1]: float(np.median([r[k] for r in log])) for k in log[0] if k.startswith("seconds/")}
         rows.append({"ranks": ranks, "videos": 128 * ranks, **phases, "together": sum(phases.values())})
     table("scaling: wall seconds an iteration of the toy, 8 conditions a rank", rows)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, "allreduce"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        sys.exit(found.stderr)
-    for line in found.stdout.splitlines():
-        size, s = map(float, line.split())
-        table("all-reduce over gloo", [{"MB": size / 1e6, "seconds": s, "share of an iteration": s / rows[1]["together"]}])
+    size, s = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    table("all-reduce of the toy's gradient, gloo", [{"MB": size / 1e6, "seconds": s, "share of an iteration": s / rows[1]["together"]}])
     waits(args)
 
 
@@ -391,86 +370,77 @@ def allreduce(args):
 
 
 def waits(args):
-    """Of the method's part of an iteration: rollout and update."""
-    dit, shape, condition = build(argparse.Namespace(**{**vars(args), "frames": 5, "height": 32, "width": 32, "dim": 128, "layers": 1, "ffn": 128}))
-    with torch.no_grad():
-        prepared = dit.prepare(condition)
-    rows = []
-    for name, at, settings in (("window 1", (2,), {}), ("window 4", (2, 3, 4, 5), {}), ("window 4, tail, one row a call", (2, 3, 4, 5), dict(tail=0.4, micro_batch=1))):
-        found, before = {}, 0
-        with Waits() as w:
-            def mark(phase):
-                nonlocal before
-                found[phase], before = w.at.total() - before, w.at.total()
-            one_iteration(dit, prepared, shape, at, mark, **settings)
-        rows.append({"": name, "rollout": found["rollout"], "update": found["update"], "where": "; ".join(f"{n}x {k}" for k, n in w.at.most_common(4)) or "-"})
-    table("values read by the host, per iteration", rows)
+    """Of train.py's whole iteration on the toy, the world's own files (toy, rewards) apart."""
+    counts = []
+    for iterations in (1, 3):
+        with tempfile.TemporaryDirectory() as out, Waits() as w:
+            train.main(["--rooms=0", "--conditions=2", "--members=4", "--size=2", "--sample_every=99", "--save_every=99",
+                        "--checkpointing=True", f"--iterations={iterations}", f"--out={out}"])
+        counts.append(w.at)
+    each = {key: (counts[1][key] - counts[0][key]) / 2 for key in counts[1] if counts[1][key] > counts[0][key]}
+    world = {k: n for k, n in each.items() if k.startswith(("toy", "rewards", "trajectories", "data", "elsewhere"))}
+    rows = [{"where": k, "per iteration": n} for k, n in sorted(each.items()) if k not in world]
+    table("values read by the host", rows + [{"where": "toy world and its rewards", "per iteration": sum(world.values())}])
 
 
 # ---- share ----
 
 def share(args):
     """VAE decode and Pluecker maps against the network's part of an iteration."""
-    real = argparse.Namespace(**{**vars(args), "dim": 1536, "ffn": 8960, "layers": 1})
-    codec = random_vae()
-    dit, shape, condition = build(real)
-    z = torch.randn(1, *shape, device=DEVICE, dtype=DTYPE)
-    _, decoding = seconds(lambda: codec.decode(z), args.repeat)
-    with torch.no_grad():
-        prepared = dit.prepare(condition)
-        x, t, network = torch.randn(1, *shape, device=DEVICE), torch.ones((), device=DEVICE), []
-        for layers in (1, 2):
-            dit = build(argparse.Namespace(**{**vars(real), "layers": layers}))[0]
-            prepared = dit.prepare(condition)
+    codec, network = random_vae(), []
+    args.dim, args.ffn = 1536, 8960
+    for args.layers in (1, 2):
+        dit, shape, _, prepared = build(args)
+        x, t = torch.randn(1, *shape, device=DEVICE), torch.ones((), device=DEVICE)
+        with torch.no_grad():
             network.append(seconds(lambda: dit(x, t, prepared), args.repeat)[1])
     forward = network[0] + 29 * (network[1] - network[0])
-    c2w, intrinsics = torch.from_numpy(trajectories.recammaster(9, args.frames))[None].to(DEVICE), torch.tensor([[0.9, 1.56, 0.5, 0.5]], device=DEVICE)
-    _, packing = seconds(lambda: trajectories.camera_maps(c2w, intrinsics, args.height, args.width), args.repeat)
-    rows = []
-    for name, tail in (("exact", None), ("with tail", 0.4)):
-        evaluations = np.mean([plan.cost(plan.evaluations(tuple(range(w, w + 4)), 25, 8, True, tail)) for w in range(21)])
-        whole = evaluations * forward + 8 * decoding + 2 * packing
-        rows.append({"window 4, G 8": name, "network s": evaluations * forward, "decode s": 8 * decoding, "maps s": 2 * packing,
-                     "decode share": 8 * decoding / whole, "maps share": 2 * packing / whole})
-    table(f"share: 1.3B (30 blocks from the time of 1 and 2), full VAE, {args.frames}x{args.height}x{args.width}", [{k: float(v) if k not in list(row)[:1] else v for k, v in row.items()} for row in rows])
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    decode = 8 * seconds(lambda: codec.decode(x.to(DTYPE)), args.repeat)[1]
+    c2w = torch.from_numpy(trajectories.recammaster(9, args.frames))[None].to(DEVICE)
+    intrinsics = torch.tensor([[0.9, 1.56, 0.5, 0.5]], device=DEVICE)
+    maps = 2 * seconds(lambda: trajectories.camera_maps(c2w, intrinsics, args.height, args.width), args.repeat)[1]
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
         vae.VAE(16, [96, 96, 192, 384, 384], 2, [False, True, True]).decode(torch.empty(1, 16, 21, 60, 104))
-    decode_flops = counter.get_total_flops()
-    forward_flops = flops(plan.FUN_CAMERA, 65520)
-    table("arithmetic at 81x480x832, TFLOP", [{"a forward": forward_flops / 1e12, "a decode": decode_flops / 1e12,
-                                               "decodes' share, window 4, exact": 8 * decode_flops / (8 * decode_flops + 223 * forward_flops)}])
+    decode_work, forward_work, rows, counted = counter.get_total_flops() / 1e12, flops(plan.FUN_CAMERA, 65520) / 1e12, [], []
+    for name, tail in (("exact", None), ("with tail", 0.4)):
+        n = float(np.mean([plan.cost(plan.evaluations(tuple(range(w, w + 4)), 25, 8, True, tail)) for w in range(21)]))
+        whole = n * forward + decode + maps
+        rows.append({"window 4, G 8": name, "network s": n * forward, "decode s": decode, "maps s": maps,
+                     "decode's share": decode / whole, "maps' share": maps / whole})
+        counted.append({"window 4, G 8": name, "evaluations": n, "a forward": forward_work, "a decode": decode_work,
+                        "decodes' share": 8 * decode_work / (8 * decode_work + n * forward_work)})
+    table(f"share: the full VAE, 1.3B (30 blocks from the times of 1 and 2), {args.frames}x{args.height}x{args.width}", rows)
+    table("share: arithmetic at 81x480x832, TFLOP", counted)
 
 
 # ---- curves ----
 
 def curves(args):
-    rows, settings = [], {"fast": (), "alone": ("--share_prefix=False", "--tail=0.0")}  # a micro-batch changes no sum
-    logs = {name: [toy_log(f"--iterations={args.iterations}", f"--seed={seed}", "--sample_every=100000", *how) for seed in range(args.seeds)]
-            for name, how in settings.items()}
-    for start in range(0, args.iterations, max(1, args.iterations // 10)):
-        part = {name: [np.mean([r["reward/trans"] for r in log[start:start + max(1, args.iterations // 10)]]) for log in runs] for name, runs in logs.items()}
-        rows.append({"from iteration": start, **{name: float(np.mean(x)) for name, x in part.items()},
-                     "sd over seeds": float(np.mean([np.std(x) for x in part.values()])), "difference": float(np.mean(part["fast"]) - np.mean(part["alone"]))})
-    table(f"curves: translation reward of the toy (metres), mean over {args.seeds} seeds", rows)
-    spent = {name: float(np.mean([sum(r["seconds/rollout"] + r["seconds/update"] for r in log) for log in runs])) for name, runs in logs.items()}
-    print(f"rollout + update: {spent['fast']:.1f} s fast, {spent['alone']:.1f} s alone, {spent['alone'] / spent['fast']:.2f} times")
+    """A shared prefix and a tail against neither (calls of one row would change no sum, only take long)."""
+    runs = {name: [toy_log(f"--iterations={args.iterations}", f"--seed={seed}", *how) for seed in range(args.seeds)]
+            for name, how in (("fast", ()), ("alone", ("--share_prefix=False", "--tail=0.0")))}
+    length, rows = max(1, args.iterations // 10), []
+    for i in range(0, args.iterations, length):
+        fast, alone = ([np.mean([r["reward/trans"] for r in log[i:i + length]]) for log in logs] for logs in runs.values())
+        rows.append({"from iteration": i, "fast": float(np.mean(fast)), "alone": float(np.mean(alone)),
+                     "difference": float(np.mean(fast) - np.mean(alone)), "sd over seeds": float(np.std(fast + alone))})
+    table(f"curves: the toy's translation reward, metres, mean over {args.seeds} seeds", rows)
+    table("curves: seconds of rollout and update", [{name: float(np.mean([sum(
+        r["seconds/rollout"] + r["seconds/update"] for r in log) for log in logs])) for name, logs in runs.items()}])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = {f.__name__: f for f in (network, iteration, memory, scaling, allreduce, share, curves)}
     parser.add_argument("command", choices=commands)
-    big = dict(frames="81,49,17", height=480, width=832, dim=1536, layers=30, ffn=8960)
-    for name, value in (big if CUDA else dict(frames="17", height=96, width=96, dim=384, layers=4, ffn=1536)).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
-    for name, value in dict(repeat=3, iterations=50, seeds=3, timeout=1800).items():
+    published = dict(frames=81, height=480, width=832, dim=1536, layers=30, ffn=8960)
+    small = dict(frames=17, height=96, width=96, dim=384, layers=4, ffn=1536)
+    for name, value in dict(published if CUDA else small, repeat=3, iterations=50, seeds=3).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--official", help="a checkout of byeongjun-park/ReDirector; needs einops")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--json", help="file for the rows")
     args = parser.parse_args()
-    args.frames_list = [int(x) for x in args.frames.split(",")]
-    args.frames = args.frames_list[0]
     if args.command != "allreduce":
         where = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} thread(s)"
         print(f"{where}, torch {torch.__version__}, {DTYPE}")
