@@ -1,6 +1,6 @@
 """Benchmarks, one table each; the figures are in BENCHMARKS.md.
 
-    python bench.py network    forward, and forward + backward with checkpointing; --official=REDIRECTOR_CHECKOUT to compare
+    python bench.py network    forward, forward + backward with checkpointing; --official=REDIRECTOR_CHECKOUT compares
     python bench.py iteration  evaluations on paper and in seconds: every member alone against ours
     python bench.py memory     peak per phase against --dry-run's estimate; a soak of toy iterations
     python bench.py scaling    one and two gloo ranks; points at which the host waits for the device
@@ -48,7 +48,8 @@ RESULTS = {}
 def table(title, rows):
     """Prints rows (dicts with the same keys) under a title, and keeps them for --json."""
     RESULTS[title] = rows
-    text = [[f"{x:.4g}" if isinstance(x, float) else "-" if x is None else str(x) for x in row.values()] for row in rows]
+    show = lambda x: f"{x:.4g}" if isinstance(x, float) else "-" if x is None else str(x)
+    text = [[show(x) for x in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(rows[0], *text)]
     print(f"\n{title}")
     for line in (list(rows[0]), *text):
@@ -129,13 +130,13 @@ def random_vae(width=96):
 # ---- network ----
 
 def official(path, dit):
-    """velocity = f(x, t, condition, checkpointing) of the official code in a checkout of ReDirector, with dit's weights."""
+    """velocity = f(x, t, condition, checkpointing), by the code in a checkout of ReDirector, with dit's weights."""
     package = types.ModuleType("redirector")
     package.__path__ = [str(Path(path) / "diffsynth/models")]
     sys.modules["redirector"] = package
     code = importlib.import_module("redirector.wan_video_dit")
     file = Path(path) / "diffsynth/pipelines/wan_video_new.py"
-    scope = {**vars(code), "torch": torch, "Optional": {torch.Tensor: None}}  # that one function, not all its file needs
+    scope = {**vars(code), "torch": torch, "Optional": {torch.Tensor: None}}  # one function, not all its file needs
     body = [x for x in ast.parse(file.read_text()).body if getattr(x, "name", "") == "model_fn_wan_video"]
     exec(compile(ast.Module(body, []), str(file), "exec"), scope)
     c, head = dit.config, dit.head_dim
@@ -168,8 +169,8 @@ def network(args):
     big = torch.randn(2 ** 25, device=DEVICE)
     bandwidth = 2 * big.nbytes / seconds(lambda: big.clone(), 5)[1]
     work = flops(dit.config, tokens)
-    print(f"{args.frames}x{args.height}x{args.width}: {tokens} tokens, {work / 1e12:.3f} TFLOP a forward; measured matrix product "
-          f"{rate / 1e12:.3f} TFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; floor {work / rate:.3f} s (arithmetic), "
+    print(f"{args.frames}x{args.height}x{args.width}: {tokens} tokens, {work / 1e12:.3f} TFLOP a forward; measured: matrix "
+          f"product {rate / 1e12:.3f} TFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; floor {work / rate:.3f} s (arithmetic), "
           f"{sum(p.nbytes for p in dit.parameters()) / bandwidth:.3f} s (weights read once)")
     x, t = torch.randn(1, *shape, device=DEVICE), torch.tensor(0.7, device=DEVICE)
     ours, rows, values = (lambda c: lambda recompute: dit(x, t, c)), [], {}
@@ -182,18 +183,17 @@ def network(args):
             first_both, both = seconds(lambda: forward(True).float().square().mean().backward(), args.repeat)
         except RuntimeError as error:
             return print(f"{name}: not measured, {str(error).splitlines()[0]}")
-        rows.append({"": name, "forward s": forwards, "of matrix product rate": work / rate / forwards, "fwd + bwd s": both,
-                     "over forward": both / forwards, "first calls s": first + first_both})
+        rows.append({"": name, "forward s": forwards, "of matrix product rate": work / rate / forwards,
+                     "fwd + bwd s": both, "over forward": both / forwards, "first calls s": first + first_both})
     if args.official:
         with torch.no_grad():
             reference = official(args.official, dit)
         measure("official", lambda recompute: reference(x, t, condition, recompute))
     measure("ours, nothing prepared", ours(condition))
     measure("ours, prepared", ours(prepared))
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
-        with sdpa_kernel(backend):
-            if CUDA or backend == SDPBackend.MATH:
-                measure(f"ours, {backend.name.lower()}", ours(prepared))
+    for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH") if CUDA else ("MATH",):
+        with sdpa_kernel(getattr(SDPBackend, name)):
+            measure(f"ours, {name.lower()}", ours(prepared))
     if args.compile:
         dit.compile()
         measure("ours, compiled", ours(prepared))
@@ -214,8 +214,9 @@ def recompiles(args, dit, shape):
     with torch.no_grad():
         first, other = (dit.prepare(build(args, seed)[2]) for seed in (1, 2))
     for name, at, prepared, members in (
-            ("window of 2: rows 1 and G, with and without gradient", (1, 2), first, G), ("another window", (5, 6), first, G),
-            ("window of 1", (3,), first, G), ("another condition and caption", (1, 2), other, G), ("another G", (1, 2), other, 3)):
+            ("window of 2: rows 1 and G, with and without gradient", (1, 2), first, G),
+            ("another window", (5, 6), first, G), ("window of 1", (3,), first, G),
+            ("another condition and caption", (1, 2), other, G), ("another G", (1, 2), other, 3)):
         start = now()
         one_iteration(dit, prepared, shape, at, lambda phase: None, members, 8)
         rows.append({"": name, "graphs so far": graphs(), "seconds": now() - start})
@@ -237,17 +238,19 @@ def iteration(args):
             times.append(np.diff(stamps)[[0, 2]])
         return np.min(times, 0)
     timed((0,))  # warm
-    for name, size, starts, few in (("1, any", 1, 24, (0, 12, 23)), ("1, first 6", 1, 6, (0, 5)), ("4, any", 4, 21, (0, 10, 20))):
+    for name, size, starts, few in (("1, any", 1, 24, (0, 12, 23)), ("1, first 6", 1, 6, (0, 5)),
+                                    ("4, any", 4, 21, (0, 10, 20))):
         windows, chosen = ([tuple(range(w, w + size)) for w in x] for x in (range(starts), few))
         alone = timed(chosen[-1], share_prefix=False, micro_batch=1).sum()
         for loop, tail in (("exact", None), ("with tail", 0.4)):
             times = lambda windows: np.divide(*(sum(plan.cost(plan.evaluations(w, 25, 8, *how)) for w in windows)
                                                 for how in ((False,), (True, tail))))
             one, many = (np.mean([timed(w, tail=tail, micro_batch=n) for w in chosen], 0) for n in (1, None))
-            rows.append({"window": name, "ours": loop, "on paper": float(times(windows)), "windows timed": float(times(chosen)),
-                         "in seconds": float(alone / one.sum()), "seconds / paper": float(alone / one.sum() / times(chosen)),
-                         "all rows at once": float(alone / many.sum()), "alone s": float(alone), "ours s": float(one.sum()),
-                         "update's share": float(one[1] / one.sum())})
+            rows.append({"window": name, "ours": loop, "on paper": float(times(windows)),
+                         "windows timed": float(times(chosen)), "in seconds": float(alone / one.sum()),
+                         "seconds / paper": float(alone / one.sum() / times(chosen)),
+                         "all rows at once": float(alone / many.sum()), "alone s": float(alone),
+                         "ours s": float(one.sum()), "update's share": float(one[1] / one.sum())})
     table("iteration: times less than every member alone (G 8, 25 steps)", rows)
 
 
@@ -265,8 +268,8 @@ def status(pid, key="VmRSS"):
 def memory(args):
     """Peaks of one condition's phases, one row a call, against plan.memory's."""
     G = 8 if CUDA else 2
-    config = train.Config(world="clips", weights="", frames=args.frames, height=args.height, width=args.width, conditions=1,
-                          members=G, micro_batch=1, size=2)
+    config = train.Config(world="clips", weights="", frames=args.frames, height=args.height, width=args.width,
+                          conditions=1, members=G, micro_batch=1, size=2)
     with patch.object(plan, "FUN_CAMERA", shape_of(args)):
         peaks = plan.memory(config, dtype=DTYPE)[1]
     found, resident = {}, status("self")
@@ -298,33 +301,29 @@ def memory(args):
 
 
 def soak(args):
-    with tempfile.TemporaryDirectory() as out:
-        run, sizes = toy_process(out, f"--iterations={args.iterations}"), {}
-        while run.poll() is None:
-            lines = Path(out, "log.jsonl").read_text().count("\n") if Path(out, "log.jsonl").exists() else 0
-            sizes[lines] = status(run.pid) or sizes.get(lines)
-            time.sleep(0.05)
-        if run.returncode:
-            sys.exit(run.stderr.read())
-    at = sorted(k for k in sizes if k and sizes[k])
-    table("soak: resident MB of a toy run", [{"iterations": k, "MB": sizes[k]} for k in at[::max(1, len(at) // 6)] + at[-1:]])
+    """Live tensor bytes and resident memory at the start of each of a toy run's iterations."""
+    seen = []
+
+    def clock(device, Clock=train.Clock):
+        seen.append((live.now / 1e6, status("self")))
+        return Clock(device)
+    with tempfile.TemporaryDirectory() as out, patch.object(train, "Clock", clock), plan.Live() as live:
+        train.main(["--rooms=0", "--conditions=2", "--members=8", "--save_every=99", "--sample_every=99",
+                    f"--iterations={args.iterations}", f"--out={out}"])
+    rows = [{"iterations": i, "tensors MB": x, "resident MB": y} for i, (x, y) in enumerate(seen)]
+    table("soak: a toy run, 2 conditions x 8 members", rows[::max(1, len(rows) // 6)] + rows[-1:])
 
 
 # ---- scaling ----
 
-def toy_process(out, *settings, ranks=1):
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, *start, "train.py", "--rooms=0", "--save_every=100000",
-                             "--sample_every=100000", f"--out={out}", *settings],
-                            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
 def toy_log(*settings, ranks=1):
+    """log.jsonl of a run of train.py on the toy."""
     with tempfile.TemporaryDirectory() as out:
-        run = toy_process(out, *settings, ranks=ranks)
-        error = run.communicate()[1]
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        run = subprocess.run([sys.executable, *start, "train.py", "--rooms=0", "--save_every=100000", f"--out={out}",
+                              "--sample_every=100000", *settings], cwd=ROOT, capture_output=True, text=True)
         if run.returncode:
-            sys.exit(error)
+            sys.exit(run.stderr)
         return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
@@ -336,8 +335,9 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            frames = [f for f in traceback.extract_stack() if f.filename.startswith(str(ROOT)) and "bench.py" not in f.filename]
-            self.at[f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}" if frames else "elsewhere"] += 1
+            frames = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_stack()
+                      if f.filename.startswith(str(ROOT)) and "bench.py" not in f.filename]
+            self.at[frames[-1] if frames else "elsewhere"] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -350,7 +350,8 @@ def scaling(args):
     table("scaling: wall seconds an iteration of the toy, 8 conditions a rank", rows)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, "allreduce"]
     size, s = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    table("all-reduce of the toy's gradient, gloo", [{"MB": size / 1e6, "seconds": s, "share of an iteration": s / rows[1]["together"]}])
+    share = s / rows[1]["together"]
+    table("all-reduce of the toy's gradient, gloo", [{"MB": size / 1e6, "seconds": s, "share of an iteration": share}])
     waits(args)
 
 
@@ -380,7 +381,8 @@ def waits(args):
     each = {key: (counts[1][key] - counts[0][key]) / 2 for key in counts[1] if counts[1][key] > counts[0][key]}
     world = {k: n for k, n in each.items() if k.startswith(("toy", "rewards", "trajectories", "data", "elsewhere"))}
     rows = [{"where": k, "per iteration": n} for k, n in sorted(each.items()) if k not in world]
-    table("values read by the host", rows + [{"where": "toy world and its rewards", "per iteration": sum(world.values())}])
+    rows.append({"where": "toy world and its rewards", "per iteration": sum(world.values())})
+    table("values read by the host", rows)
 
 
 # ---- share ----
@@ -401,15 +403,17 @@ def share(args):
     maps = 2 * seconds(lambda: trajectories.camera_maps(c2w, intrinsics, args.height, args.width), args.repeat)[1]
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         vae.VAE(16, [96, 96, 192, 384, 384], 2, [False, True, True]).decode(torch.empty(1, 16, 21, 60, 104))
-    decode_work, forward_work, rows, counted = counter.get_total_flops() / 1e12, flops(plan.FUN_CAMERA, 65520) / 1e12, [], []
+    decode_work, forward_work = counter.get_total_flops() / 1e12, flops(plan.FUN_CAMERA, 65520) / 1e12
+    rows, counted = [], []
     for name, tail in (("exact", None), ("with tail", 0.4)):
-        n = float(np.mean([plan.cost(plan.evaluations(tuple(range(w, w + 4)), 25, 8, True, tail)) for w in range(21)]))
+        n = float(np.mean([plan.cost(plan.evaluations(range(w, w + 4), 25, 8, True, tail)) for w in range(21)]))
         whole = n * forward + decode + maps
         rows.append({"window 4, G 8": name, "network s": n * forward, "decode s": decode, "maps s": maps,
                      "decode's share": decode / whole, "maps' share": maps / whole})
         counted.append({"window 4, G 8": name, "evaluations": n, "a forward": forward_work, "a decode": decode_work,
                         "decodes' share": 8 * decode_work / (8 * decode_work + n * forward_work)})
-    table(f"share: the full VAE, 1.3B (30 blocks from the times of 1 and 2), {args.frames}x{args.height}x{args.width}", rows)
+    size = f"{args.frames}x{args.height}x{args.width}"
+    table(f"share: the full VAE, 1.3B (30 blocks from the times of 1 and 2), {size}", rows)
     table("share: arithmetic at 81x480x832, TFLOP", counted)
 
 
@@ -421,7 +425,8 @@ def curves(args):
             for name, how in (("fast", ()), ("alone", ("--share_prefix=False", "--tail=0.0")))}
     length, rows = max(1, args.iterations // 10), []
     for i in range(0, args.iterations, length):
-        fast, alone = ([np.mean([r["reward/trans"] for r in log[i:i + length]]) for log in logs] for logs in runs.values())
+        fast, alone = ([np.mean([r["reward/trans"] for r in log[i:i + length]]) for log in logs]
+                       for logs in runs.values())
         rows.append({"from iteration": i, "fast": float(np.mean(fast)), "alone": float(np.mean(alone)),
                      "difference": float(np.mean(fast) - np.mean(alone)), "sd over seeds": float(np.std(fast + alone))})
     table(f"curves: the toy's translation reward, metres, mean over {args.seeds} seeds", rows)
@@ -446,7 +451,8 @@ def main():
         print(f"{where}, torch {torch.__version__}, {DTYPE}")
     commands[args.command](args)
     if args.json:
-        Path(args.json).write_text(json.dumps({"argv": sys.argv[1:], "torch": torch.__version__, "tables": RESULTS}, indent=1))
+        found = {"argv": sys.argv[1:], "torch": torch.__version__, "tables": RESULTS}
+        Path(args.json).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -182,23 +182,28 @@ def report(config, ranks=1):
     windows = [window(i, config.steps, config.size, config.strategy, config.stride, config.iters_per_window,
                       config.first or None, config.seed) for i in range(config.iterations)]
     branches = 1 if config.guidance == 1 else 2
-    mean = lambda *args: [branches * sum(x) / len(windows) for x in zip(*(evaluations(w, config.steps, G, *args) for w in windows))]
+    mean = lambda *args: [branches * sum(x) / len(windows)
+                          for x in zip(*(evaluations(w, config.steps, G, *args) for w in windows))]
     ours, paper = mean(share, config.tail or None, config.updates), mean(False)
     ours_cost, paper_cost = (cost(x, config.checkpointing) for x in (ours, paper))
     tokens = shape[1] * (shape[2] // 2) * (shape[3] // 2)
     stay, peaks = memory(config, ranks)
     size = lambda n: f"{n / 1e9:.2f} GB" if n > 1e9 else f"{n / 1e6:.1f} MB"
     sizes = lambda x: ", ".join(f"{name} {size(n)}" for name, n in x.items())
-    return f"""batch       {C} conditions x {G} members = {C * G} videos an iteration on {ranks} rank(s), {C // ranks} x {G} = {C // ranks * G} on each; \
-{config.updates} optimiser step(s) an iteration
-run         {config.iterations} iterations, {config.iterations * C * G:,} videos, {config.iterations * config.updates:,} optimiser steps
-parameters  {total:,}, of which {trained:,} train
-tokens      {2 * tokens:,} a network row: {tokens:,} of the target, as many of the source
-evaluations per condition and iteration, mean over the run's windows (backward 2, recomputation 1):
-            ours {ours[0]:.1f} rollout + {ours[1]:.1f} update x {3 + config.checkpointing} = {ours_cost:.1f}
-            every member alone, Euler throughout: {paper[0]:.1f} + {paper[1]:.1f} x {3 + config.checkpointing} = {paper_cost:.1f}, {paper_cost / ours_cost:.2f} times ours
-            on all ranks, per iteration {C * ours_cost:,.0f}; the whole run {config.iterations * C * ours_cost:,.0f}
-disk        {size(12 * trained)} a checkpoint (weights and two moments, float32), {config.keep} kept
-memory      per rank, without reward models; uncompiled; estimated on tensors without contents
-            stays: {sizes(stay)}; together {size(sum(stay.values()))}
-            peaks, with what stays: {sizes(peaks)}"""
+    lines = {
+        "batch": f"{C} conditions x {G} members = {C * G} videos an iteration on {ranks} rank(s), "
+                 f"{C // ranks * G} on each; {config.updates} optimiser step(s) an iteration",
+        "run": f"{config.iterations} iterations, {config.iterations * C * G:,} videos, "
+               f"{config.iterations * config.updates:,} optimiser steps",
+        "parameters": f"{total:,}, of which {trained:,} train",
+        "tokens": f"{2 * tokens:,} a network row: {tokens:,} of the target, as many of the source",
+        "evaluations": "per condition and iteration, mean over the run's windows (backward 2, recomputation 1)",
+        " ours": f"{ours[0]:.1f} rollout + {ours[1]:.1f} update x {3 + config.checkpointing} = {ours_cost:.1f}; "
+                 f"on all ranks {C * ours_cost:,.0f}, the whole run {config.iterations * C * ours_cost:,.0f}",
+        " paper's": f"{paper[0]:.1f} + {paper[1]:.1f} x {3 + config.checkpointing} = {paper_cost:.1f}, every member alone, "
+                    f"Euler throughout: {paper_cost / ours_cost:.2f} times ours",
+        "disk": f"{size(12 * trained)} a checkpoint (weights and two moments, float32), {config.keep} kept",
+        "memory": "per rank, without reward models, uncompiled; estimated on tensors without contents",
+        " stays": f"{sizes(stay)}; together {size(sum(stay.values()))}",
+        " peaks": f"{sizes(peaks)}; each with what stays"}
+    return "\n".join(f"{name:<12} {line}" for name, line in lines.items())

@@ -75,7 +75,8 @@ def test_live_bytes():
     dict(size=2, members=4, share_noise=False, micro_batch=3, guidance=2.0)])
 def test_memory_against_the_loop(settings):
     """Peaks of the real functions on real tensors, counted live, are within 15 % of the estimate."""
-    config = train.Config(frames=9, height=24, width=40, steps=6, conditions=2, members=8, reward_batch=5, weights=str(ROOT / "weights"))
+    config = train.Config(frames=9, height=24, width=40, conditions=2, members=8, reward_batch=5,
+                          weights=str(ROOT / "weights"))
     for name, value in settings.items():
         setattr(config, name, value)
     stay, peaks = plan.memory(config)
@@ -97,14 +98,16 @@ def test_memory_against_the_loop(settings):
         for iteration in range(2):  # the second is the steady state
             live.peak = live.now
             maps = (C, 24, 3, 48, 80)
-            condition = model.Condition(torch.zeros(C, 1, toy.TEXT), None, torch.randn(C, *shape), torch.randn(maps), torch.randn(maps))
+            condition = model.Condition(torch.zeros(C, 1, toy.TEXT), None, torch.randn(C, *shape), torch.randn(maps),
+                                        torch.randn(maps))
             with torch.no_grad():
                 prepared = dit.prepare(condition)
                 negative = dit.prepare(condition) if config.guidance != 1 else None
             del condition
             measured["conditions"], live.peak = live.peak, live.now
-            sampled = rollout(dit, prepared, G, range(config.size), sigmas=schedule(config.size + 2, 5.0), shape=shape, seed=0,
-                              condition_ids=range(C), share_noise=config.share_noise, micro_batch=rows, negative=negative,
+            sampled = rollout(dit, prepared, G, range(config.size), sigmas=schedule(config.size + 2, 5.0),
+                              shape=shape, seed=0, condition_ids=range(C), share_noise=config.share_noise,
+                              micro_batch=rows, negative=negative,
                               guidance=config.guidance)
             measured["rollout"], live.peak = live.peak, live.now
             videos = train.decode(codec, sampled.latents.flatten(0, 1), config.reward_batch)
@@ -122,8 +125,10 @@ def test_memory_against_the_loop(settings):
 
 
 def test_dry_run_needs_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "train.py", "config/geo_align.py", "--dry-run", f"--out={tmp_path / 'o'}", "--weights=nowhere",
-                           "--conditions=1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "train.py", "config/geo_align.py", "--dry-run",
+                           f"--out={tmp_path / 'o'}", "--weights=nowhere", "--conditions=1"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "of which 329,840,640 train" in done.stdout and "65,520" in done.stdout and "3.96 GB a checkpoint" in done.stdout
+    for fact in ("of which 329,840,640 train", "65,520 a network row", "3.96 GB a checkpoint", "+ 25.0 update x 4 = 276.8"):
+        assert fact in done.stdout
     assert not (tmp_path / "o").exists()
