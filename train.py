@@ -3,6 +3,7 @@
     python train.py                                   the toy world, on a laptop (config/toy.py)
     python train.py config/toy.py --seed=1 --out=out/seed1
     torchrun --nproc-per-node=8 train.py config/geo_align.py --weights=... --clips=... --trajectories=...
+    python train.py config/geo_align.py --dry-run     what that would cost (plan.py); WORLD_SIZE=8 before it: per rank
 
 The same command again resumes from --out. Exit codes: 0 done, 1 bad input or failed run (one line says why),
 75 stopped by SIGTERM or SIGINT after writing a checkpoint.
@@ -163,8 +164,8 @@ def parse(config_class, argv, default=None):
     return config
 
 
-def check(config, ranks):
-    """ValueError where settings cannot work together."""
+def check(config, ranks, folders=True):
+    """ValueError where settings cannot work together; `folders`: or where those of the data are not named."""
     def need(ok, message):
         if not ok:
             raise ValueError(message)
@@ -183,7 +184,7 @@ def check(config, ranks):
     need(config.members % config.updates == 0, f"updates: {config.updates} do not divide {config.members} members")
     need(config.lr > 0 and config.eta > 0, f"lr and eta: expected > 0, found {config.lr} and {config.eta}")
     window(0, config.steps, config.size, config.strategy, config.stride, config.iters_per_window, config.first or None)
-    if config.world == "clips":
+    if config.world == "clips" and folders:
         for name in ("clips", "trajectories"):
             need(getattr(config, name), f"--{name}=FOLDER is needed")
 
@@ -443,9 +444,13 @@ def open_log(path, iteration):
 # ---- the loop ----
 
 def main(argv):
-    config = parse(Config, argv, str(Path(__file__).parent / "config/toy.py"))
+    dry = "--dry-run" in argv
+    config = parse(Config, [a for a in argv if a != "--dry-run"], str(Path(__file__).parent / "config/toy.py"))
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check(config, ranks)
+    check(config, ranks, folders=not dry)
+    if dry:
+        import plan
+        return rank or print(plan.report(config, ranks))
     if ":" in config.rewards and not any(arg.startswith("--rewards=") for arg in argv):
         raise ValueError(f"rewards: code of one's own runs only when named by --rewards=: {config.rewards}")
     half, signals = False, []  # whether weights are between two iterations; what was received
@@ -505,6 +510,7 @@ def main(argv):
             with torch.no_grad():
                 prepared = dit.prepare(condition)
                 negative = negative_of(dit, condition, world.negative, config.guidance)
+            del condition  # its camera maps are large
             clock("conditions")
 
             # rollout: G videos per condition, stochastic in the window's steps only (Sec. 3.3)
@@ -584,6 +590,7 @@ def main(argv):
                 bar.set_postfix_str(" ".join(f"{n}={record['reward/' + n]:.4f}" for n in scores) + f" |r-1|={error:.0e} "
                                     f"clip={record['clip_fraction']:.2f} grad={float(norm):.2g} "
                                     + " ".join(f"{p}={s:.2f}s" for p, s in clock.seconds.items()))
+            del prepared, negative, sampled, part, videos  # or they stay while the next iteration makes its own
             if done % config.save_every == 0 or done == config.iterations:
                 assert_ranks_agree(parameters, f"iteration {iteration}")
                 if rank == 0:

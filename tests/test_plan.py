@@ -1,0 +1,134 @@
+"""The dry run: evaluations against the real rollout's count, memory against the real loop's."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import model
+import plan
+import toy
+import train
+from grpo import micro_batches, policy_loss
+from sampler import rollout, schedule
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("tail", [None, 0.4])
+@pytest.mark.parametrize("steps, at, members, micro_batch", [
+    (25, (0,), 8, None), (25, (23,), 8, 3), (25, (5,), 1, None), (16, (3, 4, 5, 6), 4, 1), (6, (0, 1, 2, 3, 4), 3, None)])
+def test_evaluations_are_the_rollouts(share, tail, steps, at, members, micro_batch):
+    class Anything:  # a condition
+        def __getitem__(self, rows):
+            return self
+    calls = []
+
+    def policy(x, t, condition):
+        calls.append(len(x))
+        return torch.zeros_like(x) if not grad else x * scale
+    scale, grad = torch.ones((), requires_grad=True), False
+    sampled = rollout(policy, Anything(), members, at, sigmas=schedule(steps, 3.0), shape=(2,), seed=0,
+                      condition_ids=[0, 1], share_prefix=share, tail=tail, micro_batch=micro_batch)
+    counts = plan.evaluations(at, steps, members, share, tail)
+    assert sampled.evaluations == sum(calls) == 2 * counts[0]
+    grad = True
+    calls.clear()
+    for k in range(len(at)):
+        for c, m in micro_batches(sampled, k, micro_batch):
+            policy_loss(policy, sampled, k, torch.ones(2, members), conditions=c, members=m)
+    assert sum(calls) == 2 * counts[1]
+
+
+def test_savings_on_paper():
+    """8 members, 25 steps, backward 2 and recomputation 1: a mean over where the window may be."""
+    def factor(starts, size, tail):
+        windows = [tuple(range(w, w + size)) for w in starts]
+        paper = sum(plan.cost(plan.evaluations(w, 25, 8, False)) for w in windows)
+        return paper / sum(plan.cost(plan.evaluations(w, 25, 8, True, tail)) for w in windows)
+    assert plan.cost(plan.evaluations((0,), 25, 8, False)) == 200 + 8 * 4
+    assert plan.cost(plan.evaluations((0,), 25, 8)) == 1 + 24 * 8 + 4
+    assert factor(range(24), 1, None) > 1.9 and factor(range(24), 1, 0.4) > 4.2
+    assert factor(range(6), 1, None) > 1.25 and factor(range(6), 1, 0.4) > 3.1
+    assert factor(range(21), 4, None) > 1.4 and factor(range(21), 4, 0.4) > 1.9
+
+
+def test_live_bytes():
+    kept = torch.zeros(100)
+    with plan.Live() as live:
+        live.add(kept)
+        a = torch.ones(1000)  # 4000 bytes
+        b = a.view(10, 100)  # shares its storage
+        assert live.now == 4400
+        total, rise = live.extra(lambda: (a * 2 + 1).sum())
+        assert rise == 8000  # two temporaries at once
+        del total
+        del a
+        assert live.now == 4400
+        del b
+    assert live.now == 400 and live.peak == 4400 + 8000
+
+
+@pytest.mark.parametrize("settings", [
+    dict(size=1), dict(size=3, micro_batch=8), dict(size=2, checkpointing=False, members=4, conditions=3),
+    dict(size=2, members=4, share_noise=False, micro_batch=3, guidance=2.0)])
+def test_memory_against_the_loop(settings):
+    """Peaks of the real functions on real tensors, counted live, are within 15 % of the estimate."""
+    config = train.Config(frames=9, height=24, width=40, conditions=2, members=8, reward_batch=5,
+                          weights=str(ROOT / "weights"))
+    for name, value in settings.items():
+        setattr(config, name, value)
+    stay, peaks = plan.memory(config)
+    C, G, rows = config.conditions, config.members, config.micro_batch or None
+    shape = (16, 3, 6, 10)
+    measured = {}
+    with plan.Live() as live:
+        dit = model.load_dit(ROOT / "weights/toy_base.safetensors", num_heads=toy.HEADS)
+        codec = toy.Codec(load_file(ROOT / "weights/toy_codec.safetensors"))
+        dit.checkpoint = config.checkpointing
+        parameters = model.trainable(dit)
+        live.add(*dit.parameters(), *codec.state.values())
+        assert live.now == pytest.approx(stay["frozen weights"] + stay["masters"], rel=0.01)
+        optimizer = torch.optim.AdamW(parameters)
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert live.now == pytest.approx(sum(stay.values()), rel=0.01)
+        for iteration in range(2):  # the second is the steady state
+            live.peak = live.now
+            maps = (C, 24, 3, 48, 80)
+            condition = model.Condition(torch.zeros(C, 1, toy.TEXT), None, torch.randn(C, *shape), torch.randn(maps),
+                                        torch.randn(maps))
+            with torch.no_grad():
+                prepared = dit.prepare(condition)
+                negative = dit.prepare(condition) if config.guidance != 1 else None
+            del condition
+            measured["conditions"], live.peak = live.peak, live.now
+            sampled = rollout(dit, prepared, G, range(config.size), sigmas=schedule(config.size + 2, 5.0),
+                              shape=shape, seed=0, condition_ids=range(C), share_noise=config.share_noise,
+                              micro_batch=rows, negative=negative,
+                              guidance=config.guidance)
+            measured["rollout"], live.peak = live.peak, live.now
+            videos = train.decode(codec, sampled.latents.flatten(0, 1), config.reward_batch)
+            measured["decode"], live.peak = live.peak, live.now
+            optimizer.zero_grad()
+            for k in range(config.size):
+                for c, m in micro_batches(sampled, k, rows):
+                    policy_loss(dit, sampled, k, torch.randn(C, G), None, c, m)[0].backward()
+            optimizer.step()
+            measured["update"] = live.peak
+            del prepared, negative, sampled, videos
+    print({phase: (round(measured[phase] / 1e6, 1), round(peaks[phase] / 1e6, 1)) for phase in peaks})
+    for phase in measured:
+        assert peaks[phase] == pytest.approx(measured[phase], rel=0.15), phase
+
+
+def test_dry_run_needs_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "train.py", "config/geo_align.py", "--dry-run",
+                           f"--out={tmp_path / 'o'}", "--weights=nowhere", "--conditions=1"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for fact in ("of which 329,840,640 train", "65,520 a network row", "3.96 GB a checkpoint", "+ 25.0 update x 4 = 276.8"):
+        assert fact in done.stdout
+    assert not (tmp_path / "o").exists()
