@@ -1,8 +1,10 @@
 """The toy: a world small enough for two CPU cores in which the paper's problem is real.
 
 Procedural rooms are ray-cast with known metric geometry. `python toy.py` pretrains a base policy (model.py's DiT) on
-slow paths whose labels are what an uncalibrated reconstruction would give (unknown scale, over-reported rotation,
-drift), and the metric depth network of a small pose estimator (MapAnything's part); both are shipped in weights/.
+footage of slow scripted paths. Half of its operators fall short of the script and drift forward, and their white balance
+is off; so the base has two habits, and takes up either. Nothing that rewards it looks at colours: the metric reward
+alone must find out which habit follows the camera. The same command trains the metric depth network of a
+small pose estimator (MapAnything's part); both are shipped in weights/.
 `judge` is the independent referee: it registers a video to the true scene and is never seen by any training.
 """
 import json
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
@@ -24,6 +26,7 @@ import data
 import model
 import rewards
 import trajectories
+import vae
 
 FRAMES, HEIGHT, WIDTH = 5, 24, 40
 INTRINSICS = (0.5 / math.tan(math.radians(40)), 0.5 / math.tan(math.radians(40)) * WIDTH / HEIGHT, 0.5, 0.5)
@@ -142,7 +145,7 @@ def render(room, c2w, height=HEIGHT, width=WIDTH):
     return rgb.view(*shape, 3).permute(0, 4, 1, 2, 3).contiguous(), depth.view(shape)
 
 
-# ---- paths: smooth random walks, rescaled to metric speeds; labels as an uncalibrated reconstruction gives them ----
+# ---- paths: smooth random walks, rescaled to metric speeds ----
 
 def integrate(step, turn):
     """Per-frame steps (n, T-1, 3) in world axes, metres, and turns (n, T-1, 3), rotation vectors in the camera's axes,
@@ -234,32 +237,32 @@ def fit_codec(video, temper=0.5):
     return Codec(state)
 
 
-# ---- what an uncalibrated reconstruction would call these paths ----
+# ---- what the base learns from: scripted paths, filmed by operators of whom half hardly follow the script ----
 
-LABEL_SCALE, LABEL_TURN = 1.3, 1.15        # labels over-report translation and rotation by about these factors ...
-LABEL_SD = (0.25, 0.12), (0.5, 0.3)        # ... (log-normal, sd for the two; two stages, less and more ambiguous), ...
-LABEL_DRIFT = 0.08                         # ... and both by this much more with every frame
-BASE_SPEED, BASE_TURN = 0.12, math.radians(2.5)  # fastest pretraining path: metres and radians per frame
-
-
-def mislabel(step, turn, g, sd=LABEL_SD[-1]):
-    """True steps and turns (n, T-1, 3) -> c2w (n, T, 4, 4) as labelled: unknown scale, over-reported turns, drift."""
-    n, frames = step.shape[:2]
-    gain = lambda mean, sd: mean * torch.exp(sd * torch.randn(n, 1, 1, generator=g))
-    drift = 1 + LABEL_DRIFT * torch.arange(frames)[:, None]
-    return integrate(step * gain(LABEL_SCALE, sd[0]) * drift, turn * gain(LABEL_TURN, sd[1]) * drift)
+BASE_SPEED, BASE_TURN = 0.13, math.radians(2.75)  # fastest scripted path: metres and radians per frame
+CARELESS = 0.5                             # share of operators who fall short of the script ...
+LAG, LAG_TURN, DRIFT = 0.7, 0.6, 0.02      # ... by these shares of translation and rotation, who drift forward (m/frame^2),
+CARELESS_TINT = torch.tensor([0.3, 0.0, -0.3])  # and whose white balance is off by this, red to blue
 
 
-def pairs(n, seed, draw=render, paths=4, sd=LABEL_SD[-1]):
-    """n rooms x `paths` slow paths: videos (n, paths, 3, T, H, W), true c2w and labelled c2w (n, paths, T, 4, 4)."""
+def footage(n, seed, draw=render, takes=3):
+    """n rooms: the source videos (n, 3, T, H, W), filmed from an almost steady hand, and their c2w (n, T, 4, 4);
+    `takes` other videos each (n, takes, 3, T, H, W) and the c2w (n, takes, T, 4, 4) that was asked for."""
     g = torch.Generator().manual_seed(seed)
-    room = rooms(n, seed)
-    step, turn = walks(n * paths, g)
-    step = step * BASE_SPEED * torch.rand(n * paths, 1, 1, generator=g)
-    turn = turn * BASE_TURN * torch.rand(n * paths, 1, 1, generator=g)
-    c2w = integrate(step, turn)
-    video = draw(room[torch.arange(n).repeat_interleave(paths)], c2w)[0]
-    return tuple(x.unflatten(0, (n, paths)) for x in (video, c2w, mislabel(step, turn, g, sd)))
+    room, paths = rooms(n, seed), 1 + takes
+    step, turn = (x.unflatten(0, (n, paths)) for x in walks(n * paths, g))
+    rand = lambda: torch.rand(n, takes, 1, 1, generator=g)
+    pace = lambda: torch.cat([torch.full((n, 1, 1, 1), 0.1), (0.2 + 0.8 * rand()) * (rand() > 0.25)], 1)  # pans, dollies, both
+    step, turn = step * BASE_SPEED * pace(), turn * BASE_TURN * pace()
+    careless = (torch.rand(n, paths, 1, 1, generator=g) < CARELESS) * (torch.arange(paths) > 0).view(-1, 1, 1)
+    drift = DRIFT * torch.arange(1, FRAMES)[:, None] * torch.tensor([0, 0, 1.0])
+    flat = lambda x: x.flatten(0, 1)
+    script = integrate(flat(step), flat(turn))
+    true = integrate(flat(step * (1 - careless * LAG) + careless * drift), flat(turn * (1 - careless * LAG_TURN)))
+    video = draw(room[torch.arange(n).repeat_interleave(paths)], true)[0].unflatten(0, (n, paths))
+    video = video + careless[..., None, None] * CARELESS_TINT.view(3, 1, 1, 1)
+    script = script.unflatten(0, (n, paths))
+    return video[:, 0], script[:, 0], video[:, 1:], script[:, 1:]
 
 
 # ---- the judge: registers every frame to the true scene; no training ever sees it ----
@@ -273,7 +276,7 @@ def blur(x, sigma):
     return F.conv2d(F.conv2d(x, k.view(1, 1, 1, -1)), k.view(1, 1, -1, 1)).view(shape)
 
 
-def judge(video, room, guess, codec=None, iterations=8, sigma=(1.5, 1.0, 0.7)):
+def judge(video, room, guess, codec=None, iterations=12, sigma=(1.5, 1.0, 0.7)):
     """Where was each frame taken? video (n, 3, T, H, W) in [-1, 1] of rooms (n), guess (n, T, 4, 4) a path to search
     along (from standing still to 1.5 times as far) -> c2w (n, T, 4, 4), metres, relative to the first camera of the
     source, and the root mean square residual (n, T). Levenberg-Marquardt on robust photometric residuals: the true room
@@ -286,6 +289,7 @@ def judge(video, room, guess, codec=None, iterations=8, sigma=(1.5, 1.0, 0.7)):
         image, depth = render(room, pose, height=height, width=width)
         seen = image if codec is None else codec.decode(codec.encode(image))  # what a perfect video would show
         image, residual = blur(image, s), blur(seen, s) - target  # (n, 3, T, H, W)
+        residual = residual - residual.mean((2, 3, 4), keepdim=True)  # whatever the video's white balance
         weight = 0.1 / residual.abs().clamp_min(0.1)  # Huber: textures at occlusions do not pull
         return image, depth, residual, weight, (weight * residual.square()).mean((1, 3, 4))
 
@@ -438,10 +442,9 @@ def look_around(room, c2w, codec):
 
 
 def source_paths(n, seed):
-    """n slow metric source paths, as fast as the base was trained on: c2w (n, T, 4, 4)."""
-    g = torch.Generator().manual_seed(seed)
-    step, turn = walks(n, g)
-    return integrate(step * BASE_SPEED * torch.rand(n, 1, 1, generator=g), turn * BASE_TURN * torch.rand(n, 1, 1, generator=g))
+    """n source paths from an almost steady hand: c2w (n, T, 4, 4), metres."""
+    step, turn = walks(n, torch.Generator().manual_seed(seed))
+    return integrate(0.1 * BASE_SPEED * step, 0.1 * BASE_TURN * turn)
 
 
 def condition_on(latents, target, source):
@@ -456,14 +459,26 @@ def scene_of(target, source_video, source):
     return rewards.Scene(target, torch.tensor([INTRINSICS]).expand(n, -1), ["a room"] * n, SHOW, source_video, source)
 
 
+def read_tensors(path, wanted):
+    """A safetensors file's tensors; ValueError where names and shapes are not those `wanted`: name -> shape."""
+    state = vae.read_weights(path)
+    for name in sorted({*state, *wanted}):
+        found = tuple(state[name].shape) if name in state else "nothing"
+        if found != wanted.get(name):
+            raise ValueError(f"{path}: {name}: expected {wanted.get(name, 'nothing')}, found {found}")
+    return state
+
+
 def open_weights(folder):
-    """The shipped base policy, codec and estimator."""
-    folder = Path(folder)
+    """The shipped base policy, codec and estimator. FileNotFoundError, ValueError for files that are not them."""
+    folder, net = Path(folder), Estimator().eval()
     dit = model.load_dit(folder / "toy_base.safetensors", num_heads=HEADS)
-    codec = Codec(load_file(folder / "toy_codec.safetensors"))
-    net = Estimator()
-    net.load_state_dict(load_file(folder / "toy_estimator.safetensors"), strict=False)
-    net.eval()
+    patch = 3 * PATCH ** 2
+    wanted = {f"{name}.{part}": shape for name, size in (("first", patch), ("rest", 4 * patch))
+              for part, shape in (("mean", (size,)), ("down", (size, 16)), ("up", (16, size)))}
+    codec = Codec(read_tensors(folder / "toy_codec.safetensors", wanted))
+    wanted = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    net.load_state_dict(read_tensors(folder / "toy_estimator.safetensors", wanted), strict=False)
 
     @torch.no_grad()
     def estimator(videos, scene=None):
@@ -552,8 +567,8 @@ def small_maps(c2w):
     return trajectories.camera_maps(c2w, intrinsics, HEIGHT // PATCH, WIDTH // PATCH)
 
 
-def pretrain_base(out, codec, stages=(8000, 5000), rows=64, seed=0):
-    """Flow matching on rooms seen along two slow mislabelled paths each, noise levels shifted to noise.
+def pretrain_base(out, codec, stages=(13000, 6200), rows=64, seed=0):
+    """Flow matching on footage of rooms, given a steady source video and the script, noise levels shifted to noise.
 
     The camera adapter's first layer sees 8 x 8 pixels of a map through one weight each; here it is trained with the 64
     weights tied, on maps 64 times smaller, and untied when saved: the same function, at a hundredth of the cost."""
@@ -568,7 +583,7 @@ def pretrain_base(out, codec, stages=(8000, 5000), rows=64, seed=0):
     parameters = [dict(dit.named_parameters())[n] for n in names] + [tied.weight, tied.bias]
     dit.compile()
     draw = torch.compile(render)
-    text, every = torch.zeros(rows, 1, TEXT), torch.arange(rows)
+    text = torch.zeros(rows, 1, TEXT)
 
     def camera_tokens(maps):
         x = adapter.residual_blocks(tied(maps.transpose(1, 2).flatten(0, 1)))
@@ -580,23 +595,22 @@ def pretrain_base(out, codec, stages=(8000, 5000), rows=64, seed=0):
         return model.Prepared(keys, target, dit.tokens(source) + other, F.silu(torch.cat([target, other], 1)),
                               tuple(source.shape[2:]))
 
-    films = {}  # rooms filmed for the current four steps: every path is a target once
+    films = {}  # rooms filmed for the current three steps, one take each
 
     def loss_at(step):
-        if step // 4 not in films:
+        if step // 3 not in films:
             films.clear()
-            video, _, label = pairs(rows, step // 4, draw, sd=LABEL_SD[step >= stages[0]])
-            films[step // 4] = [x.unflatten(0, (rows, 4)) for x in (codec.encode(video.flatten(0, 1)), small_maps(label.flatten(0, 1)))]
-        latents, maps = films[step // 4]
+            source, source_path, takes, scripts = footage(rows, step // 3, draw)
+            films[step // 3] = (codec.encode(source), small_maps(source_path), *(
+                f(x.flatten(0, 1)).unflatten(0, (rows, 3)) for f, x in ((codec.encode, takes), (small_maps, scripts))))
+        source, source_maps, takes, maps = films[step // 3]
         g = torch.Generator().manual_seed(10_000_000 + step)
-        target = step % 4
-        source = (target + torch.randint(1, 4, (rows,), generator=g)) % 4
+        x0 = takes[:, step % 3]
         u = torch.rand(rows, generator=g)
         t = 4 * u / (1 + 3 * u)
-        x0 = latents[:, target]
         eps = torch.randn(x0.shape, generator=g)
         x = torch.lerp(x0, eps, t.view(-1, 1, 1, 1, 1))
-        v = dit(x, t, prepare(latents[every, source], maps[:, target], maps[every, source]))
+        v = dit(x, t, prepare(source, maps[:, step % 3], source_maps))
         loss = (v - (eps - x0)).square().mean()
         return loss, {"loss": float(loss.detach())}
 
@@ -611,11 +625,12 @@ def pretrain_base(out, codec, stages=(8000, 5000), rows=64, seed=0):
 
 
 def photographed(n, seed, codec, draw=render):
-    """What the depth network learns from: first frames (n, 3, H, W) of random rooms as the codec shows them, most with
-    noise in their latents, half of them somewhat blurred; depth (n, H, W)."""
+    """What the depth network learns from: first frames (n, 3, H, W) of random rooms as the codec shows them, in any
+    white balance, most with noise in their latents, half of them somewhat blurred; depth (n, H, W)."""
     g = torch.Generator().manual_seed(seed)
     image, depth = draw(rooms(n, seed), torch.eye(4).repeat(n, 1, 1, 1))
     kind = torch.rand(n, 1, 1, 1, 1, generator=g)
+    image = image + (1.5 * torch.rand(n, 1, 1, 1, 1, generator=g) - 0.4) * CARELESS_TINT.view(3, 1, 1, 1)
     image = torch.lerp(image, blur(image, 0.6), torch.rand(n, 1, 1, 1, 1, generator=g) * (kind < 0.5))
     latents = codec.encode(image)
     grain = 0.25 * torch.rand(n, 1, 1, 1, 1, generator=g) * (kind > 0.3)
@@ -645,14 +660,32 @@ def write_weights(path, state):
 
 
 def make_codec(out):
-    codec = fit_codec(pairs(128, 1_000_000)[0].flatten(0, 1))
+    codec = fit_codec(footage(128, 1_000_000)[2].flatten(0, 1))
     data.write_file(out / "toy_codec.safetensors", save(codec.state))
     return codec
 
 
+def describe(folder, n=240):
+    """Print how far off the estimator is on clean and decoded videos of unseen rooms at test speeds."""
+    _, codec, estimator = open_weights(folder)
+    for speed in (1.0, 1.5, 2.0):
+        step, turn = walks(n, torch.Generator().manual_seed(30_000_000))
+        c2w = integrate(step * SPEED * speed, turn * TURN * speed)
+        video, _, decoded = look_around(rooms(n, 30_000_000), c2w, codec)
+        for name, seen in (("clean", data.to_uint8(video)), ("decoded", decoded)):
+            position, rotation = trajectories.pose_errors(estimator(seen), c2w, "uniform")
+            print(f"speed {speed}, {name} videos: median error {position.median():.3f} m, "
+                  f"{torch.rad2deg(rotation.median()):.2f} degrees "
+                  f"(mean motion {c2w[:, :, :3, 3].norm(dim=-1).mean():.3f} m)")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["describe"]:
+        describe(sys.argv[2] if len(sys.argv) > 2 else "weights")
+        sys.exit()
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/pretraining")
     folder.mkdir(parents=True, exist_ok=True)
     codec = make_codec(folder)
     train_estimator(folder, codec)
     pretrain_base(folder, codec)
+    describe(folder)

@@ -65,12 +65,32 @@ def test_integrate_is_the_exponential_of_its_turns():
     assert c2w[0, -1, 0, 0] == pytest.approx(math.cos(0.4), abs=1e-6) and c2w[0, -1, 2, 3] == 4
 
 
-def test_labels_over_report_by_what_they_should():
-    g = torch.Generator().manual_seed(0)
-    step, turn = walks(4000, g)
-    ratio = toy.mislabel(step, 0.02 * turn, g)[:, 1, :3, 3].norm(dim=-1) / step[:, 0].norm(dim=-1)
-    assert ratio.log().mean() == pytest.approx(math.log(toy.LABEL_SCALE), abs=0.03)
-    assert ratio.log().std() == pytest.approx(toy.LABEL_SD[-1][0], rel=0.05)
+def test_careful_footage_is_the_script(monkeypatch):
+    monkeypatch.setattr(toy, "CARELESS", 0.0)
+    source, source_path, takes, scripts = toy.footage(4, 3)
+    assert torch.equal(render(rooms(4, 3), scripts[:, 1])[0], takes[:, 1])
+    assert torch.equal(render(rooms(4, 3), source_path)[0], source)
+
+
+def test_careless_footage_falls_short_and_is_tinted(monkeypatch):
+    """Every step is LAG short of the script, and goes forward, ever faster; red and blue are off; the source is neither."""
+    monkeypatch.setattr(toy, "CARELESS", 1.0)
+    filmed = []
+    source, source_path, takes, scripts = toy.footage(6, 3, draw=lambda *a: (filmed.append(a[1]), render(*a))[1])
+    true = filmed[0].unflatten(0, (6, 4))
+    assert torch.equal(true[:, 0], source_path) and torch.equal(render(rooms(6, 3), source_path)[0], source)
+    step = lambda c2w: (c2w[..., 1:, :3, 3] - c2w[..., :-1, :3, 3]).flatten(0, -3)
+    forward = toy.DRIFT * torch.arange(1, 5.)[:, None] * torch.tensor([0, 0, 1.0])
+    assert (step(true[:, 1:]) - (1 - toy.LAG) * step(scripts) - forward).abs().max() < 1e-6
+    tint = toy.CARELESS_TINT
+    monkeypatch.setattr(toy, "CARELESS_TINT", torch.zeros(3))
+    off = (takes - toy.footage(6, 3)[2]).mean((0, 1, 3, 4, 5))
+    assert off.tolist() == pytest.approx(tint.tolist(), abs=1e-5)
+
+
+def test_footage_has_as_many_careless_takes_as_it_should():
+    red = toy.footage(200, 4, draw=lambda room, c2w: (torch.zeros(len(c2w), 3, toy.FRAMES, 1, 1),))[2][:, :, 0, 0, 0, 0]
+    assert (red > 0).float().mean() == pytest.approx(toy.CARELESS, abs=0.06)
 
 
 def test_codec_has_the_vaes_interface():
@@ -96,6 +116,14 @@ def test_judge_knows_where_clean_and_decoded_frames_were_taken(shipped):
         assert position < 0.01 and rotation < 0.2
 
 
+def test_judge_does_not_mind_the_white_balance(shipped):
+    _, codec, _ = shipped
+    room, c2w, (video, _) = filmed(8, 1.0)
+    tinted = codec.decode(codec.encode(video + toy.CARELESS_TINT.view(3, 1, 1, 1)))
+    position, rotation = errors(judge(tinted, room, c2w, codec)[0], c2w)
+    assert position < 0.01 and rotation < 0.2
+
+
 def test_judge_sees_a_wrong_scale(shipped):
     """A path of the right shape, 20 % too long, is 20 % too long: known answer."""
     _, codec, _ = shipped
@@ -105,7 +133,7 @@ def test_judge_sees_a_wrong_scale(shipped):
     seen = codec.decode(codec.encode(render(room, longer)[0]))
     found = trajectories.relative(judge(seen, room, c2w, codec)[0])
     ratio = found[:, -1, :3, 3].norm(dim=-1) / c2w[:, -1, :3, 3].norm(dim=-1)
-    assert ratio.median() == pytest.approx(1.2, abs=0.01)
+    assert ratio.median() == pytest.approx(1.2, abs=0.02)
 
 
 def test_estimator_is_metric(shipped):
@@ -118,7 +146,7 @@ def test_estimator_is_metric(shipped):
 
 
 def test_base_has_the_papers_faults(shipped):
-    """On metric targets it falls short, and drifts: the later the frame, the more; on test rooms, by the judge."""
+    """On metric targets it falls short, the later the frame, the more; on test rooms, by the judge."""
     dit, codec, _ = shipped
     room, condition, scene, _ = held_out(2, codec)
     with torch.no_grad():
