@@ -110,7 +110,7 @@ def render(room, c2w, height=HEIGHT, width=WIDTH):
     x, z = room.half[:, 0], room.half[:, 1]
     low = torch.stack([-x, torch.full_like(x, -CEILING), -z], -1)[:, None, None]
     high = torch.stack([x, torch.zeros_like(x), z], -1)[:, None, None]
-    far = torch.where(d > 0, high - o, low - o) * inv
+    far = torch.where(inv > 0, high - o, low - o) * inv  # at d = 0 only inv has a sign
     depth, axis = far.min(-1)                                      # leaving the room
     positive = d.gather(-1, axis[..., None])[..., 0] > 0
     surface = torch.where(axis == 1, torch.where(positive, 0, 1), 2 + axis + positive)  # floor 0, ceiling 1, walls 2-5
