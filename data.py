@@ -226,14 +226,19 @@ def write_file(path, content):
 
 
 def write_video(path, video, fps):
-    """uint8 (T, H, W, 3) -> H.264 mp4 (yuv420p, BT.709); an odd size gets its last row or column twice."""
+    """uint8 (T, H, W, 3) -> H.264 mp4 (yuv420p, BT.709), the same frames always as the same bytes.
+
+    An odd size gets its last row or column twice.
+    """
     video = np.asarray(video)
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3 or 0 in video.shape:
         raise ValueError(f"{path}: a video is uint8 (T, H, W, 3), this is {video.dtype} {video.shape}")
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+        # x264's macroblock tree reads memory that it never wrote, and its threads' number shows in the bits
+        options = {"crf": "15", "mbtree": "0", "threads": "1"}
+        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
         context = stream.codec_context
         # 1 is BT.709, and limited range; untagged, players guess by the size
