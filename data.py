@@ -46,15 +46,11 @@ TOKENIZER = "google/umt5-xxl"
 FOLDER_FPS = 24.0  # a folder of images has no rate of its own; DAVIS, the evaluation's data, runs at 24
 
 
-# ------------------------------------------------------------------------------
-# Reading
-
+# ---- reading ----
 
 def resize_to_cover(frame, size):
     """uint8 (h, w, 3) -> (H, W, 3), size = (H, W): scaled to cover, then centre-cropped (as ReDirector does).
-
-    Bilinear and antialiased, in fixed point: within one grey level of Pillow's, and so of torchvision's.
-    """
+    Bilinear and antialiased, in fixed point: within one grey level of Pillow's, and so of torchvision's."""
     (h, w), (height, width) = frame.shape[:2], size
     scale = max(height / h, width / w)
     h, w = round(h * scale), round(w * scale)
@@ -77,12 +73,10 @@ def rgb(frame):
 
 def open_video(path):
     """A video file or a folder of images -> (fps, iterator over (decoded frame's number, av.VideoFrame)).
-
     The iterator runs on a constant clock of the file's average rate, starting at its first frame: a tick
     shows the frame whose time rounds to it, or else the one before. At a constant rate this is every decoded
     frame once; at a variable rate frames are held or dropped so that motion keeps its speed, as a camera path
-    in metres per frame must.
-    """
+    in metres per frame must."""
     if path.is_dir():
         files = sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGES), key=natural)
         if not files:
@@ -147,9 +141,7 @@ def one_line(error):
 
 def read_frames(path, frames=None, stride=1, size=None, start=0):
     """read_video, and also the number of the decoded frame behind each one, int (T,): the row of its camera.
-
-    Returns (uint8 (T, H, W, 3), fps, numbers); the rest is read_video's.
-    """
+    Returns (uint8 (T, H, W, 3), fps, numbers); the rest is read_video's."""
     path = Path(path)
     video, numbers, seen = [], [], 0
     try:
@@ -178,15 +170,13 @@ def read_frames(path, frames=None, stride=1, size=None, start=0):
 
 def read_video(path, frames=None, stride=1, size=None, start=0):
     """Frames start, start + stride, ... of a video file (mp4, mov, webm, mkv) or of a folder of images.
-
     path: a file, or a folder whose images are taken in natural order (frame2 before frame10) at 24 a second
     frames: how many are returned; None: all that there are
     size: (H, W) to scale to cover and centre-crop to, bilinear; None: as stored (rotation metadata applied)
     start, stride: counted on the video's constant clock (see open_video)
     Returns (uint8 (T, H, W, 3) RGB, fps); fps is that of the frames returned: the file's divided by stride.
     Raises FileNotFoundError, or ValueError naming the file if it is empty, unreadable, damaged before the
-    last frame needed, too short, or holds no video.
-    """
+    last frame needed, too short, or holds no video."""
     return read_frames(path, frames, stride, size, start)[:2]
 
 
@@ -200,15 +190,11 @@ def to_uint8(video):
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-4, -1)
 
 
-# ------------------------------------------------------------------------------
-# Writing
-
+# ---- writing ----
 
 def write_file(path, content):
     """Write bytes so that `path` is either what it was or complete, whatever happens in between.
-
-    A killed process leaves at most a .tmp file, which nothing reads; a full disk raises OSError.
-    """
+    A killed process leaves at most a .tmp file, which nothing reads; a full disk raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -218,22 +204,24 @@ def write_file(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, {len(content)} bytes", str(path)) from None
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"{error.strerror}, {len(content)} bytes", str(path)) from None
-        raise
 
 
 def write_video(path, video, fps):
-    """uint8 (T, H, W, 3) -> H.264 mp4 (yuv420p, BT.709); an odd size gets its last row or column twice."""
+    """uint8 (T, H, W, 3) -> H.264 mp4 (yuv420p, BT.709), the same frames always as the same bytes.
+    An odd size gets its last row or column twice."""
     video = np.asarray(video)
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3 or 0 in video.shape:
         raise ValueError(f"{path}: a video is uint8 (T, H, W, 3), this is {video.dtype} {video.shape}")
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+        # x264's macroblock tree reads memory that it never wrote, and its threads' number shows in the bits
+        options = {"crf": "15", "mbtree": "0", "threads": "1"}
+        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
         context = stream.codec_context
         # 1 is BT.709, and limited range; untagged, players guess by the size
@@ -246,8 +234,7 @@ def write_video(path, video, fps):
     write_file(path, file.getvalue())
 
 
-# ------------------------------------------------------------------------------
-# Pictures for people: captions, grids, camera paths
+# ---- pictures for people: captions, grids, camera paths ----
 
 # 95 glyphs from space to ~, each 8 rows of 5 pixels, one bit a pixel
 FONT = (
@@ -275,12 +262,10 @@ def upscale(video, factor):
 
 def grid(videos, labels, scale=1):
     """Videos side by side, each under its caption.
-
     videos: list of uint8 (T_i, H, W, 3); a shorter one holds its last frame
     labels: as many strings, broken into lines where they are too long
     scale: whole number that the pixels are enlarged by first
-    Returns uint8 (max T_i, strip + H, sum of widths and 4-pixel gaps, 3).
-    """
+    Returns uint8 (max T_i, strip + H, sum of widths and 4-pixel gaps, 3)."""
     if len(videos) != len(labels):
         raise ValueError(f"{len(videos)} videos, {len(labels)} labels")
     videos = [upscale(video, scale) for video in videos]
@@ -292,8 +277,7 @@ def grid(videos, labels, scale=1):
     for video, rows in zip(videos, lines):
         column = np.full((length, strip + video.shape[1], video.shape[2] + 4, 3), 20, np.uint8)
         for row, text in enumerate(rows):
-            mask = text_mask(text, size)
-            top = size * (10 * row + 2)
+            mask, top = text_mask(text, size), size * (10 * row + 2)
             column[:, top:top + len(mask), 2 * size:2 * size + mask.shape[1]][:, mask] = 235
         column[:, strip:, :-4] = video[np.minimum(np.arange(length), len(video) - 1)]
         columns.append(column)
@@ -314,12 +298,10 @@ PATH_COLORS = ((255, 255, 255), (255, 150, 30), (60, 200, 255), (120, 230, 90)) 
 
 def draw_paths(video, paths, colors=PATH_COLORS):
     """A map of camera paths, seen from above, in the lower right corner of every frame.
-
     video: uint8 (T, H, W, 3); paths: list of c2w (T_i, 4, 4), all relative to the same frame
     The map shows x to the right and z (forward) upwards, fitted to all paths, its width written in metres;
     each camera stands where it is at that frame and points where it looks.
-    Returns a new uint8 (T, H, W, 3).
-    """
+    Returns a new uint8 (T, H, W, 3)."""
     video = np.array(video)
     paths = [np.asarray(path, dtype=np.float64) for path in paths]
     side = min(video.shape[1:3]) // 3
@@ -334,8 +316,6 @@ def draw_paths(video, paths, colors=PATH_COLORS):
     width = max(1.0, side / 60)
     routes = [line_alpha(points, corners[:-1], corners[1:], width)
               for corners in (pixel(path[[*range(len(path)), -1]][:, [0, 2], 3]) for path in paths)]
-    scale = max(1, side // 80)
-    extent_mask = text_mask(f"{extent:.2g} m", scale)[:, :side - 2]
     for t, frame in enumerate(video):
         corner = frame[-side:, -side:]
         inset = 0.35 * corner.reshape(-1, 3)
@@ -347,14 +327,13 @@ def draw_paths(video, paths, colors=PATH_COLORS):
             alpha = np.maximum(alpha, line_alpha(points, here[None], here[None], 4 * width))[:, None]
             inset = inset * (1 - alpha) + np.array(color) * alpha
         corner[:] = inset.reshape(side, side, 3).round()
-        if side >= 48:
-            corner[-len(extent_mask) - 1:-1, 2:2 + extent_mask.shape[1]][extent_mask] = 200
+    if side >= 48:
+        mask = text_mask(f"{extent:.2g} m", max(1, side // 80))[:, :side - 2]
+        video[:, -side:, -side:][:, -len(mask) - 1:-1, 2:2 + mask.shape[1]][:, mask] = 200
     return video
 
 
-# ------------------------------------------------------------------------------
-# Prepared clips
-
+# ---- prepared clips ----
 
 @dataclass
 class Clip:
@@ -380,8 +359,7 @@ def save_clip(path, clip):
     used = tensors["text"].any(1).nonzero().flatten().tolist()
     tensors["text"] = tensors["text"][:max(used, default=0) + 1]
     facts = {key: getattr(clip, key) for key in FACTS} | {"text_length": len(clip.text)}
-    content = save({key: x.contiguous() for key, x in tensors.items()}, {"clip": json.dumps(facts)})
-    write_file(path, content)
+    write_file(path, save({key: x.contiguous() for key, x in tensors.items()}, {"clip": json.dumps(facts)}))
 
 
 def load_clip(path):
@@ -408,7 +386,6 @@ def load_clip(path):
 
 class ClipCache:
     """What `python data.py prepare` wrote: cache[i] reads clip i as a Clip.
-
     names: the clips' names; settings: what they were made with; negative: (512, 4096), the negative prompt's
     embedding. expected: settings that must agree, as in ClipCache(folder, frames=81, height=480, width=832).
     FileNotFoundError where there is none; ValueError where it is empty, damaged or made with other settings.
@@ -459,9 +436,7 @@ def check_settings(folder, made, wanted):
         raise ValueError(f"{folder}: its clips were made with {what}")
 
 
-# ------------------------------------------------------------------------------
-# Preparing: captions, cameras, one pass over the videos
-
+# ---- preparing: captions, cameras, one pass over the videos ----
 
 def find_videos(folder):
     """Names below a folder, in natural order, of its videos: video files, and folders that hold images."""
@@ -478,9 +453,7 @@ def find_videos(folder):
 
 def read_captions(path):
     """CSV with a header -> {file name without its suffix: caption}; rows without a caption are left out.
-
-    Columns: file_name or videoFile, and text or caption (MultiCamVideo's and Sekai's names).
-    """
+    Columns: file_name or videoFile, and text or caption (MultiCamVideo's and Sekai's names)."""
     try:
         rows = csv.DictReader(io.StringIO(Path(path).read_bytes().decode("utf-8-sig"), newline=""))
         columns, rows = rows.fieldnames or [], [(rows.line_num, row) for row in rows]
@@ -509,10 +482,8 @@ def find_caption(name, captions):
 
 def read_focal(file, shape):
     """(fx/W, fy/H) of the first frame from an .npz's intrinsics, intrinsic or data (ViPE's); None without.
-
     (4,) or (T, 4) fx fy cx cy, or matrices (3, 3) or (T, 3, 3); in pixels of the stored video, whose shape is
-    (H, W), or normalised, which is told by fx below 10.
-    """
+    (H, W), or normalised, which is told by fx below 10."""
     if file.suffix != ".npz" or not file.is_file():
         return None
     with np.load(file) as arrays:
@@ -528,14 +499,12 @@ def read_focal(file, shape):
 
 def source_cameras(video, numbers, shape, name, cameras, fov=None):
     """A clip's cameras -> c2w (T, 4, 4), metres, relative to its first, and normalised intrinsics (4,).
-
     video: uint8 (T, H, W, 3), scaled and cropped; numbers (T,): its frames as rows of a camera file
     shape: (H, W) of the stored video; fov: its horizontal view in degrees, for files without intrinsics
     cameras: an estimator, videos (1, T, H, W, 3) -> metric c2w (1, T, 4, 4) and intrinsics (1, 4), or a
         folder that for a clip a/b.mp4 holds a/b.npz, .npy or .json as trajectories.read_path reads them (an
         .npz may hold intrinsics too: read_focal), or ViPE's pose/b.npz and intrinsics/b.npz
-    ValueError with the reason where there are none, too few, or the estimator failed.
-    """
+    ValueError with the reason where there are none, too few, or the estimator failed."""
     if callable(cameras):
         c2w, intrinsics = cameras(video[None])
         if not c2w.isfinite().all():
@@ -544,7 +513,7 @@ def source_cameras(video, numbers, shape, name, cameras, fov=None):
     else:
         stem = (Path(cameras) / name).with_suffix("")
         vipe = Path(cameras) / "pose" / f"{stem.name}.npz"
-        files = [*(Path(f"{stem}{suffix}") for suffix in (".npz", ".npy", ".json")), vipe]
+        files = Path(f"{stem}.npz"), Path(f"{stem}.npy"), Path(f"{stem}.json"), vipe
         file = next((f for f in files if f.is_file()), None)
         if file is None:
             raise ValueError(f"no camera file {stem}.npz, .npy or .json, nor {vipe}")
@@ -589,7 +558,6 @@ def write_index(out, settings, skipped):
 def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapanything", fov=None,
             estimator_stride=1, frames=81, height=480, width=832, stride=1, negative_prompt=None):
     """Encode every video below a folder into a cache that ClipCache reads; returns its index (on rank 0).
-
     The arguments are the command's. Under torchrun the clips are shared out over the ranks. A clip that is
     itself at fault is skipped with the reason; ValueError or OSError for what concerns all, or with no clip.
     """
