@@ -256,8 +256,10 @@ def text_mask(text, scale=1):
 
 
 def upscale(video, factor):
-    """(T, H, W, 3) -> (T, factor H, factor W, 3), each pixel a square: for the toy's tiny videos."""
-    return np.asarray(video).repeat(factor, 1).repeat(factor, 2)
+    """uint8 (T, H, W, 3) -> (T, factor H, factor W, 3), bicubic: for the toy's tiny videos."""
+    x = torch.from_numpy(np.asarray(video)).movedim(-1, 1).float()
+    x = F.interpolate(x, scale_factor=factor, mode="bicubic") if factor > 1 else x
+    return x.round().clamp(0, 255).byte().movedim(1, -1).numpy()
 
 
 def grid(videos, labels, scale=1):

@@ -241,7 +241,7 @@ def fit_codec(video, temper=0.5):
 
 BASE_SPEED, BASE_TURN = 0.13, math.radians(2.75)  # fastest scripted path: metres and radians per frame
 CARELESS = 0.5                             # share of operators who fall short of the script ...
-LAG, LAG_TURN, DRIFT = 0.7, 0.6, 0.02      # ... by these shares of translation and rotation, who drift forward (m/frame^2),
+LAG, LAG_TURN, DRIFT = 0.7, 0.6, 0.05      # ... by these shares of translation and rotation, who drift forward (m/frame^2),
 CARELESS_TINT = torch.tensor([0.3, 0.0, -0.3])  # and whose white balance is off by this, red to blue
 
 
@@ -567,7 +567,7 @@ def small_maps(c2w):
     return trajectories.camera_maps(c2w, intrinsics, HEIGHT // PATCH, WIDTH // PATCH)
 
 
-def pretrain_base(out, codec, stages=(13000, 6200), rows=64, seed=0):
+def pretrain_base(out, codec, stages=(13000, 6200, 1500), rows=64, seed=0):
     """Flow matching on footage of rooms, given a steady source video and the script, noise levels shifted to noise.
 
     The camera adapter's first layer sees 8 x 8 pixels of a map through one weight each; here it is trained with the 64
