@@ -133,7 +133,8 @@ def claim(folder, settings):
     settings = {"protocol": PROTOCOL, **settings}
     if not (folder / "settings.json").exists():
         return write_json(folder / "settings.json", settings)
-    if differ := differing(read_json(folder / "settings.json"), settings):
+    made = read_json(folder / "settings.json")
+    if differ := differing(made, {name: settings.get(name) for name in made}):
         raise ValueError(f"{folder}: made with {differ}; choose another --out")
 
 

@@ -354,9 +354,8 @@ def main(argv):
                 error = float(reduce(stats["ratio_error"], dist.ReduceOp.MAX))
                 if iteration == start and u == 0:  # the update must repeat the rollout's numerics
                     if not error <= config.clip:
-                        raise RuntimeError(
-                            f"on-policy ratio is off by {error:.1e}, more than the clip range {config.clip:.1e}"
-                            ": rollout and update do not run the same numerics")
+                        raise RuntimeError(f"on-policy ratio is off by {error:.1e}, more than the clip range "
+                                           f"{config.clip:.1e}: rollout and update run different numerics")
                     say(f"on-policy ratio 1 + {error:.0e}, as it should be")
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
                 skipped = 0 if norm.isfinite() else skipped + 1
