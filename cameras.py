@@ -15,6 +15,8 @@ from scipy.spatial.transform import Rotation
 from trajectories import PATHS, check, recammaster, relative, resample, scale_motion
 
 
+# ---- one file ----
+
 def split_name(name):
     """"a/camera_extrinsics.json#cam03" -> (Path of the file, "cam03"); any other name -> (Path, None)."""
     match = re.fullmatch(r"(.+)#(cam\d+)", str(name))
@@ -124,6 +126,8 @@ def named_path(path, frames=81, speed=1.0):
         raise FileNotFoundError(f"no path {str(path)!r}: expected 1-10, {', '.join(PATHS)}, static or a file")
     return scale_motion(resample(read_path(path), frames), speed, speed)
 
+
+# ---- a folder of them ----
 
 def find_paths(folder):
     """Sorted names, as read_path takes them, of all camera files below a folder; none is opened.

@@ -14,6 +14,8 @@ from vae import load_vae
 DIT, REDIRECTOR = "diffusion_pytorch_model.safetensors", "step20000.safetensors"  # as published
 
 
+# ---- the published weights ----
+
 def open_policy(weights, checkpoint, device):
     """The published DiT with ReDirector's weights and, if any, a checkpoint laid over them."""
     files = [Path(weights) / DIT, Path(weights) / REDIRECTOR, *([checkpoint] if checkpoint else [])]
@@ -41,6 +43,8 @@ def open_encoders(weights, device):
             load_text_encoder(folder / data.TEXT_FILE, folder / data.TOKENIZER, device, dtype),
             load_image_encoder(folder / data.IMAGE_FILE, device, dtype))
 
+
+# ---- prepared clips ----
 
 def condition_of(clips, target, config, device):
     """data.Clips and their target paths (C, T, 4, 4) -> Condition, a row per clip."""

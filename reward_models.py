@@ -20,6 +20,8 @@ import trajectories
 from vae import fill, read_weights
 
 
+# ---- for all of them ----
+
 @contextmanager
 def on_device(module, device):
     """Frozen weights that live elsewhere visit the device; none is copied back."""
@@ -78,6 +80,8 @@ def resize(frames, height, width, kernel):
         out.append(x)
     return torch.cat(out)
 
+
+# ---- MapAnything ----
 
 def spread(count, frames):
     """`count` of `frames` frame indices, evenly spaced from the first to the last, rounded half to even."""
@@ -162,6 +166,8 @@ def mapanything(folder, device="cpu", stride=1):
     estimator.module, estimator.cameras = model, cameras
     return estimator
 
+
+# ---- Qwen2-VL, the body of VideoAlign and HPSv3 ----
 
 def smart_size(height, width, least, most):
     """Qwen2-VL's size for an image: multiples of 28, aspect ratio about kept, `least` to `most` pixels."""
@@ -294,6 +300,8 @@ def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torc
     return read
 
 
+# ---- VideoAlign ----
+
 def frame_count(frames, fps, rate):
     """How many of `frames` frames at `fps` VideoAlign looks at: `rate` a second, even, at least 4."""
     if frames < 2:
@@ -366,6 +374,8 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
     reward.names, reward.module, reward.read = names, read.module, read
     return reward
 
+
+# ---- HPSv3 ----
 
 def hpsv3(file, base, prompt=None, stride=1, device="cpu", dtype=torch.float32):
     """HPSv3's mean score mu over every stride-th frame.

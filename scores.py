@@ -19,6 +19,8 @@ from cameras import read_path
 from report import split_case
 
 
+# ---- cameras ----
+
 def pose_scores(pred, target):
     """Camera scores of one video: c2w pred, target (T, 4, 4) -> dict; None where a score does not apply.
 
@@ -69,6 +71,8 @@ def open_estimator(config, device):
 
     return estimate
 
+
+# ---- kept in files ----
 
 def write_json(path, content):
     data.write_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
