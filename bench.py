@@ -8,9 +8,9 @@
     python bench.py share      VAE decode and Pluecker packing
     python bench.py curves     the toy's learning curve, fast loop against every member alone, over seeds
 
---json=FILE keeps the rows. Weights are random. Sizes default to the published ones on a GPU, to small ones on
-a CPU. Seconds are the best of --repeat; on a CPU with one thread they are seconds of that thread, so that other
-programs on the same core do not count.
+--json=FILE keeps the rows. Weights are random. Sizes default to the published ones on a GPU, to small ones
+on a CPU. Seconds are the best of --repeat; on a CPU with one thread they are seconds of that thread, so
+that other programs on the same core do not count.
 """
 import argparse
 import ast
