@@ -1,15 +1,16 @@
 """Benchmarks, one table each; the figures are in BENCHMARKS.md.
 
-    python bench.py network    forward, forward + backward with checkpointing; --official=REDIRECTOR_CHECKOUT compares
+    python bench.py network    forward, forward + backward with checkpointing; --official=REDIRECTOR_CHECKOUT
+                               compares
     python bench.py iteration  evaluations on paper and in seconds: every member alone against ours
     python bench.py memory     peak per phase against --dry-run's estimate; a soak of toy iterations
     python bench.py scaling    one and two gloo ranks; points at which the host waits for the device
     python bench.py share      VAE decode and Pluecker packing
     python bench.py curves     the toy's learning curve, fast loop against every member alone, over seeds
 
---json=FILE keeps the rows. Weights are random. Sizes default to the published ones on a GPU, to small ones on a CPU.
-Seconds are the best of --repeat; on a CPU with one thread they are seconds of that thread, so that other programs on
-the same core do not count.
+--json=FILE keeps the rows. Weights are random. Sizes default to the published ones on a GPU, to small ones
+on a CPU. Seconds are the best of --repeat; on a CPU with one thread they are seconds of that thread, so
+that other programs on the same core do not count.
 """
 import argparse
 import ast
@@ -53,7 +54,8 @@ def table(title, rows):
     widths = [max(map(len, column)) for column in zip(rows[0], *text)]
     print(f"\n{title}")
     for line in (list(rows[0]), *text):
-        print(line[0].ljust(widths[0]), *(x.rjust(n) for x, n in zip(line[1:], widths[1:])), sep="  ", flush=True)
+        cells = [line[0].ljust(widths[0]), *(x.rjust(n) for x, n in zip(line[1:], widths[1:]))]
+        print(*cells, sep="  ", flush=True)
 
 
 def now():
@@ -75,12 +77,12 @@ def seconds(f, repeat):
 # ---- what is measured: a DiT with random weights, its condition, one iteration on them ----
 
 def shape_of(args):
-    return Config(dim=args.dim, num_heads=args.dim // 128, num_layers=args.layers, ffn_dim=args.ffn, image_dim=1280,
-                  camera_dim=24, roce=True)
+    return Config(dim=args.dim, num_heads=args.dim // 128, num_layers=args.layers, ffn_dim=args.ffn,
+                  image_dim=1280, camera_dim=24, roce=True)
 
 
 def build(args, seed=0):
-    """DiT, latent's shape, one Condition, and what the DiT prepares of it; random, but with every part at work."""
+    """DiT, latent's shape, one Condition, what the DiT prepares of it; random, every part at work."""
     torch.manual_seed(seed)
     with DEVICE, torch.no_grad():
         dit = DiT(shape_of(args)).to(DTYPE).eval()
@@ -91,23 +93,25 @@ def build(args, seed=0):
             p.data = p.data.float()
         shape = (16, (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
         maps = torch.randn(2, 1, 24, shape[1], args.height, args.width)
-        condition = Condition(torch.randn(1, 512, 4096), torch.randn(1, 257, 1280), torch.randn(1, *shape), *maps)
+        text, image = torch.randn(1, 512, 4096), torch.randn(1, 257, 1280)
+        condition = Condition(text, image, torch.randn(1, *shape), *maps)
         return dit, shape, condition, dit.prepare(condition)
 
 
 def flops(config, tokens, text=512, image=257):
-    """Of one row's forward pass once `prepare` has run: matrix products and attention, an addition counted as one.
-    tokens: of target and source together."""
+    """Of one row's forward pass once `prepare` has run: matrix products and attention, an addition counted as
+    one. tokens: of target and source together."""
     D, phases = config.dim, 2 * config.num_heads * 2 * (config.dim // config.num_heads // 6)
-    linear = 6 * D * D + phases * D + 2 * D * config.ffn_dim  # q k v o, cross-attention's q o, RoCE, feed-forward
+    linear = 6 * D * D + phases * D + 2 * D * config.ffn_dim  # q k v o, cross-attention's q o, RoCE, MLP
     ends = tokens // 2 * 4 * D * (config.out_dim + config.out_dim)  # patches in and out, of the target
     return 2 * (config.num_layers * (tokens * linear + 2 * tokens * D * (tokens + text + image)) + ends)
 
 
 def one_iteration(dit, prepared, shape, at, mark, members=8, steps=25, codec=None, **settings):
-    """Rollout, decode, update of one condition as train.py does them; mark(phase) after each. settings: rollout's."""
-    sampled = rollout(dit, prepared, members, at, sigmas=schedule(steps, 5.0), shape=shape, seed=0, condition_ids=[0],
-                      device=DEVICE, **settings)
+    """Rollout, decode, update of one condition as train.py does them; mark(phase) after each. settings:
+    rollout's."""
+    sampled = rollout(dit, prepared, members, at, sigmas=schedule(steps, 5.0), shape=shape, seed=0,
+                      condition_ids=[0], device=DEVICE, **settings)
     mark("rollout")
     videos = codec and train.decode(codec, sampled.latents[0], 1)
     mark("decode")
@@ -130,20 +134,20 @@ def random_vae(width=96):
 # ---- network ----
 
 def official(path, dit):
-    """velocity = f(x, t, condition, checkpointing), by the code in a checkout of ReDirector, with dit's weights."""
+    """velocity = f(x, t, condition, checkpointing), by a checkout of ReDirector with dit's weights."""
     package = types.ModuleType("redirector")
     package.__path__ = [str(Path(path) / "diffsynth/models")]
     sys.modules["redirector"] = package
     code = importlib.import_module("redirector.wan_video_dit")
     file = Path(path) / "diffsynth/pipelines/wan_video_new.py"
-    scope = {**vars(code), "torch": torch, "Optional": {torch.Tensor: None}}  # one function, not all its file needs
+    scope = {**vars(code), "torch": torch, "Optional": {torch.Tensor: None}}  # of one function in that file
     body = [x for x in ast.parse(file.read_text()).body if getattr(x, "name", "") == "model_fn_wan_video"]
     exec(compile(ast.Module(body, []), str(file), "exec"), scope)
     c, head = dit.config, dit.head_dim
     with DEVICE:
-        wan = code.WanModel(dim=c.dim, in_dim=32, ffn_dim=c.ffn_dim, out_dim=16, text_dim=4096, freq_dim=256, eps=1e-6,
-                            patch_size=(1, 2, 2), num_heads=c.num_heads, num_layers=c.num_layers, has_image_input=True,
-                            add_control_adapter=True, in_dim_control_adapter=24)
+        wan = code.WanModel(dim=c.dim, in_dim=32, ffn_dim=c.ffn_dim, out_dim=16, text_dim=4096, freq_dim=256,
+                            eps=1e-6, patch_size=(1, 2, 2), num_heads=c.num_heads, num_layers=c.num_layers,
+                            has_image_input=True, add_control_adapter=True, in_dim_control_adapter=24)
         for block in wan.blocks:
             for name in ("rope_phase_qk", "rope_phase_vo"):
                 phases = torch.nn.Linear(c.dim, c.num_heads * (2 * head // 3 // 2), bias=False)
@@ -155,8 +159,9 @@ def official(path, dit):
     def velocity(x, t, condition, checkpointing=False):
         c = condition.to(DTYPE)
         return scope["model_fn_wan_video"](
-            wan, latents=x.to(DTYPE), timestep=(1000 * t[None]).to(DTYPE), context=c.text, clip_feature=c.image,
-            y=c.source, control_camera_latents_input=c.camera, cond_plucker_embedding=c.source_camera,
+            wan, latents=x.to(DTYPE), timestep=(1000 * t[None]).to(DTYPE), context=c.text,
+            clip_feature=c.image, y=c.source, control_camera_latents_input=c.camera,
+            cond_plucker_embedding=c.source_camera,
             use_gradient_checkpointing=checkpointing)
     return velocity
 
@@ -169,8 +174,9 @@ def network(args):
     big = torch.randn(2 ** 25, device=DEVICE)
     bandwidth = 2 * big.nbytes / seconds(lambda: big.clone(), 5)[1]
     work = flops(dit.config, tokens)
-    print(f"{args.frames}x{args.height}x{args.width}: {tokens} tokens, {work / 1e12:.3f} TFLOP a forward; measured: matrix "
-          f"product {rate / 1e12:.3f} TFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; floor {work / rate:.3f} s (arithmetic), "
+    print(f"{args.frames}x{args.height}x{args.width}: {tokens} tokens, {work / 1e12:.3f} TFLOP a forward; "
+          f"measured: matrix product {rate / 1e12:.3f} TFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; "
+          f"floor {work / rate:.3f} s (arithmetic), "
           f"{sum(p.nbytes for p in dit.parameters()) / bandwidth:.3f} s (weights read once)")
     x, t = torch.randn(1, *shape, device=DEVICE), torch.tensor(0.7, device=DEVICE)
     ours, rows, values = (lambda c: lambda recompute: dit(x, t, c)), [], {}
@@ -184,7 +190,8 @@ def network(args):
         except RuntimeError as error:
             return print(f"{name}: not measured, {str(error).splitlines()[0]}")
         rows.append({"": name, "forward s": forwards, "of matrix product rate": work / rate / forwards,
-                     "fwd + bwd s": both, "over forward": both / forwards, "first calls s": first + first_both})
+                     "fwd + bwd s": both, "over forward": both / forwards,
+                     "first calls s": first + first_both})
     if args.official:
         with torch.no_grad():
             reference = official(args.official, dit)
@@ -198,7 +205,8 @@ def network(args):
         dit.compile()
         measure("ours, compiled", ours(prepared))
     for row in rows if args.official else ():
-        row |= {f"official / this, {key[:-2]}": rows[0][key] / row[key] for key in ("forward s", "fwd + bwd s")}
+        row |= {f"official / this, {key[:-2]}": rows[0][key] / row[key]
+                for key in ("forward s", "fwd + bwd s")}
     if args.official:
         error = (values["ours, prepared"] - values["official"]).abs().max() / values["official"].abs().max()
         print(f"largest difference from the official velocity: {float(error):.1e} of the largest value")
@@ -243,8 +251,8 @@ def iteration(args):
         windows, chosen = ([tuple(range(w, w + size)) for w in x] for x in (range(starts), few))
         alone = timed(chosen[-1], share_prefix=False, micro_batch=1).sum()
         for loop, tail in (("exact", None), ("with tail", 0.4)):
-            times = lambda windows: np.divide(*(sum(plan.cost(plan.evaluations(w, 25, 8, *how)) for w in windows)
-                                                for how in ((False,), (True, tail))))
+            count = lambda windows, *how: sum(plan.cost(plan.evaluations(w, 25, 8, *how)) for w in windows)
+            times = lambda windows: count(windows, False) / count(windows, True, tail)
             one, many = (np.mean([timed(w, tail=tail, micro_batch=n) for w in chosen], 0) for n in (1, None))
             rows.append({"window": name, "ours": loop, "on paper": float(times(windows)),
                          "windows timed": float(times(chosen)), "in seconds": float(alone / one.sum()),
@@ -275,7 +283,8 @@ def memory(args):
     found, resident = {}, status("self")
 
     def mark(phase):
-        found[phase] = torch.cuda.max_memory_allocated() if CUDA else live.peak, status("self", "VmHWM") - resident
+        peak = torch.cuda.max_memory_allocated() if CUDA else live.peak
+        found[phase] = peak, status("self", "VmHWM") - resident
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         live.peak = live.now
@@ -294,9 +303,10 @@ def memory(args):
         del condition
         videos = one_iteration(dit, prepared, shape, (1, 2), mark, G, 4, codec, micro_batch=1)
     del videos
-    table("memory: peak per phase", [{"": phase, "estimate MB": x / 1e6, "tensors MB": found[phase][0] / 1e6,
-                                      "estimate / tensors": x / found[phase][0],
-                                      "resident MB": None if CUDA else found[phase][1]} for phase, x in peaks.items()])
+    table("memory: peak per phase", [
+        {"": phase, "estimate MB": x / 1e6, "tensors MB": found[phase][0] / 1e6,
+         "estimate / tensors": x / found[phase][0], "resident MB": None if CUDA else found[phase][1]}
+        for phase, x in peaks.items()])
     soak(args)
 
 
@@ -316,12 +326,17 @@ def soak(args):
 
 # ---- scaling ----
 
+def torchrun(ranks):
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+
+
 def toy_log(*settings, ranks=1):
     """log.jsonl of a run of train.py on the toy."""
     with tempfile.TemporaryDirectory() as out:
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        run = subprocess.run([sys.executable, *start, "train.py", "--rooms=0", "--save_every=100000", f"--out={out}",
-                              "--sample_every=100000", *settings], cwd=ROOT, capture_output=True, text=True)
+        launch = [sys.executable, *(torchrun(ranks) if ranks > 1 else [])]
+        run = subprocess.run([*launch, "train.py", "--rooms=0",
+                              "--save_every=100000", "--sample_every=100000", f"--out={out}", *settings],
+                             cwd=ROOT, capture_output=True, text=True)
         if run.returncode:
             sys.exit(run.stderr)
         return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
@@ -345,13 +360,14 @@ def scaling(args):
     rows = []
     for ranks in (1, 2):
         log = toy_log(f"--iterations={args.iterations}", f"--conditions={8 * ranks}", ranks=ranks)[1:]
-        phases = {k.split("/")[1]: float(np.median([r[k] for r in log])) for k in log[0] if k.startswith("seconds/")}
+        phases = {k.removeprefix("seconds/"): float(np.median([r[k] for r in log]))
+                  for k in log[0] if k.startswith("seconds/")}
         rows.append({"ranks": ranks, "videos": 128 * ranks, **phases, "together": sum(phases.values())})
     table("scaling: wall seconds an iteration of the toy, 8 conditions a rank", rows)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, "allreduce"]
+    command = [sys.executable, *torchrun(2), __file__, "allreduce"]
     size, s = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    share = s / rows[1]["together"]
-    table("all-reduce of the toy's gradient, gloo", [{"MB": size / 1e6, "seconds": s, "share of an iteration": share}])
+    table("all-reduce of the toy's gradient, gloo", [
+        {"MB": size / 1e6, "seconds": s, "share of an iteration": s / rows[1]["together"]}])
     waits(args)
 
 
@@ -375,11 +391,13 @@ def waits(args):
     counts = []
     for iterations in (1, 3):
         with tempfile.TemporaryDirectory() as out, Waits() as w:
-            train.main(["--rooms=0", "--conditions=2", "--members=4", "--size=2", "--sample_every=99", "--save_every=99",
-                        "--checkpointing=True", f"--iterations={iterations}", f"--out={out}"])
+            train.main(["--rooms=0", "--conditions=2", "--members=4", "--size=2", "--sample_every=99",
+                        "--save_every=99", "--checkpointing=True", f"--iterations={iterations}",
+                        f"--out={out}"])
         counts.append(w.at)
-    each = {key: (counts[1][key] - counts[0][key]) / 2 for key in counts[1] if counts[1][key] > counts[0][key]}
-    world = {k: n for k, n in each.items() if k.startswith(("toy", "rewards", "trajectories", "data", "elsewhere"))}
+    each = {key: (n - counts[0][key]) / 2 for key, n in counts[1].items() if n > counts[0][key]}
+    theirs = "toy", "rewards", "trajectories", "data", "elsewhere"
+    world = {k: n for k, n in each.items() if k.startswith(theirs)}
     rows = [{"where": k, "per iteration": n} for k, n in sorted(each.items()) if k not in world]
     rows.append({"where": "toy world and its rewards", "per iteration": sum(world.values())})
     table("values read by the host", rows)
@@ -400,17 +418,20 @@ def share(args):
     decode = 8 * seconds(lambda: codec.decode(x.to(DTYPE)), args.repeat)[1]
     c2w = torch.from_numpy(trajectories.recammaster(9, args.frames))[None].to(DEVICE)
     intrinsics = torch.tensor([[0.9, 1.56, 0.5, 0.5]], device=DEVICE)
-    maps = 2 * seconds(lambda: trajectories.camera_maps(c2w, intrinsics, args.height, args.width), args.repeat)[1]
+    make = lambda: trajectories.camera_maps(c2w, intrinsics, args.height, args.width)
+    maps = 2 * seconds(make, args.repeat)[1]
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         vae.VAE(16, [96, 96, 192, 384, 384], 2, [False, True, True]).decode(torch.empty(1, 16, 21, 60, 104))
     decode_work, forward_work = counter.get_total_flops() / 1e12, flops(plan.FUN_CAMERA, 65520) / 1e12
     rows, counted = [], []
     for name, tail in (("exact", None), ("with tail", 0.4)):
-        n = float(np.mean([plan.cost(plan.evaluations(range(w, w + 4), 25, 8, True, tail)) for w in range(21)]))
+        windows = [range(w, w + 4) for w in range(21)]
+        n = float(np.mean([plan.cost(plan.evaluations(w, 25, 8, True, tail)) for w in windows]))
         whole = n * forward + decode + maps
         rows.append({"window 4, G 8": name, "network s": n * forward, "decode s": decode, "maps s": maps,
                      "decode's share": decode / whole, "maps' share": maps / whole})
-        counted.append({"window 4, G 8": name, "evaluations": n, "a forward": forward_work, "a decode": decode_work,
+        counted.append({"window 4, G 8": name, "evaluations": n, "a forward": forward_work,
+                        "a decode": decode_work,
                         "decodes' share": 8 * decode_work / (8 * decode_work + n * forward_work)})
     size = f"{args.frames}x{args.height}x{args.width}"
     table(f"share: the full VAE, 1.3B (30 blocks from the times of 1 and 2), {size}", rows)
@@ -421,21 +442,25 @@ def share(args):
 
 def curves(args):
     """A shared prefix and a tail against neither (calls of one row would change no sum, only take long)."""
-    runs = {name: [toy_log(f"--iterations={args.iterations}", f"--seed={seed}", *how) for seed in range(args.seeds)]
+    runs = {name: [toy_log(f"--iterations={args.iterations}", f"--seed={seed}", *how)
+                   for seed in range(args.seeds)]
             for name, how in (("fast", ()), ("alone", ("--share_prefix=False", "--tail=0.0")))}
     length, rows = max(1, args.iterations // 10), []
     for i in range(0, args.iterations, length):
         fast, alone = ([np.mean([r["reward/trans"] for r in log[i:i + length]]) for log in logs]
                        for logs in runs.values())
         rows.append({"from iteration": i, "fast": float(np.mean(fast)), "alone": float(np.mean(alone)),
-                     "difference": float(np.mean(fast) - np.mean(alone)), "sd over seeds": float(np.std(fast + alone))})
+                     "difference": float(np.mean(fast) - np.mean(alone)),
+                     "sd over seeds": float(np.std(fast + alone))})
     table(f"curves: the toy's translation reward, metres, mean over {args.seeds} seeds", rows)
-    table("curves: seconds of rollout and update", [{name: float(np.mean([sum(
-        r["seconds/rollout"] + r["seconds/update"] for r in log) for log in logs])) for name, logs in runs.items()}])
+    cost = lambda log: sum(r["seconds/rollout"] + r["seconds/update"] for r in log)
+    table("curves: seconds of rollout and update", [
+        {name: float(np.mean([cost(log) for log in logs])) for name, logs in runs.items()}])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     commands = {f.__name__: f for f in (network, iteration, memory, scaling, allreduce, share, curves)}
     parser.add_argument("command", choices=commands)
     published = dict(frames=81, height=480, width=832, dim=1536, layers=30, ffn=8960)

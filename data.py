@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import trajectories
+from cameras import read_path
 
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".m4v", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -504,7 +505,7 @@ def source_cameras(video, numbers, shape, name, cameras, fov=None):
     video: uint8 (T, H, W, 3), scaled and cropped; numbers (T,): its frames as rows of a camera file
     shape: (H, W) of the stored video; fov: its horizontal view in degrees, for files without intrinsics
     cameras: an estimator, videos (1, T, H, W, 3) -> metric c2w (1, T, 4, 4) and intrinsics (1, 4), or a
-        folder that for a clip a/b.mp4 holds a/b.npz, .npy or .json as trajectories.read_path reads them (an
+        folder that for a clip a/b.mp4 holds a/b.npz, .npy or .json as cameras.read_path reads them (an
         .npz may hold intrinsics too: read_focal), or ViPE's pose/b.npz and intrinsics/b.npz
     ValueError with the reason where there are none, too few, or the estimator failed."""
     if callable(cameras):
@@ -519,7 +520,7 @@ def source_cameras(video, numbers, shape, name, cameras, fov=None):
         file = next((f for f in files if f.is_file()), None)
         if file is None:
             raise ValueError(f"no camera file {stem}.npz, .npy or .json, nor {vipe}")
-        c2w = trajectories.read_path(file)
+        c2w = read_path(file)
         if len(c2w) <= numbers[-1]:
             raise ValueError(f"{file}: {len(c2w)} cameras, but the clip's last frame is {numbers[-1]}")
         c2w, (h, w), (height, width) = c2w[numbers], shape, video.shape[1:3]

@@ -22,89 +22,34 @@ each video's score, to have intervals and pairs.
 import dataclasses
 import difflib
 import inspect
-import io
-import json
 import math
 import os
 import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import data
-import outside
 import report
 import trajectories
+from checkpoint import WEIGHTS, differing, digest, find_checkpoint
+from clips import open_encoders, open_policy, weights_sizes
+from configurator import at_least_1, parse
 from model import load_dit
 from report import case_name, split_case
-from train import condition_of, digest, generate, parse
+from retake import Generating, Retake, encode, film, read_clip, retake, source_cameras
+from scores import (open_estimator, pose_scores, read_json, save_poses, score_met3r, score_poses,
+                    score_vbench, write_json)
+from train import generate
 from trajectories import path_number
 
 PROTOCOL = 1  # of results.json: raised whenever a number would come out differently
-CHECKPOINT = "self_attn.safetensors"  # as train.py names it
-DIT, REDIRECTOR = "diffusion_pytorch_model.safetensors", "step20000.safetensors"  # as published
-
-
-# ---- scores of a video ----
-
-def pose_scores(pred, target):
-    """Camera scores of one video: c2w pred, target (T, 4, 4) -> dict; None where a score does not apply.
-
-    TransErr (after alignment; dimensionless), TransErr_moving (None on pure rotations), RotErr (degrees, all
-    pairs of frames): ReDirector's. position (metres), rotation (degrees): means over frames, both paths
-    relative to their first frame, nothing aligned. scale: length of the estimated over that of the target
-    path, None on pure rotations; jitter lengthens a path too. Poses that are not finite give {"failed": why}.
-    ValueError for paths of different lengths.
-    """
-    pred, target = (np.asarray(x, np.float64) for x in (pred, target))
-    if not np.isfinite(pred).all():
-        return {"failed": "the estimated poses are not finite"}
-    both = torch.from_numpy(pred), torch.from_numpy(target)
-    position, rotation = map(float, trajectories.pose_errors(*both, schedule="uniform"))
-    length, wanted = (np.linalg.norm(np.diff(x[:, :3, 3], axis=0), axis=1).sum() for x in (pred, target))
-    aligned, moves = trajectories.trans_err(pred, target), wanted > 1e-6
-    return {"TransErr": aligned, "TransErr_moving": aligned if moves else None,
-            "RotErr": trajectories.rot_err(pred, target), "position": position,
-            "rotation": math.degrees(rotation), "scale": float(length / wanted) if moves else None}
-
-
-def pose_folder(folder):
-    """Cameras estimated before: <folder>/<method>/<case>.npz or, as ViPE does, <method>/pose/<case>.npz."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"estimator: expected vipe, mapanything or a folder, found {str(folder)!r}")
-
-    def estimate(path, method=""):
-        files = [Path(folder) / method / where / f"{path.stem}.npz" for where in ("", "pose")]
-        return trajectories.read_path(next((f for f in files if f.is_file()), files[0])), None
-
-    return estimate
-
-
-def open_estimator(config, device):
-    """The pose estimator that config names: a function (video file, method's name) -> (c2w (N, 4, 4),
-    normalised intrinsics (4,) or None) that raises ValueError or FileNotFoundError where it fails."""
-    if config.estimator == "vipe":
-        return outside.vipe(config.vipe, config.vipe_pipeline)
-    ours = config.estimator == "mapanything"
-    folder = Path(config.weights, "map-anything") if ours else Path(config.estimator)
-    if not ours and not (folder / "model.safetensors").exists():
-        return pose_folder(folder)
-    from rewards import mapanything
-    cameras = mapanything(folder, device).cameras
-
-    def estimate(path, method=""):
-        c2w, intrinsics = cameras(torch.from_numpy(data.read_video(path)[0])[None].to(device))
-        return c2w[0].double().cpu().numpy(), intrinsics[0].float().cpu().numpy()
-
-    return estimate
 
 
 # ---- which cases: clips, paths, speeds; videos made elsewhere ----
@@ -123,12 +68,6 @@ def listed(text, what, convert):
     if not found:
         raise ValueError(f"{what}: expected a comma-separated list, found {text!r}")
     return found
-
-
-def at_least_1(config, *names):
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, found {getattr(config, name)}")
 
 
 def find_clips(videos, only=""):
@@ -163,37 +102,16 @@ def find_generated(folder):
     return cases
 
 
-def find_checkpoint(path):
-    """A checkpoint's file from itself, its folder, or a run's folder (then the newest)."""
-    path = Path(path)
-    files = [path, path / CHECKPOINT, *sorted(path.glob(f"iteration_??????/{CHECKPOINT}"))[::-1]]
-    found = next((f for f in files if f.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"{path}: no checkpoint, expected a file or a folder of train.py's")
-    return found
-
-
 def find_checkpoints(text):
     """Comma-separated checkpoints -> {method: file, None for the base}; a run's is <run>-<iteration>."""
     files = [find_checkpoint(x) for x in items(text)]
-    names = ["-".join(f.resolve().parts[-3:-1]) if f.name == CHECKPOINT else f.stem for f in files]
+    names = ["-".join(f.resolve().parts[-3:-1]) if f.name == WEIGHTS else f.stem for f in files]
     if len({*names, "base", "sources", "conditions", "targets"}) < len(names) + 4:
         raise ValueError(f"ckpt: expected different names, none of them base, found {', '.join(names)}")
     return {"base": None, **dict(zip(names, files))}
 
 
-# ---- files: whole or not at all, kept if made with the same settings ----
-
-def write_json(path, content):
-    data.write_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
-
+# ---- results: kept if made with the same settings ----
 
 def read_results(path):
     """results.json; FileNotFoundError, or ValueError where it is damaged or of another protocol."""
@@ -215,128 +133,16 @@ def claim(folder, settings):
     settings = {"protocol": PROTOCOL, **settings}
     if not (folder / "settings.json").exists():
         return write_json(folder / "settings.json", settings)
-    differ = [f"{k} = {v!r}, now {settings.get(k)!r}" for k, v in read_json(folder / "settings.json").items()
-              if settings.get(k) != v]
-    if differ:
-        raise ValueError(f"{folder}: made with {'; '.join(differ)}; choose another --out")
-
-
-def save_poses(path, c2w):
-    file = io.BytesIO()
-    np.savez_compressed(file, c2w=np.asarray(c2w, np.float64))
-    data.write_file(path, file.getvalue())
-
-
-def fingerprint(path):
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+    made = read_json(folder / "settings.json")
+    if differ := differing(made, {name: settings.get(name) for name in made}):
+        raise ValueError(f"{folder}: made with {differ}; choose another --out")
 
 
 def checkpoint_digest(path):
     return digest(path.read_bytes()) if path else ""
 
 
-# ---- a source video and its condition ----
-
-def read_clip(path, config, stride=1):
-    """A video's largest 4k+1 frames, config.frames at most (0: all), scaled to cover and cropped -> uint8
-    (T, H, W, 3), fps, and the frames' numbers (T,), rows of a camera file."""
-    size = config.height, config.width
-    if size[0] % 16 or size[1] % 16:
-        raise ValueError(f"height and width: expected multiples of 16, found {size[0]} x {size[1]}")
-    try:
-        video, fps, rows = data.read_frames(path, config.frames or None, stride, size)
-    except ValueError:
-        if not config.frames:
-            raise
-        video, fps, rows = data.read_frames(path, None, stride, size)  # shorter; if broken, it raises again
-    frames = (len(video) - 1) // 4 * 4 + 1
-    if frames < 5:
-        raise ValueError(f"{path}: too short, {len(video)} frames, expected at least 5")
-    return video[:frames], fps, rows[:frames]
-
-
-def source_cameras(path, name, clip, mp4, config, estimate):
-    """Cameras of a clip as read_clip returns it: c2w (T, 4, 4), metres, relative to the first, and intrinsics
-    (4,). From config.cameras, a file, or a folder that has one for the video called `name`; where that is
-    empty, estimated from `mp4`, the clip as the model sees it."""
-    video, _, rows = clip
-    cameras = config.cameras
-    if cameras and Path(cameras).is_file():
-        cameras, name = Path(cameras).parent, Path(cameras).name
-    elif not cameras:
-        def cameras(_):
-            c2w, intrinsics = estimate(mp4)
-            if len(c2w) != len(video) or intrinsics is None:
-                raise ValueError(f"source cameras: expected {len(video)} and intrinsics, found {len(c2w)}")
-            return torch.from_numpy(c2w)[None], torch.from_numpy(intrinsics)[None]
-    stored = data.read_video(path, frames=1)[0].shape[1:3]
-    return data.source_cameras(video, rows, stored, name, cameras, config.fov or None)
-
-
-def open_encoders(weights, device):
-    """VAE, text and image encoder from the folder of the published weights."""
-    from encoders import load_image_encoder, load_text_encoder
-    from vae import load_vae
-    dtype, folder = torch.float32 if device.type == "cpu" else torch.bfloat16, Path(weights)
-    return (load_vae(folder / data.VAE_FILE, device, dtype),
-            load_text_encoder(folder / data.TEXT_FILE, folder / data.TOKENIZER, device, dtype),
-            load_image_encoder(folder / data.IMAGE_FILE, device, dtype))
-
-
-def encode(clip, path, caption, cameras, encoders, config, device):
-    """A clip as read_clip returns it, its caption (None: BLIP-2's) and cameras -> data.Clip."""
-    video, fps, _ = clip
-    if caption is None:
-        from encoders import caption as describe
-        caption = describe(video[len(video) // 2], config.blip, device, encoders[0].conv1.weight.dtype)
-    latents, image, text = data.encode_clip(torch.from_numpy(video).to(device), caption, *encoders)
-    return data.Clip(str(path), str(path), caption, fps, latents, image, text, *cameras)
-
-
-# ---- generating ----
-
-def open_policy(weights, checkpoint, device):
-    """The published DiT with ReDirector's weights and, if any, a checkpoint laid over them."""
-    files = [Path(weights) / DIT, Path(weights) / REDIRECTOR, *([checkpoint] if checkpoint else [])]
-    return load_dit(*files, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
-
-
-def weights_sizes(weights):
-    """{file: bytes} of the published files; FileNotFoundError for one that is missing."""
-    names = DIT, REDIRECTOR, data.VAE_FILE, data.TEXT_FILE, data.IMAGE_FILE
-    files = [Path(weights) / name for name in names]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{', '.join(missing)}: no such file, expected the published weights")
-    return {f"bytes of {file.name}": file.stat().st_size for file in files}
-
-
-def film(dit, codec, clip, target, name, negative, config, device):
-    """A data.Clip filmed along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named `name`."""
-    condition = condition_of([clip], target[None], config, device)
-    return generate(dit, codec, condition, [name], negative, steps=config.steps, shift=config.shift,
-                    guidance=config.guidance, seed=config.seed)[0].cpu().numpy()
-
-
 # ---- the paper's protocol ----
-
-@dataclass
-class Generating:
-    """Settings of all that generates videos with the published weights."""
-    weights: str = ""           # folder of the published weights
-    ckpt: str = ""              # beside or in place of ReDirector's: files, checkpoints' or runs' folders
-    cameras: str = ""           # source cameras: a file, or a folder of one for each video; empty: estimated
-    fov: float = 0.0            # horizontal field of view, degrees, where camera files have no intrinsics
-    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id, where captions are not given
-    vipe: str = "vipe"          # ViPE's program
-    vipe_pipeline: str = "default"  # its preset; only_pose where ReDirector's fork is installed
-    height: int = 480           # pixels, a multiple of 16 (ReDirector)
-    width: int = 832            # pixels, a multiple of 16 (ReDirector)
-    steps: int = 50             # denoising steps (ReDirector)
-    shift: float = 5.0          # of the schedule (Wan)
-    guidance: float = 5.0       # classifier-free guidance (ReDirector); 1: off
-    seed: int = 0               # of the noise
-
 
 @dataclass
 class Config(Generating):
@@ -389,66 +195,6 @@ def film_sources(config, clips, out, mine, estimate, device, quiet):
             tqdm.write(f"{clip}: {error}")
     if todo and config.weights and not captions:
         load_captioner.cache_clear()  # makes room
-
-
-def score_poses(folder, case, video, estimate, why):
-    """Scores of one case, also written to folder/cases/<case>.json; kept if the video is still the same,
-    unless it failed. why: the reason, where there is no video."""
-    file, made = folder / "cases" / f"{case}.json", fingerprint(video)
-    clip, number, speed = split_case(case)
-    scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed, "video": str(video),
-              "made": made}
-    try:
-        kept = json.loads(file.read_text())
-        if made and kept["made"] == made:
-            if "failed" not in kept:
-                return kept
-            scores = {k: x for k, x in kept.items() if k != "failed"}  # other programs' scores stay
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
-        pass  # not there, or damaged
-    try:
-        if not made:
-            raise ValueError(why)
-        pred, _ = estimate(video, folder.name)
-        scores |= pose_scores(pred, trajectories.recammaster(number, len(pred), speed))
-        save_poses(folder / "poses" / f"{case}.npz", pred)
-    except (ValueError, FileNotFoundError) as error:
-        scores["failed"] = str(error)
-    write_json(file, scores)
-    return scores
-
-
-def score_met3r(config, folder, case, source, video, scores):
-    """Add MEt3R and Dyn-MEt3R to a case's scores, unless there -> note if they cannot be had at all."""
-    if not scores["made"] or {"MEt3R", "Dyn-MEt3R"} <= set(scores) or not source.exists():
-        return None
-    _, number, speed = split_case(case)
-    python = config.redirector_python or sys.executable
-    found, note = outside.met3r(python, config.redirector, source, video, number, speed)
-    if note and note.startswith("not installed"):
-        return note
-    scores = scores | found | {"incomplete": {"MEt3R": note} if note else {}}
-    write_json(folder / "cases" / f"{case}.json", scores)
-
-
-def score_vbench(folder, python, videos):
-    """VBench's six dimensions of {case: file} -> ({case: {dimension: score}}, note or None). Each is kept in
-    folder/vbench while the videos are the same."""
-    made, scores, notes = {case: fingerprint(path) for case, path in videos.items()}, {}, []
-    for dimension in outside.DIMENSIONS if videos else ():
-        file = folder / "vbench" / f"{dimension}.json"
-        kept = read_json(file) if file.exists() else {}
-        if kept.get("made") != made:
-            found, note = outside.vbench(python, videos, dimension)
-            kept = {"made": made, "scores": found, "note": note}
-            if note is None:
-                write_json(file, kept)
-        for case, x in kept["scores"].items():
-            scores.setdefault(case, {})[dimension] = x
-        notes += [kept["note"]] if kept["note"] else []
-        if kept["note"] and kept["note"].startswith("not installed"):
-            break
-    return scores, "; ".join(notes) or None
 
 
 def evaluate(config):
@@ -673,61 +419,6 @@ def compare(config):
     if config.out:
         data.write_file(Path(config.out) / "tables.md", text.encode())
     print(text)
-
-
-# ---- a video of your own ----
-
-@dataclass
-class Retake(Generating):
-    """python evaluate.py retake CLIP: your own video, filmed anew along another camera path."""
-    clip: str = ""              # video file or folder of images; may be given as a plain argument
-    camera: str = "arc_left"    # ReCamMaster's path by number or name, static, or a camera file
-    speed: float = 1.0          # of the camera path
-    prompt: str = ""            # what the video shows; empty: BLIP-2's caption of the middle frame
-    estimator: str = "mapanything"  # of the clip's cameras: mapanything (in weights), or vipe
-    out: str = "out/retake"     # folder for the videos
-    frames: int = 81            # at most; the largest 4k + 1 that the clip has
-    stride: int = 1             # take every n-th frame
-
-
-def retake(config):
-    """Write <clip>_<camera>_<speed>.mp4 and .._side_by_side.mp4 to config.out; returns the two paths."""
-    from encoders import NEGATIVE_PROMPT, load_captioner
-    if not config.clip or not config.weights:
-        raise ValueError("retake: expected a clip and --weights=FOLDER")
-    at_least_1(config, "frames", "height", "width", "stride", "steps")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = Path(config.clip)
-    read = read_clip(path, config, config.stride)  # what can be refused is refused before big files are read
-    video, fps, _ = read
-    target = trajectories.named_path(config.camera, len(video), config.speed)
-    checkpoint = find_checkpoint(config.ckpt) if config.ckpt else None
-    weights_sizes(config.weights)  # all there?
-    if config.cameras and not Path(config.cameras).is_file():
-        raise FileNotFoundError(f"{config.cameras}: no such camera file")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "source.mp4"
-        data.write_video(source, video, fps)
-        estimate = None if config.cameras else open_estimator(config, device)
-        cameras = source_cameras(path, path.name, read, source, config, estimate)
-    del estimate
-    encoders = open_encoders(config.weights, device)
-    clip = encode(read, path, config.prompt or None, cameras, encoders, config, device)
-    codec, negative = encoders[0], encoders[1].embed([NEGATIVE_PROMPT])
-    del encoders
-    load_captioner.cache_clear()  # makes room
-    dit = open_policy(config.weights, checkpoint, device)
-    title = f"{config.camera}, speed {config.speed:g}"
-    print(f"{len(video)} frames of {config.height} x {config.width}, {title}: {clip.caption}")
-    new = film(dit, codec, clip, target, path.stem, negative, config, device)
-    name = re.sub(r"\.\w+(?=#|$)", "", Path(config.camera).name).replace("#", "_")  # of paths.json#cam03 too
-    file = Path(config.out) / f"{path.stem}_{name}_{config.speed:g}.mp4"
-    beside = file.with_name(f"{file.stem}_side_by_side.mp4")
-    data.write_video(file, new, fps)
-    drawn = data.draw_paths(new, [clip.c2w.numpy(), target])  # white: the source's, orange: the new cameras
-    data.write_video(beside, data.grid([video, drawn], ["source", title]), fps)
-    print(f"{file}\n{beside}")
-    return file, beside
 
 
 COMMANDS = {  # name -> settings, what it does, and the setting that may be given plainly

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-import trajectories
+from cameras import read_path
 
 
 def call(command, cwd=None):
@@ -62,7 +62,7 @@ def vipe(program="vipe", pipeline="default"):
             if code != 0 or not all(f.is_file() for f in files):
                 raise ValueError(f"ViPE failed (exit code {code}: {last})")
             try:
-                c2w = trajectories.read_path(files[0])
+                c2w = read_path(files[0])
                 focal = data.read_focal(files[1], data.read_video(path, frames=1)[0].shape[1:3])
                 return c2w, np.array([*focal, 0.5, 0.5], np.float32)
             except (ValueError, TypeError, EOFError, OSError, KeyError) as error:

@@ -1,7 +1,8 @@
-"""What a run will cost, before it is started: `python train.py CONFIG --dry-run`. Needs neither data nor weights.
+"""What a run will cost, before it starts: `python train.py CONFIG --dry-run`. Needs neither data nor weights.
 
-Network evaluations are counted, memory is measured: the run's own functions on tensors without contents (torch's
-meta device), adding up what is alive. A kernel's own scratch space and the allocator's losses are not seen.
+Network evaluations are counted, memory is measured: the run's own functions on tensors without contents
+(torch's meta device), adding up what is alive. A kernel's own scratch space and the allocator's losses are
+not seen.
 """
 import dataclasses
 import weakref
@@ -14,20 +15,23 @@ from torch.utils._pytree import tree_leaves
 
 import sampler
 import toy
+from clips import DIT, REDIRECTOR
 from data import to_uint8
 from grpo import micro_batches, policy_loss
 from model import Condition, Config, DiT, config_from, read_shapes, trainable
 from sampler import chunks, rollout, schedule, window
 from vae import VAE
 
-FUN_CAMERA = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, image_dim=1280, camera_dim=24, roce=True)
+FUN_CAMERA = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, image_dim=1280, camera_dim=24,
+                    roce=True)
 
 
 # ---- network evaluations ----
 
 def evaluations(window, steps, members, share=True, tail=None, updates=1):
-    """Network rows that one condition costs without guidance: (rollout, update), the update's in forward passes.
-    `share`: the group starts from one noise, so that it is one latent up to and including the first window step."""
+    """Network rows that one condition costs without guidance: (rollout, update), the update's in forward
+    passes. share: the group starts from one noise, so it is one latent up to and including the first window
+    step."""
     rest = steps - window[-1] - 1
     rest = rest if tail is None else max(1, int(tail * rest))
     alone = window[0] + 1  # steps a shared group takes as one; of these one is trained on
@@ -44,7 +48,7 @@ def cost(counts, checkpointing=True):
 # ---- memory ----
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of tensors alive that were made under it, or shown to it by `add`: now, and their peak."""
+    """Bytes of tensors alive that were made under it, or shown to it by `add`: now, and at their peak."""
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
@@ -75,14 +79,15 @@ class Live(TorchDispatchMode):
 
 
 def parts(config):
-    """(DiT's Config, codec, latent's shape, text's shape) of a run; weights' headers are read where they are there.
-    Codec without contents: to be called under torch.device("meta")."""
+    """(DiT's Config, codec, latent's shape, text's shape) of a run; weights' headers are read where they are
+    there. Codec without contents: to be called under torch.device("meta")."""
     folder, frames = Path(config.weights), (config.frames - 1) // 4 + 1
     if config.world == "toy":
-        state = {key: torch.empty(shape) for key, shape in read_shapes(folder / "toy_codec.safetensors").items()}
-        return (config_from(read_shapes(folder / "toy_base.safetensors"), toy.HEADS), toy.Codec(state),
+        shapes = read_shapes(folder / "toy_codec.safetensors")
+        codec = toy.Codec({key: torch.empty(shape) for key, shape in shapes.items()})
+        return (config_from(read_shapes(folder / "toy_base.safetensors"), toy.HEADS), codec,
                 (16, frames, config.height // toy.PATCH, config.width // toy.PATCH), (1, toy.TEXT))
-    base, redirector = folder / "diffusion_pytorch_model.safetensors", folder / "step20000.safetensors"
+    base, redirector = folder / DIT, folder / REDIRECTOR
     found = base.is_file() and redirector.is_file()
     dit = config_from({**read_shapes(base), **read_shapes(redirector)}) if found else FUN_CAMERA
     codec = VAE(16, [96, 96, 192, 384, 384], 2, [False, True, True])  # as published
@@ -90,9 +95,10 @@ def parts(config):
 
 
 def memory(config, ranks=1, dtype=None):
-    """Bytes on one rank -> (what stays: part -> bytes, peaks: phase -> bytes, with what stays). Reward models are not
-    in it. dtype: of frozen weights; None: the one of a GPU run."""
-    attention = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]  # or meta has N x N
+    """Bytes on one rank -> (what stays: part -> bytes, peaks: phase -> bytes, with what stays). Reward models
+    are not in it. dtype: of frozen weights; None: the one of a GPU run."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # meta's own choice has N x N weights
+    attention = lambda q, k, v: flash(q, k, v)[0]
     noise = lambda shape, *key: torch.empty(shape)  # a generator with a seed needs a real device
     with (torch.device("meta"), patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
           patch.object(sampler, "_noise", noise)):
@@ -111,7 +117,9 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     """`memory` of a DiT with as many blocks as dit_config says, under Live."""
     dit = DiT(dit_config)
     if config.world == "clips":  # nothing else of it is a module
-        codec.load_state_dict({k: torch.empty(x.shape, dtype=dtype) for k, x in codec.state_dict().items()}, assign=True)
+        state = {k: torch.empty(x.shape, dtype=dtype) for k, x in codec.state_dict().items()}
+        codec.load_state_dict(state, assign=True)
+        del state
     dit.load_state_dict({k: torch.empty(x.shape, dtype=torch.float32 if ".self_attn." in k else dtype)
                          for k, x in dit.state_dict().items()}, assign=True)
     dit.checkpoint, parameters = config.checkpointing, trainable(dit)
@@ -125,10 +133,10 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
 
     C, G, n, rows = config.conditions // ranks, config.members, config.size, config.micro_batch or None
     branches = 1 if config.guidance == 1 else 2
-    maps = (C, 24, shape[1], 8 * shape[2], 8 * shape[3])
+    maps = lambda: torch.empty(C, 24, shape[1], 8 * shape[2], 8 * shape[3])
     image = torch.empty(C, 257, dit_config.image_dim) if dit_config.image_dim else None
     peaks, live.peak = {}, live.now
-    condition = Condition(torch.empty(C, *text), image, torch.empty(C, *shape), torch.empty(maps), torch.empty(maps))
+    condition = Condition(torch.empty(C, *text), image, torch.empty(C, *shape), maps(), maps())
     with torch.no_grad():
         prepared = dit.prepare(condition)
         negative = dit.prepare(condition) if branches == 2 else None
@@ -146,12 +154,13 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
         live.peak = max(live.peak, live.now + call)
         return torch.empty_like(x)
     live.peak = live.now
-    sampled = rollout(policy, prepared, G, range(n), sigmas=schedule(n + 2, config.shift), shape=shape, seed=0,
-                      condition_ids=range(C), negative=negative, guidance=config.guidance, micro_batch=rows,
-                      share_noise=config.share_noise, share_prefix=config.share_prefix, device="meta")
+    sampled = rollout(policy, prepared, G, range(n), sigmas=schedule(n + 2, config.shift), shape=shape,
+                      seed=0, condition_ids=range(C), negative=negative, guidance=config.guidance,
+                      micro_batch=rows, share_noise=config.share_noise, share_prefix=config.share_prefix,
+                      device="meta")
     peaks["rollout"] = live.peak
 
-    # decode, `reward_batch` videos at a time, joined at the end; three latent frames need what more of them do
+    # decode, `reward_batch` videos at a time, joined at the end; three latent frames need what more would
     several, few = min(C * G, config.reward_batch or C * G), min(shape[1], 3)
     piece, decoding = live.extra(codec.decode, torch.empty(several, shape[0], few, *shape[2:]))
     video = piece.new_empty(*piece.shape[:2], 4 * shape[1] - 3, *piece.shape[3:])
@@ -197,11 +206,13 @@ def report(config, ranks=1):
                f"{config.iterations * config.updates:,} optimiser steps",
         "parameters": f"{total:,}, of which {trained:,} train",
         "tokens": f"{2 * tokens:,} a network row: {tokens:,} of the target, as many of the source",
-        "evaluations": "per condition and iteration, mean over the run's windows (backward 2, recomputation 1)",
-        " ours": f"{ours[0]:.1f} rollout + {ours[1]:.1f} update x {3 + config.checkpointing} = {ours_cost:.1f}; "
-                 f"on all ranks {C * ours_cost:,.0f}, the whole run {config.iterations * C * ours_cost:,.0f}",
-        " paper's": f"{paper[0]:.1f} + {paper[1]:.1f} x {3 + config.checkpointing} = {paper_cost:.1f}, every member alone, "
-                    f"Euler throughout: {paper_cost / ours_cost:.2f} times ours",
+        "evaluations": "per condition and iteration, mean over the run's windows "
+                       "(backward 2, recomputation 1)",
+        " ours": f"{ours[0]:.1f} rollout + {ours[1]:.1f} update x {3 + config.checkpointing} "
+                 f"= {ours_cost:.1f}; on all ranks {C * ours_cost:,.0f}, "
+                 f"the whole run {config.iterations * C * ours_cost:,.0f}",
+        " paper's": f"{paper[0]:.1f} + {paper[1]:.1f} x {3 + config.checkpointing} = {paper_cost:.1f}, "
+                    f"every member alone, Euler throughout: {paper_cost / ours_cost:.2f} times ours",
         "disk": f"{size(12 * trained)} a checkpoint (weights and two moments, float32), {config.keep} kept",
         "memory": "per rank, without reward models, uncompiled; estimated on tensors without contents",
         " stays": f"{sizes(stay)}; together {size(sum(stay.values()))}",

@@ -17,6 +17,7 @@ import numpy as np
 
 import data
 import trajectories
+from cameras import read_path
 
 METRICS = {  # key -> (heading, better: 1 higher, -1 lower, 0 nearer to one); the paper's ten first
     "subject_consistency": ("Subject Consistency", 1),
@@ -410,11 +411,11 @@ def chosen(out, methods, cases=()):
             rows.append([method, *(text_of(scores.get(m)) for m in metrics)])
             videos.append((method, Path(scores.get("video", ""))))
             if "failed" not in scores:
-                paths.append((method, trajectories.read_path(poses)))
+                paths.append((method, read_path(poses)))
         if paths:
             file = out / "targets" / f"{case}.npz"
             target = trajectories.recammaster(number, len(paths[0][1]), speed)
-            paths.insert(0, ("target", trajectories.read_path(file) if file.exists() else target))
+            paths.insert(0, ("target", read_path(file) if file.exists() else target))
         shown.append({"title": f"{clip}, {trajectories.PATHS[number - 1]}, speed {speed:g}", "paths": paths,
                       "videos": [(label, path) for label, path in videos if path.is_file()],
                       "scores": table("", ["Method", *map(heading, metrics)], rows)})

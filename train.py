@@ -3,18 +3,15 @@
     python train.py                                   the toy world, on a laptop (config/toy.py)
     python train.py config/toy.py --seed=1 --out=out/seed1
     torchrun --nproc-per-node=8 train.py config/geo_align.py --weights=... --clips=... --trajectories=...
-    python train.py config/geo_align.py --dry-run     what that would cost (plan.py); WORLD_SIZE=8 before it: per rank
+    python train.py config/geo_align.py --dry-run     what that would cost (plan.py); WORLD_SIZE=8 before it:
+                                                      on each of 8 ranks
 
 The same command again resumes from --out. Exit codes: 0 done, 1 bad input or failed run (one line says why),
 75 stopped by SIGTERM or SIGINT after writing a checkpoint.
 """
-import ast
 import dataclasses
-import difflib
-import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -27,17 +24,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import clips
 import data
-import rewards as rewarding
+import rewards
 import toy
 import trajectories
+from checkpoint import open_log, resume, save_checkpoint
+from configurator import parse
+from distributed import absent, assert_ranks_agree, gather, reduce
 from grpo import advantages, micro_batches, policy_loss, succeeded, summary
-from model import Condition, load_dit, trainable
+from model import trainable
 from sampler import rollout, sample, schedule, window
 
 
@@ -45,21 +44,21 @@ from sampler import rollout, sample, schedule, window
 class Config:
     """One comment per field: what it is, its unit, where its default comes from."""
     # the world
-    world: str = "toy"                 # "toy": procedural rooms, shipped weights; "clips": published models, real clips
+    world: str = "toy"                 # "toy": rooms, shipped weights; "clips": real, published models
     weights: str = "weights"           # folder of the official files (clips) or of the toy's
     clips: str = ""                    # folder that `python data.py prepare` wrote
-    trajectories: str = ""             # folder of camera paths (OmniWorld-Game, Sekai, MultiCamVideo, .npz, .npy)
+    trajectories: str = ""             # folder of camera paths, of any format that cameras.py reads
     frames: int = 81                   # video length, 4k + 1 (paper)
     height: int = 480                  # pixels (ReDirector)
     width: int = 832                   # pixels (ReDirector)
-    v: tuple = (0.005, 0.06, 0.025, 0.015)  # m/frame: lowest, highest, mean, sd of Eq. 10 (ours: paper's unknown)
-    omega: tuple = (0.05, 0.8, 0.3, 0.2)  # deg/frame: the same of Eq. 11 (ours: paper's unknown)
+    v: tuple = (0.005, 0.06, 0.025, 0.015)  # m/frame: lowest, highest, mean, sd of Eq. 10 (ours: unknown)
+    omega: tuple = (0.05, 0.8, 0.3, 0.2)  # deg/frame: the same of Eq. 11 (ours: unknown)
     # rollout
     conditions: int = 8                # per iteration, over all ranks; divisible by their number
     members: int = 8                   # G, videos per condition (ours: paper's unknown)
     steps: int = 25                    # N, denoising steps (MixGRPO)
     shift: float = 5.0                 # of the schedule (Wan)
-    strategy: str = "progressive"      # how the window moves: progressive (MixGRPO), random (LongCat), all (Flow-GRPO)
+    strategy: str = "progressive"      # progressive (MixGRPO), random (LongCat) or all steps (Flow-GRPO)
     size: int = 4                      # steps in the window (MixGRPO)
     stride: int = 1                    # progressive: steps advanced ...
     iters_per_window: int = 25         # ... every so many iterations (MixGRPO)
@@ -69,20 +68,20 @@ class Config:
     guidance: float = 1.0              # classifier-free guidance of the policy (paper's unknown); 1: off
     share_noise: bool = True           # one initial noise per group (LongCat, MixGRPO)
     share_prefix: bool = True          # compute once what a group shares; off: same numbers, slower
-    tail: float = 0.0                  # keep this share of the steps after the window, DPM-Solver++ (MixGRPO-Flash: 0.4)
+    tail: float = 0.0                  # keep this share of the steps after the window (MixGRPO-Flash: 0.4)
     micro_batch: int = 0               # network rows per call; 0: all at once
     # rewards and objective
-    rewards: str = "trans=1,rot=1,vq=1,mq=1,hpsv3=1"  # name=weight, my_file.py:function=weight (weights unknown)
+    rewards: str = "trans=1,rot=1,vq=1,mq=1,hpsv3=1"  # and my_file.py:function=weight (ours: unknown)
     frame_weights: str = "linear"      # w_i of Eq. 3-4: linear (paper's example), uniform, quadratic
     estimator_stride: int = 1          # estimate the camera of every so many frames only
     reward_batch: int = 1              # videos per reward call; 0: all at once
     park: bool = False                 # keep reward models on the CPU between uses
     grey_mq: bool = False              # motion quality of the grey video, against colour hacking (LongCat)
-    hpsv3_prompt: str = ""             # fixed prompt, e.g. "A high-quality image" (LongCat); empty: the caption
+    hpsv3_prompt: str = ""             # for all, as "A high-quality image" (LongCat); empty: the caption
     normalise: str = "max"             # by the largest group deviation (Eq. 5), or each "group"'s own (GRPO)
     reweight: bool = True              # lambda_t of Eq. 7
     clip: float = 1e-4                 # e of Eq. 7; small because log-probs are means (MixGRPO)
-    updates: int = 1                   # optimiser steps per iteration, each on members / updates of every group
+    updates: int = 1                   # optimiser steps an iteration, each on its share of every group
     lr: float = 1e-5                   # AdamW, constant (ours: paper's unknown)
     weight_decay: float = 1e-4         # AdamW
     grad_clip: float = 1.0             # largest gradient norm
@@ -105,65 +104,6 @@ class Config:
             "threads", "park", "reward_batch", "rooms")  # may change on resume
 
 
-# ---- configuration: a file of `name = value` lines, then --name=value ----
-
-def convert(kind, value, where):
-    """value as a field's type: numbers, tuples and booleans as python writes them. ValueError with `where`."""
-    if kind is str and isinstance(value, str):
-        return value
-    try:
-        value = ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError):
-        pass
-    number = lambda x: type(x) in (int, float) and abs(x) < 1e300  # no infinity, no NaN
-    if kind is float and number(value):
-        return float(value)
-    if kind is tuple and type(value) in (list, tuple) and all(map(number, value)):
-        return tuple(map(float, value))
-    if type(value) is not kind or kind in (float, tuple):
-        raise ValueError(f"{where}: expected {kind.__name__}, found {value!r}")
-    return value
-
-
-def parse(config_class, argv, default=None):
-    """[file.py] --name=value ... -> config. Later wins. ValueError for unknown names (nearest one suggested), wrong
-    types, or a file with anything but assignments of constants: it is read, never run."""
-    fields = {f.name: f.type for f in dataclasses.fields(config_class)}
-    files = [a for a in argv if not a.startswith("--")] or ([default] if default else [])
-    settings = []
-    if len(files) > 1:
-        raise ValueError(f"one config file at most, found {' '.join(files)}")
-    for file in files:
-        try:
-            tree = ast.parse(Path(file).read_text(), file)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-            raise ValueError(f"{file}: expected lines of name = value ({e})") from None
-        for line in tree.body:
-            where = f"{file}, line {line.lineno}"
-            if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
-                continue  # a docstring
-            if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)):
-                raise ValueError(f"{where}: expected name = value")
-            try:
-                settings.append((where, line.targets[0].id, ast.literal_eval(line.value)))
-            except (ValueError, TypeError, RecursionError, MemoryError):
-                raise ValueError(f"{where}: expected a constant") from None
-    for arg in argv:
-        if arg.startswith("--"):
-            name, equals, value = arg[2:].partition("=")
-            name = name.replace("-", "_")
-            if not equals and fields.get(name) is not bool:
-                raise ValueError(f"{arg}: expected --name=value")
-            settings.append((arg, name, value if equals else True))
-    config = config_class()
-    for where, name, value in settings:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
-            raise ValueError(f"{where}: no setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
-        setattr(config, name, convert(fields[name], value, where))
-    return config
-
-
 def check(config, ranks, folders=True):
     """ValueError where settings cannot work together; `folders`: or where those of the data are not named."""
     def need(ok, message):
@@ -181,9 +121,11 @@ def check(config, ranks, folders=True):
     need(config.frames % 4 == 1, f"frames: expected 4k + 1, found {config.frames}")
     need(config.normalise in ("max", "group"), f"normalise: expected max or group, found {config.normalise}")
     need(config.conditions % ranks == 0, f"conditions: {config.conditions} do not divide over {ranks} ranks")
-    need(config.members % config.updates == 0, f"updates: {config.updates} do not divide {config.members} members")
+    need(config.members % config.updates == 0,
+         f"updates: {config.updates} do not divide {config.members} members")
     need(config.lr > 0 and config.eta > 0, f"lr and eta: expected > 0, found {config.lr} and {config.eta}")
-    window(0, config.steps, config.size, config.strategy, config.stride, config.iters_per_window, config.first or None)
+    window(0, config.steps, config.size, config.strategy, config.stride, config.iters_per_window,
+           config.first or None)  # refuses one that does not fit
     if config.world == "clips" and folders:
         for name in ("clips", "trajectories"):
             need(getattr(config, name), f"--{name}=FOLDER is needed")
@@ -204,169 +146,15 @@ class World:
     reward_weights: dict     # name -> weight
 
 
-def condition_of(clips, target, config, device):
-    """data.Clips and their target paths (C, T, 4, 4) -> Condition, a row per clip."""
-    stack = lambda name: torch.stack([getattr(clip, name) for clip in clips]).to(device)
-    maps = [trajectories.camera_maps(torch.as_tensor(c2w).to(device), stack("intrinsics"), config.height,
-                                     config.width) for c2w in (target, stack("c2w"))]
-    return Condition(stack("text"), stack("image"), stack("latents"), *maps)
-
-
-def open_clips(config, device):
-    """World of prepared real clips, target paths drawn from a folder and rescaled (paper Sec. 3.4)."""
-    clips = data.ClipCache(config.clips, frames=config.frames, height=config.height, width=config.width)
-    paths = trajectories.PathFolder(config.trajectories, config.frames)
-    folder = Path(config.weights)
-    for name in ("diffusion_pytorch_model.safetensors", "step20000.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: no such file; README.md lists what this folder holds")
-    dit = load_dit(folder / "diffusion_pytorch_model.safetensors", folder / "step20000.safetensors", device=device,
-                   dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    from vae import load_vae
-    codec = load_vae(folder / data.VAE_FILE, device, dit.patch_embedding.weight.dtype)
-    omega = tuple(np.radians(config.omega))
-
-    def draw(numbers, rngs):
-        rows = [clips[i] for i in numbers]
-        target = np.stack([trajectories.rescale(paths.draw(g), *trajectories.draw_speeds(g, config.v, omega)) for g in rngs])
-        target, source = torch.from_numpy(target), torch.stack([clip.c2w for clip in rows])
-        intrinsics = torch.stack([clip.intrinsics for clip in rows])
-        condition = condition_of(rows, target, config, device)
-        videos = [read_source(clip, config, clips.settings) for clip in rows]
-        scene = rewarding.Scene(target.to(device), intrinsics.to(device), [clip.caption for clip in rows], rows[0].fps,
-                                None if any(x is None for x in videos) else torch.stack(videos).to(device),
-                                source.to(device))
-        return condition, scene
-
-    rewards, weights = rewarding.load(config.rewards, config.weights, device, park=config.park,
-                                      schedule=config.frame_weights, stride=config.estimator_stride,
-                                      grey_mq=config.grey_mq, hpsv3_prompt=config.hpsv3_prompt or None)
-    shape = tuple(clips[0].latents.shape)
-    return World(dit, codec, shape, len(clips), draw, clips.negative[None].to(device), rewards, weights)
-
-
-def read_source(clip, config, settings):
-    """The clip's frames uint8 (T, H, W, 3) for rewards that compare with them; None where the video has moved."""
-    if not Path(clip.video).exists():
-        return None
-    video, _ = data.read_video(clip.video, config.frames, settings.get("stride", 1), (config.height, config.width))
-    return torch.from_numpy(video)
-
-
 def clip_numbers(iteration, count, size, seed):
-    """`count` clip numbers of an iteration: without replacement until all `size` clips have been used, then anew."""
+    """`count` clip numbers of an iteration: without replacement until all `size` were used, then anew."""
     at = range(iteration * count, (iteration + 1) * count)
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in {i // size for i in at}}
+    epochs = {i // size for i in at}
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in epochs}
     return [int(orders[i // size][i % size]) for i in at]
 
 
-# ---- checkpoints: out/iteration_000010/{self_attn,optimizer}.safetensors and state.json ----
-
-class Stop(BaseException):
-    """A signal asked the run to end: the step is abandoned, the last finished one saved."""
-
-
-def digest(content):
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def save_checkpoint(out, iteration, names, optimizer, config):
-    """Everything a run needs to go on, whole or not at all: written beside, then renamed. `names`: name -> parameter."""
-    moments = {f"{key}.{name}": optimizer.state[p][key].detach().cpu()
-               for name, p in names.items() for key in optimizer.state[p]}
-    files = {"self_attn.safetensors": save({name: p.detach().cpu().contiguous() for name, p in names.items()}),
-             "optimizer.safetensors": save(moments)}
-    state = {"iteration": iteration, "config": dataclasses.asdict(config),
-             "digests": {name: digest(content) for name, content in files.items()}}
-    files["state.json"] = json.dumps(state, indent=1).encode()
-    final = out / f"iteration_{iteration:06d}"
-    temporary = out / "checkpoint.tmp"  # always the same: a killed run leaves one at most
-    shutil.rmtree(temporary, ignore_errors=True)
-    for name, content in files.items():
-        data.write_file(temporary / name, content)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    for old in sorted(out.glob("iteration_??????"))[:-config.keep]:
-        shutil.rmtree(old)
-
-
-def load_checkpoint(folder, names, optimizer, config):
-    """Restore weights and optimiser from a checkpoint; returns its iteration. ValueError where it is damaged, OSError
-    where unreadable, RuntimeError where it belongs to a run with other settings."""
-    state = json.loads((folder / "state.json").read_text())
-    if int(folder.name[-6:]) != state["iteration"]:
-        raise ValueError(f"state.json: iteration {state['iteration']!r}")
-    files = {name: (folder / name).read_bytes() for name in ("self_attn.safetensors", "optimizer.safetensors")}
-    for name, content in files.items():
-        if digest(content) != state["digests"][name]:
-            raise ValueError(f"{folder / name}: checksum differs")
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    differ = [f"{k} = {state['config'].get(k)!r}, now {now[k]!r}" for k in now
-              if k not in Config.FREE and state["config"].get(k) != now[k]]
-    if differ:
-        raise RuntimeError(f"{folder}: made with {'; '.join(differ)}; choose another --out or the same settings")
-    weights, moments = load_file(folder / "self_attn.safetensors"), load_file(folder / "optimizer.safetensors")
-    if {name: x.shape for name, x in weights.items()} != {name: p.shape for name, p in names.items()}:
-        raise ValueError(f"{folder}: other parameters than this model's")
-    with torch.no_grad():
-        for name, p in names.items():
-            p.copy_(weights[name])
-            optimizer.state[p] = {key: moments[f"{key}.{name}"] if key == "step" else moments[f"{key}.{name}"].to(p.device)
-                                  for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in moments}
-    return state["iteration"]
-
-
-def resume(out, names, optimizer, config):
-    """Iterations already done: the newest readable checkpoint's, 0 without any. Damaged ones are skipped, loudly."""
-    for folder in sorted(out.glob("iteration_??????"), reverse=True):
-        try:
-            return load_checkpoint(folder, names, optimizer, config)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError,
-                SafetensorError) as e:
-            print(f"warning: {folder}: skipped, {e}", file=sys.stderr)
-    return 0
-
-
-# ---- many processes ----
-
-def reduce(tensor, op=dist.ReduceOp.SUM):
-    """All ranks' sum (or max) of a tensor; the tensor itself where there is one process."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op)
-    return tensor
-
-
-def assert_ranks_agree(parameters, what):
-    """RuntimeError, on every rank, where weights are not bitwise the same on all of them."""
-    content = b"".join(p.detach().float().cpu().numpy().tobytes() for p in parameters)
-    mine = torch.tensor([int(digest(content)[:15], 16)], device=parameters[0].device)
-    if dist.is_initialized():
-        all_ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(all_ranks, mine)
-        odd = [i for i, x in enumerate(all_ranks) if x != all_ranks[0]]
-        if odd:
-            raise RuntimeError(f"{what}: weights of rank {', '.join(map(str, odd))} differ from rank 0's")
-
-
-def gather(tensor):
-    """(n, ...) of every rank -> (ranks n, ...), in rank order."""
-    if not dist.is_initialized():
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
-
-
-def absent(wait=3):
-    """After a collective failed: the ranks that do not come here in `wait` seconds, as they ended or hang.
-    Known under torchrun, whose store outlives them."""
-    store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
-    store.set(f"came/{dist.get_rank()}", "")
-    time.sleep(wait)
-    return [str(rank) for rank in ranks if not store.check([f"came/{rank}"])]
-
-
-# ---- what a run shows ----
+# ---- from a condition to videos ----
 
 @torch.no_grad()
 def decode(codec, latents, rows=0):
@@ -386,7 +174,8 @@ def negative_of(dit, condition, negative, guidance):
 
 
 @torch.no_grad()
-def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0, tail=None, rows=1):
+def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0, tail=None,
+             rows=1):
     """Condition of C rows -> uint8 videos (C, T, H, W, 3), by the plain ODE.
 
     The noise depends on seed and ids (C names) alone, so two models get the same. negative: the negative
@@ -399,9 +188,11 @@ def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidanc
     return decode(codec, latents, rows)
 
 
+# ---- what a run shows ----
+
 def demonstration(world, config):
-    """What is shown while training: a function (path) that writes an mp4 of source | base | now for a few conditions,
-    the target path drawn in. The base's videos are sampled here, before any update."""
+    """What is shown while training: a function (path) that writes an mp4 of source | base | now for a few
+    conditions, the target path drawn in. The base's videos are sampled here, before any update."""
     count = 3 if config.world == "toy" else 1
     rngs = [np.random.default_rng((config.seed, 1 << 32, j)) for j in range(count)]
     condition, scene = world.draw(list(range(count)), rngs)
@@ -409,7 +200,9 @@ def demonstration(world, config):
                   world.negative, steps=config.steps, shift=config.shift, guidance=config.guidance,
                   seed=config.seed, rows=config.reward_batch)
     base = now()
-    source = scene.source if scene.source is not None else decode(world.codec, condition.source, config.reward_batch)
+    source = scene.source
+    if source is None:
+        source = decode(world.codec, condition.source, config.reward_batch)
 
     def show(path):
         rows = []
@@ -422,7 +215,7 @@ def demonstration(world, config):
 
 
 class Clock:
-    """Seconds since the last call, by phase; waits for the device, so that phases are not blamed for each other."""
+    """Seconds since the last call, by phase; waits for the device, so that no phase is blamed for another."""
     def __init__(self, device):
         self.device, self.seconds, self.last = device, {}, time.perf_counter()
 
@@ -433,19 +226,16 @@ class Clock:
         self.seconds[phase], self.last = now - self.last, now
 
 
-def open_log(path, iteration):
-    """log.jsonl, opened for appending, without the lines after `iteration` that an interrupted run left."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.startswith("{") and line.endswith("}") and json.loads(line)["iteration"] < iteration]
-    data.write_file(path, "".join(line + "\n" for line in kept).encode())
-    return open(path, "a")
-
-
 # ---- the loop ----
+
+class Stop(BaseException):
+    """A signal asked the run to end: the step is abandoned, the last finished one saved."""
+
 
 def main(argv):
     dry = "--dry-run" in argv
-    config = parse(Config, [a for a in argv if a != "--dry-run"], str(Path(__file__).parent / "config/toy.py"))
+    default = str(Path(__file__).parent / "config/toy.py")
+    config = parse(Config, [a for a in argv if a != "--dry-run"], default)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(config, ranks, folders=not dry)
     if dry:
@@ -468,37 +258,43 @@ def main(argv):
     if config.threads:
         torch.set_num_threads(config.threads)
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     say = print if rank == 0 else lambda *args: None
 
-    world = toy.open_world(config, device, World) if config.world == "toy" else open_clips(config, device)
+    world = {"toy": toy, "clips": clips}[config.world].open_world(config, device, World)
     dit, out = world.dit, Path(config.out)
     dit.checkpoint = config.checkpointing
     parameters = trainable(dit)
     for p in parameters:
         p.data = p.data.float()  # float32 masters; the frozen rest stays as loaded
-    names = {name: p for name, p in dit.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
     if config.compile:
         dit.compile()
     optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
     local, G, sigmas = config.conditions // ranks, config.members, schedule(config.steps, config.shift)
     sampling = dict(sigmas=sigmas, shape=world.shape, eta=config.eta, tau=config.tau or None,
-                    t_max=None if config.tau else float(sigmas[1]), guidance=config.guidance,
-                    micro_batch=config.micro_batch or None, device=device)
+                    t_max=None if config.tau else float(sigmas[1]), tail=config.tail or None,
+                    guidance=config.guidance, micro_batch=config.micro_batch or None, seed=config.seed,
+                    share_noise=config.share_noise, share_prefix=config.share_prefix, device=device)
 
-    show = demonstration(world, config) if rank == 0 else None  # the base's videos, before weights are resumed
-    start = done = saved = resume(out, names, optimizer, config)
+    show = demonstration(world, config) if rank == 0 else None  # films the base, before weights are resumed
+    start = done = saved = resume(out, trained, optimizer, config)
     assert_ranks_agree(parameters, "at the start")
-    say(f"{config.conditions} conditions x {G} members = {config.conditions * G} videos an iteration on {ranks} rank(s); "
-        f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in dit.parameters()):,} parameters train; "
+    count = lambda parameters: f"{sum(p.numel() for p in parameters):,}"
+    say(f"{config.conditions} conditions x {G} members = {config.conditions * G} videos an iteration "
+        f"on {ranks} rank(s); {count(parameters)} of {count(dit.parameters())} parameters train; "
         f"{start} of {config.iterations} iterations done in {out}")
     log = open_log(out / "log.jsonl", start) if rank == 0 else None
-    policy = dit if ranks == 1 else DistributedDataParallel(dit, None if device.type == "cpu" else [device.index])
+    policy = dit
+    if ranks > 1:
+        policy = DistributedDataParallel(dit, None if device.type == "cpu" else [device.index])
     skipped = 0
     try:
         if show and start == 0:
             show(out / "samples/iteration_000000.mp4")
-        bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, disable=rank > 0, unit="it")
+        bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, disable=rank > 0,
+                   unit="it")
         for iteration in bar:
             clock = Clock(device)
 
@@ -516,21 +312,21 @@ def main(argv):
             # rollout: G videos per condition, stochastic in the window's steps only (Sec. 3.3)
             steps = window(iteration, config.steps, config.size, config.strategy, config.stride,
                            config.iters_per_window, config.first or None, config.seed)
-            sampled = rollout(dit, prepared, G, steps, seed=config.seed, iteration=iteration, negative=negative,
-                              condition_ids=list(range(config.conditions))[mine], share_noise=config.share_noise,
-                              share_prefix=config.share_prefix, tail=config.tail or None, **sampling)
+            sampled = rollout(dit, prepared, G, steps, iteration=iteration, negative=negative,
+                              condition_ids=list(range(config.conditions))[mine], **sampling)
             clock("rollout")
-            videos = decode(world.codec, sampled.latents.flatten(0, 1), config.reward_batch)  # (C G, T, H, W, 3)
+            videos = decode(world.codec, sampled.latents.flatten(0, 1), config.reward_batch)  # C G of them
             clock("decode")
 
             # rewards of every video against its own target (Sec. 3.2), then of all ranks: name -> (C, G)
             rows = torch.arange(local).repeat_interleave(G).tolist()
-            scores, failures = rewarding.score(world.rewards, videos, scene[rows], config.reward_batch or None)
+            scores, failures = rewards.score(world.rewards, videos, scene[rows], config.reward_batch or None)
             scores = {name: gather(x.view(local, G)) for name, x in scores.items()}
             failed = ~succeeded(scores, world.reward_weights)
             if failed.float().mean() > config.max_failures:
-                why = next((f"{name}: {reason}" for name, f in failures.items() for reason in f.values()), "on another rank")
-                raise RuntimeError(f"iteration {iteration}: rewards failed for {int(failed.sum())} of {failed.numel()} videos ({why})")
+                why = [f"{name}: {reason}" for name, f in failures.items() for reason in f.values()]
+                raise RuntimeError(f"iteration {iteration}: rewards failed for {int(failed.sum())} of "
+                                   f"{failed.numel()} videos ({why[0] if why else 'on another rank'})")
             clock("rewards")
 
             # advantages: normalised by the largest group deviation of all ranks (Eq. 5-6)
@@ -543,26 +339,29 @@ def main(argv):
                 members = slice(u * share, (u + 1) * share)
                 part = sampled.part(members)
                 total = part.log_prob.numel()  # this rank's share: DDP then averages over ranks
-                batches = [(k, c, m) for k in range(len(steps)) for c, m in micro_batches(part, k, config.micro_batch or None)]
+                batches = [(k, c, m) for k in range(len(steps))
+                           for c, m in micro_batches(part, k, config.micro_batch or None)]
                 statistics = []
                 optimizer.zero_grad(set_to_none=True)
                 for k, c, m in batches:
                     last = (k, c, m) == batches[-1]
                     with nullcontext() if last or ranks == 1 else policy.no_sync():
-                        loss, s = policy_loss(policy, part, k, A[:, members], total, c, m, config.clip, config.reweight)
+                        loss, s = policy_loss(policy, part, k, A[:, members], total, c, m, config.clip,
+                                              config.reweight)
                         loss.backward()
                     statistics.append(s)
                 stats = summary(statistics)
                 error = float(reduce(stats["ratio_error"], dist.ReduceOp.MAX))
                 if iteration == start and u == 0:  # the update must repeat the rollout's numerics
                     if not error <= config.clip:
-                        raise RuntimeError(f"on-policy ratio is off by {error:.1e}, more than the clip range {config.clip:.1e}: "
-                                           "rollout and update do not run the same numerics")
+                        raise RuntimeError(f"on-policy ratio is off by {error:.1e}, more than the clip range "
+                                           f"{config.clip:.1e}: rollout and update run different numerics")
                     say(f"on-policy ratio 1 + {error:.0e}, as it should be")
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
                 skipped = 0 if norm.isfinite() else skipped + 1
                 if skipped >= config.max_skips:
-                    raise RuntimeError(f"iteration {iteration}: gradient norm {float(norm)}, {skipped} updates skipped in a row")
+                    raise RuntimeError(f"iteration {iteration}: gradient norm {float(norm)}, "
+                                       f"{skipped} updates skipped in a row")
                 if not skipped:
                     half = True
                     optimizer.step()
@@ -573,13 +372,14 @@ def main(argv):
             if signals:
                 raise Stop
 
-            record = {"iteration": iteration, "window": list(steps), "failed": int(failed.sum()), "skipped": skipped,
-                      "ratio_error": error, "grad_norm": float(norm), "evaluations": sampled.evaluations}
             mean = reduce(torch.stack([stats["loss"], stats["clip_fraction"]])) / ranks
-            record |= {"loss": float(mean[0]), "clip_fraction": float(mean[1]), "advantage_std": float(A_all.std())}
+            record = {"iteration": iteration, "window": list(steps), "failed": int(failed.sum()),
+                      "skipped": skipped, "ratio_error": error, "grad_norm": float(norm),
+                      "evaluations": sampled.evaluations, "loss": float(mean[0]),
+                      "clip_fraction": float(mean[1]), "advantage_std": float(A_all.std())}
             for name, x in scores.items():
-                ok = x[x.isfinite()]
-                record |= {f"reward/{name}": float(ok.mean()), f"spread/{name}": float(x.nan_to_num().std(1).mean())}
+                record |= {f"reward/{name}": float(x[x.isfinite()].mean()),
+                           f"spread/{name}": float(x.nan_to_num().std(1).mean())}
             record |= {f"seconds/{phase}": round(s, 4) for phase, s in clock.seconds.items()}
             if rank == 0:
                 try:
@@ -587,27 +387,28 @@ def main(argv):
                     log.flush()
                 except OSError as e:
                     raise OSError(e.errno, e.strerror, log.name) from None
-                bar.set_postfix_str(" ".join(f"{n}={record['reward/' + n]:.4f}" for n in scores) + f" |r-1|={error:.0e} "
-                                    f"clip={record['clip_fraction']:.2f} grad={float(norm):.2g} "
-                                    + " ".join(f"{p}={s:.2f}s" for p, s in clock.seconds.items()))
-            del prepared, negative, sampled, part, videos  # or they stay while the next iteration makes its own
+                shown = [f"{name}={record['reward/' + name]:.4f}" for name in scores]
+                shown += [f"|r-1|={error:.0e} clip={record['clip_fraction']:.2f} grad={float(norm):.2g}"]
+                bar.set_postfix_str(" ".join(shown + [f"{p}={s:.2f}s" for p, s in clock.seconds.items()]))
+            del prepared, negative, sampled, part, videos  # or they stay while the next are made
             if done % config.save_every == 0 or done == config.iterations:
                 assert_ranks_agree(parameters, f"iteration {iteration}")
                 if rank == 0:
-                    save_checkpoint(out, done, names, optimizer, config)
+                    save_checkpoint(out, done, trained, optimizer, config)
                     saved = done
             if show and (done % config.sample_every == 0 or done == config.iterations):
                 show(out / f"samples/iteration_{done:06d}.mp4")
         if rank == 0 and config.world == "toy" and config.rooms:
             import evaluate  # the held-out table, by the independent judge
-            evaluate.evaluate_toy(evaluate.Toy(str(out), config.weights, str(out / "evaluation"), config.rooms, "1",
-                                               steps=config.steps, shift=config.shift, log=str(out / "log.jsonl")))
+            evaluate.evaluate_toy(evaluate.Toy(
+                str(out), config.weights, str(out / "evaluation"), config.rooms, "1", steps=config.steps,
+                shift=config.shift, log=str(out / "log.jsonl")))
     except Stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if rank == 0:
             if done > saved:
-                save_checkpoint(out, done, names, optimizer, config)
+                save_checkpoint(out, done, trained, optimizer, config)
             print(f"\nstopped after {done} iterations, saved; the same command goes on", file=sys.stderr)
         os._exit(75)  # other ranks may wait in a collective that this one has left
 

@@ -16,7 +16,10 @@ from scipy.spatial.transform import Rotation
 import data
 import evaluate
 import model
+import outside
 import report
+import reward_models
+import scores
 import tiny_weights
 import toy
 import trajectories
@@ -198,7 +201,7 @@ def elsewhere(tmp_path, monkeypatch):
     """Two methods' videos of two clips and three paths, one of them limited to 9 of 21 frames; VBench not
     there."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate.outside, "vbench", lambda *a: ({}, "not installed: VBench (x)"))
+    monkeypatch.setattr(outside, "vbench", lambda *a: ({}, "not installed: VBench (x)"))
     for clip in ("bear", "cat"):
         for n in (1, 5, 9):
             put(Path("A"), Path("poses"), case_name(clip, n, 1.0), noisy(n, 21, scale=1.2))
@@ -241,8 +244,8 @@ def test_finished_cases_are_kept_and_failed_ones_tried_again(elsewhere, monkeypa
     evaluate.evaluate(elsewhere)
     bad.write_bytes(good)
     Path("A/bear_camera_5_speed_1.mp4").write_bytes(Path("A/bear_camera_9_speed_1.mp4").read_bytes() + b"new")
-    seen, estimate = [], evaluate.pose_folder("poses")
-    monkeypatch.setattr(evaluate, "pose_folder", lambda folder: lambda *a: seen.append(a[0]) or estimate(*a))
+    seen, estimate = [], scores.pose_folder("poses")
+    monkeypatch.setattr(scores, "pose_folder", lambda folder: lambda *a: seen.append(a[0]) or estimate(*a))
     evaluate.evaluate(elsewhere)
     assert [str(path) for path in seen] == ["A/bear_camera_5_speed_1.mp4", "B/cat_camera_9_speed_1.mp4"]
     assert "## Failed: 0" in Path("out/tables.md").read_text()
@@ -289,8 +292,8 @@ def test_vbench_and_met3r_in_the_tables(elsewhere, monkeypatch):
             return {"MEt3R": 0.4}, "failed: Dyn-MEt3R (x)"
         return {"MEt3R": 0.3, "Dyn-MEt3R": 0.8}, None
 
-    monkeypatch.setattr(evaluate.outside, "vbench", vbench)
-    monkeypatch.setattr(evaluate.outside, "met3r", met3r)
+    monkeypatch.setattr(outside, "vbench", vbench)
+    monkeypatch.setattr(outside, "met3r", met3r)
     Path("poses/B/bear_camera_1_speed_1.npz").write_bytes(b"PK")
     data.write_video(Path("videos/bear.mp4"), np.zeros((21, 32, 32, 3), np.uint8), 24)
     Path("checkout").mkdir()
@@ -386,7 +389,7 @@ def clips(tmp_path_factory):
 @pytest.fixture
 def protocol(clips, tmp_path, monkeypatch):
     """The paper's protocol in small: 2 paths, 5 frames of 32 x 32, 1 step."""
-    monkeypatch.setattr(evaluate.outside, "vbench", lambda *a: ({}, "not installed: VBench (x)"))
+    monkeypatch.setattr(outside, "vbench", lambda *a: ({}, "not installed: VBench (x)"))
     folders = {name: str(clips / name) for name in ("videos", "weights", "cameras")}
     return Config(**folders, ckpt=f"{clips / 'same.safetensors'},{clips / 'other.safetensors'}", paths="1,9",
                   height=32, width=32, steps=1, captions=str(clips / "captions.csv"),
@@ -518,7 +521,6 @@ def test_retake(clips, tmp_path):
 def test_what_is_not_given_is_estimated(clips, tmp_path, monkeypatch):
     """Source cameras by MapAnything, the caption by BLIP-2 from the middle frame."""
     import encoders
-    import rewards
     seen = []
 
     def cameras(videos):
@@ -538,7 +540,7 @@ def test_what_is_not_given_is_estimated(clips, tmp_path, monkeypatch):
         seen.append(args[1])
         return original(*args)
 
-    monkeypatch.setattr(rewards, "mapanything", mapanything)
+    monkeypatch.setattr(reward_models, "mapanything", mapanything)
     monkeypatch.setattr(encoders, "caption", caption)
     monkeypatch.setattr(data, "encode_clip", encode_clip)
     maps = []

@@ -20,6 +20,9 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save, save_file
 
+import cameras
+import checkpoint
+import configurator
 import data
 import evaluate
 import model
@@ -28,7 +31,6 @@ import rewards
 import tiny_weights
 import toy
 import train
-import trajectories
 import vae
 from test_data import audio_only, clip, path_of
 
@@ -127,7 +129,7 @@ def world(tmp_path_factory):
         (other / name).write_bytes(content)
     config = vars(train.Config()) | {"lr": 0.5}
     (other / "state.json").write_text(json.dumps({"iteration": 2, "config": config, "digests": {
-        name: train.digest(content) for name, content in files.items()}}))
+        name: checkpoint.digest(content) for name, content in files.items()}}))
     yield w
     assert not (w / "ran").exists()  # nothing in any of these files was run
 
@@ -400,7 +402,7 @@ def test_fuzzed_config(tmp_path):
     content = (ROOT / "config/toy.py").read_bytes()
 
     def read():
-        config = train.parse(train.Config, [str(path)])
+        config = configurator.parse(train.Config, [str(path)])
         try:
             train.check(config, 1)
         except ValueError as error:
@@ -419,7 +421,7 @@ CAMERAS = {
 @pytest.mark.parametrize("name", CAMERAS)
 def test_fuzzed_cameras(tmp_path, name):
     path = tmp_path / name
-    fuzz(path, CAMERAS[name].encode(), lambda: trajectories.read_path(path), 1000)
+    fuzz(path, CAMERAS[name].encode(), lambda: cameras.read_path(path), 1000)
 
 
 def test_fuzzed_index_results_and_settings(tmp_path):
@@ -460,14 +462,14 @@ def test_fuzzed_checkpoint(tmp_path):
     parameter.sum().backward()
     optimizer.step()
     config, names, folder = train.Config(), {"p": parameter}, tmp_path / "iteration_000002"
-    train.save_checkpoint(tmp_path, 2, names, optimizer, config)
+    checkpoint.save_checkpoint(tmp_path, 2, names, optimizer, config)
     content, kept = (folder / "state.json").read_bytes(), parameter.detach().clone()
     found = set()
     for x in mutations(content, 1500):
         (folder / "state.json").write_bytes(x)
         try:
             with redirect_stderr(io.StringIO()) as err:
-                found.add(train.resume(tmp_path, names, optimizer, config))
+                found.add(checkpoint.resume(tmp_path, names, optimizer, config))
             assert err.getvalue().count("\n") <= 1
         except RuntimeError as error:  # its settings differ
             assert "made with" in str(error) and "\n" not in str(error)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import toy
 import train
-from train import Config, check, clip_numbers, parse
+from configurator import parse
+from train import Config, check, clip_numbers
 
 SMALL = ["--conditions=2", "--members=4", "--sample_every=1000", "--save_every=1", "--rooms=0", "--rewards=trans=1,rot=1,sharpness=0.1"]
 

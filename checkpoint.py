@@ -1,0 +1,109 @@
+"""What a run keeps in its folder, and how it goes on from there.
+
+    iteration_000010/self_attn.safetensors   the trained weights
+    iteration_000010/optimizer.safetensors   AdamW's moments
+    iteration_000010/state.json              iteration, settings, checksums of the two
+    log.jsonl                                a line for each iteration
+
+`trained` is name -> parameter, of those that train.
+"""
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+import data
+
+WEIGHTS, MOMENTS = "self_attn.safetensors", "optimizer.safetensors"
+
+
+def digest(content):
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def differing(made, now):
+    """"name = before, now after; ..." of the settings `now` that differ from `made`, "" if none do."""
+    return "; ".join(f"{k} = {made.get(k)!r}, now {x!r}" for k, x in now.items() if made.get(k) != x)
+
+
+def save_checkpoint(out, iteration, trained, optimizer, config):
+    """Everything a run needs to go on, whole or not at all: written beside, then renamed."""
+    moments = {f"{key}.{name}": optimizer.state[p][key].detach().cpu()
+               for name, p in trained.items() for key in optimizer.state[p]}
+    files = {WEIGHTS: save({name: p.detach().cpu().contiguous() for name, p in trained.items()}),
+             MOMENTS: save(moments)}
+    state = {"iteration": iteration, "config": dataclasses.asdict(config),
+             "digests": {name: digest(content) for name, content in files.items()}}
+    files["state.json"] = json.dumps(state, indent=1).encode()
+    final = out / f"iteration_{iteration:06d}"
+    temporary = out / "checkpoint.tmp"  # always the same: a killed run leaves one at most
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name, content in files.items():
+        data.write_file(temporary / name, content)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in sorted(out.glob("iteration_??????"))[:-config.keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder, trained, optimizer, config):
+    """Restore weights and optimiser from a checkpoint; returns its iteration. ValueError where it is damaged,
+    OSError where unreadable, RuntimeError where it belongs to a run with other settings."""
+    state = json.loads((folder / "state.json").read_text())
+    if int(folder.name[-6:]) != state["iteration"]:
+        raise ValueError(f"state.json: iteration {state['iteration']!r}")
+    files = {name: (folder / name).read_bytes() for name in (WEIGHTS, MOMENTS)}
+    for name, content in files.items():
+        if digest(content) != state["digests"][name]:
+            raise ValueError(f"{folder / name}: checksum differs")
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    if differ := differing(state["config"], {k: x for k, x in now.items() if k not in config.FREE}):
+        raise RuntimeError(f"{folder}: made with {differ}; choose another --out or the same settings")
+    weights, moments = load_file(folder / WEIGHTS), load_file(folder / MOMENTS)
+    if {name: x.shape for name, x in weights.items()} != {name: p.shape for name, p in trained.items()}:
+        raise ValueError(f"{folder}: other parameters than this model's")
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(weights[name])
+            mine = {key: moments.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {key: x if key == "step" else x.to(p.device)
+                                  for key, x in mine.items() if x is not None}
+    return state["iteration"]
+
+
+def resume(out, trained, optimizer, config):
+    """Iterations already done: the newest readable checkpoint's, 0 without any. Damaged ones are skipped,
+    loudly."""
+    for folder in sorted(out.glob("iteration_??????"), reverse=True):
+        try:
+            return load_checkpoint(folder, trained, optimizer, config)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError,
+                SafetensorError) as e:
+            print(f"warning: {folder}: skipped, {e}", file=sys.stderr)
+    return 0
+
+
+def open_log(path, iteration):
+    """log.jsonl, opened for appending, without the lines after `iteration` that an interrupted run left."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
+    kept = [line for line in whole if json.loads(line)["iteration"] < iteration]
+    data.write_file(path, "".join(line + "\n" for line in kept).encode())
+    return open(path, "a")
+
+
+def find_checkpoint(path):
+    """A checkpoint's file from itself, its folder, or a run's folder (then the newest)."""
+    path = Path(path)
+    files = [path, path / WEIGHTS, *sorted(path.glob(f"iteration_??????/{WEIGHTS}"))[::-1]]
+    found = next((f for f in files if f.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{path}: no checkpoint, expected a file or a folder of train.py's")
+    return found

@@ -1,0 +1,155 @@
+"""What the evaluation measures of one video: camera errors here, the rest by programs of others (outside.py).
+
+Scores are kept in files, whole or not at all, and made again where the video is another.
+"""
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import outside
+import reward_models
+import trajectories
+from cameras import read_path
+from report import split_case
+
+
+# ---- cameras ----
+
+def pose_scores(pred, target):
+    """Camera scores of one video: c2w pred, target (T, 4, 4) -> dict; None where a score does not apply.
+
+    TransErr (after alignment; dimensionless), TransErr_moving (None on pure rotations), RotErr (degrees, all
+    pairs of frames): ReDirector's. position (metres), rotation (degrees): means over frames, both paths
+    relative to their first frame, nothing aligned. scale: length of the estimated over that of the target
+    path, None on pure rotations; jitter lengthens a path too. Poses that are not finite give {"failed": why}.
+    ValueError for paths of different lengths.
+    """
+    pred, target = (np.asarray(x, np.float64) for x in (pred, target))
+    if not np.isfinite(pred).all():
+        return {"failed": "the estimated poses are not finite"}
+    both = torch.from_numpy(pred), torch.from_numpy(target)
+    position, rotation = map(float, trajectories.pose_errors(*both, schedule="uniform"))
+    length, wanted = (np.linalg.norm(np.diff(x[:, :3, 3], axis=0), axis=1).sum() for x in (pred, target))
+    aligned, moves = trajectories.trans_err(pred, target), wanted > 1e-6
+    return {"TransErr": aligned, "TransErr_moving": aligned if moves else None,
+            "RotErr": trajectories.rot_err(pred, target), "position": position,
+            "rotation": math.degrees(rotation), "scale": float(length / wanted) if moves else None}
+
+
+def pose_folder(folder):
+    """Cameras estimated before: <folder>/<method>/<case>.npz or, as ViPE does, <method>/pose/<case>.npz."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"estimator: expected vipe, mapanything or a folder, found {str(folder)!r}")
+
+    def estimate(path, method=""):
+        files = [Path(folder) / method / where / f"{path.stem}.npz" for where in ("", "pose")]
+        return read_path(next((f for f in files if f.is_file()), files[0])), None
+
+    return estimate
+
+
+def open_estimator(config, device):
+    """The pose estimator that config names: a function (video file, method's name) -> (c2w (N, 4, 4),
+    normalised intrinsics (4,) or None) that raises ValueError or FileNotFoundError where it fails."""
+    if config.estimator == "vipe":
+        return outside.vipe(config.vipe, config.vipe_pipeline)
+    ours = config.estimator == "mapanything"
+    folder = Path(config.weights, "map-anything") if ours else Path(config.estimator)
+    if not ours and not (folder / "model.safetensors").exists():
+        return pose_folder(folder)
+    cameras = reward_models.mapanything(folder, device).cameras
+
+    def estimate(path, method=""):
+        c2w, intrinsics = cameras(torch.from_numpy(data.read_video(path)[0])[None].to(device))
+        return c2w[0].double().cpu().numpy(), intrinsics[0].float().cpu().numpy()
+
+    return estimate
+
+
+# ---- kept in files ----
+
+def write_json(path, content):
+    data.write_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+
+
+def save_poses(path, c2w):
+    file = io.BytesIO()
+    np.savez_compressed(file, c2w=np.asarray(c2w, np.float64))
+    data.write_file(path, file.getvalue())
+
+
+def fingerprint(path):
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+
+
+def score_poses(folder, case, video, estimate, why):
+    """Scores of one case, also written to folder/cases/<case>.json; kept if the video is still the same,
+    unless it failed. why: the reason, where there is no video."""
+    file, made = folder / "cases" / f"{case}.json", fingerprint(video)
+    clip, number, speed = split_case(case)
+    scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed, "video": str(video),
+              "made": made}
+    try:
+        kept = json.loads(file.read_text())
+        if made and kept["made"] == made:
+            if "failed" not in kept:
+                return kept
+            scores = {k: x for k, x in kept.items() if k != "failed"}  # other programs' scores stay
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        pass  # not there, or damaged
+    try:
+        if not made:
+            raise ValueError(why)
+        pred, _ = estimate(video, folder.name)
+        scores |= pose_scores(pred, trajectories.recammaster(number, len(pred), speed))
+        save_poses(folder / "poses" / f"{case}.npz", pred)
+    except (ValueError, FileNotFoundError) as error:
+        scores["failed"] = str(error)
+    write_json(file, scores)
+    return scores
+
+
+def score_met3r(config, folder, case, source, video, scores):
+    """Add MEt3R and Dyn-MEt3R to a case's scores, unless there -> note if they cannot be had at all."""
+    if not scores["made"] or {"MEt3R", "Dyn-MEt3R"} <= set(scores) or not source.exists():
+        return None
+    _, number, speed = split_case(case)
+    python = config.redirector_python or sys.executable
+    found, note = outside.met3r(python, config.redirector, source, video, number, speed)
+    if note and note.startswith("not installed"):
+        return note
+    scores = scores | found | {"incomplete": {"MEt3R": note} if note else {}}
+    write_json(folder / "cases" / f"{case}.json", scores)
+
+
+def score_vbench(folder, python, videos):
+    """VBench's six dimensions of {case: file} -> ({case: {dimension: score}}, note or None). Each is kept in
+    folder/vbench while the videos are the same."""
+    made, scores, notes = {case: fingerprint(path) for case, path in videos.items()}, {}, []
+    for dimension in outside.DIMENSIONS if videos else ():
+        file = folder / "vbench" / f"{dimension}.json"
+        kept = read_json(file) if file.exists() else {}
+        if kept.get("made") != made:
+            found, note = outside.vbench(python, videos, dimension)
+            kept = {"made": made, "scores": found, "note": note}
+            if note is None:
+                write_json(file, kept)
+        for case, x in kept["scores"].items():
+            scores.setdefault(case, {})[dimension] = x
+        notes += [kept["note"]] if kept["note"] else []
+        if kept["note"] and kept["note"].startswith("not installed"):
+            break
+    return scores, "; ".join(notes) or None
