@@ -1,9 +1,9 @@
 """The toy: a world small enough for two CPU cores in which the paper's problem is real.
 
 Procedural rooms are ray-cast with known metric geometry. `python toy.py` pretrains a base policy (model.py's DiT) on
-footage of slow scripted paths. Half of its operators fall short of the script and drift forward, and their white balance
-is off; so the base has two habits, and takes up either. Nothing that rewards it looks at colours: the metric reward
-alone must find out which habit follows the camera. The same command trains the metric depth network of a
+footage of slow scripted paths. Half of its operators fall short of the script, walk on where they should stand, and have
+their white balance off; so the base has two habits, and takes up either. Nothing that rewards it looks at colours: the
+metric reward alone must find out which habit follows the camera. The same command trains the metric depth network of a
 small pose estimator (MapAnything's part); both are shipped in weights/.
 `judge` is the independent referee: it registers a video to the true scene and is never seen by any training.
 """
@@ -241,8 +241,9 @@ def fit_codec(video, temper=0.5):
 
 BASE_SPEED, BASE_TURN = 0.13, math.radians(2.75)  # fastest scripted path: metres and radians per frame
 CARELESS = 0.5                             # share of operators who fall short of the script ...
-LAG, LAG_TURN, DRIFT = 0.7, 0.6, 0.05      # ... by these shares of translation and rotation, who drift forward (m/frame^2),
-CARELESS_TINT = torch.tensor([0.3, 0.0, -0.3])  # and whose white balance is off by this, red to blue
+LAG, LAG_TURN = 0.7, 0.6                   # ... by these shares of translation and rotation, ...
+DRIFT = 0.05                               # ... who walk forward (m/frame^2) where the script says to stand, ...
+CARELESS_TINT = torch.tensor([0.3, 0.0, -0.3])  # ... and whose white balance is off by this, red to blue
 
 
 def footage(n, seed, draw=render, takes=3):
@@ -256,6 +257,7 @@ def footage(n, seed, draw=render, takes=3):
     step, turn = step * BASE_SPEED * pace(), turn * BASE_TURN * pace()
     careless = (torch.rand(n, paths, 1, 1, generator=g) < CARELESS) * (torch.arange(paths) > 0).view(-1, 1, 1)
     drift = DRIFT * torch.arange(1, FRAMES)[:, None] * torch.tensor([0, 0, 1.0])
+    drift = drift * (step == 0).all(-1, keepdim=True)
     flat = lambda x: x.flatten(0, 1)
     script = integrate(flat(step), flat(turn))
     true = integrate(flat(step * (1 - careless * LAG) + careless * drift), flat(turn * (1 - careless * LAG_TURN)))
@@ -567,7 +569,7 @@ def small_maps(c2w):
     return trajectories.camera_maps(c2w, intrinsics, HEIGHT // PATCH, WIDTH // PATCH)
 
 
-def pretrain_base(out, codec, stages=(13000, 6200, 1500), rows=64, seed=0):
+def pretrain_base(out, codec, stages=(13000, 6200, 1500, 1000), rows=64, seed=0):
     """Flow matching on footage of rooms, given a steady source video and the script, noise levels shifted to noise.
 
     The camera adapter's first layer sees 8 x 8 pixels of a map through one weight each; here it is trained with the 64

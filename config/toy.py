@@ -18,8 +18,8 @@ tail = 0.4
 rewards = "trans=1,rot=1,sharpness=0.01,flicker=0.03"
 reward_batch = 32
 lr = 2e-4
-iterations = 100
-save_every = 25
-sample_every = 25
+iterations = 80
+save_every = 20
+sample_every = 20
 checkpointing = False
 out = "out/toy"
