@@ -34,6 +34,8 @@ def parse(config_class, argv, default=None):
     for file in files:
         try:
             tree = ast.parse(Path(file).read_text(), file)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{file}: no such config file; a setting is --name=value") from None
         except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
             raise ValueError(f"{file}: expected lines of name = value ({e})") from None
         for line in tree.body:

@@ -7,9 +7,10 @@
                                                       on each of 8 ranks
 
 The same command again resumes from --out. Exit codes: 0 done, 1 bad input or failed run (one line says why),
-75 stopped by SIGTERM or SIGINT after writing a checkpoint.
+75 stopped by SIGTERM or SIGINT after writing a checkpoint (torchrun then ends with 1 and a traceback).
 """
 import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -233,6 +234,8 @@ class Stop(BaseException):
 
 
 def main(argv):
+    if "--help" in argv or "-h" in argv:
+        return print(__doc__, inspect.getsource(Config), sep="\n")
     dry = "--dry-run" in argv
     default = str(Path(__file__).parent / "config/toy.py")
     config = parse(Config, [a for a in argv if a != "--dry-run"], default)
