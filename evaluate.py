@@ -414,8 +414,15 @@ def compare(config):
     cases = [{case for m in r["methods"].values() for case in m["cases"]} for r in results.values()]
     if not set.intersection(*cases):
         raise ValueError(f"compare: {' and '.join(files)} have no case in common")
-    text = report.markdown(report.tables({f"{folder}: {name}": method for folder, r in results.items()
-                                          for name, method in r["methods"].items()}))
+    methods, bases = {}, []
+    for folder, r in results.items():
+        for name, method in r["methods"].items():
+            scores = {case: {key: x for key, x in found.items() if key != "video"}
+                      for case, found in method["cases"].items()}
+            if name != "base" or scores not in bases:  # runs from the same base: shown once
+                methods[f"{folder}: {name}"] = method
+            bases += [scores] if name == "base" else []
+    text = report.markdown(report.tables(methods))
     if config.out:
         data.write_file(Path(config.out) / "tables.md", text.encode())
     print(text)

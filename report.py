@@ -7,6 +7,7 @@ The page stands alone: curves are inline SVG, videos base64, and its own policy 
 """
 import base64
 import html
+import itertools
 import json
 import math
 import re
@@ -171,10 +172,9 @@ def tables(methods):
             for n in paths for name, method in methods.items()]
     out.append(table("By path, all speeds", ["Path", "Method", *map(heading, camera)], rows))
 
-    base, *others = methods
-    for name in others:
+    for a, b in itertools.combinations(methods, 2):
         for speed in [*speeds, None] if len(speeds) > 1 else [None]:
-            out.append(comparison(methods, base, name, known, speed))
+            out.append(comparison(methods, a, b, known, speed))
     why = lambda scores: [scores["failed"]] if "failed" in scores else scores.get("incomplete", {}).values()
     rows = [[name, case, reason] for name, method in methods.items()
             for case, scores in method["cases"].items() for reason in why(scores)]
