@@ -682,6 +682,8 @@ def describe(folder, n=240):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1].startswith("-"):
+        sys.exit(f"{__doc__}\nusage: python toy.py [folder to pretrain in] | describe [folder of weights]")
     if sys.argv[1:2] == ["describe"]:
         describe(sys.argv[2] if len(sys.argv) > 2 else "weights")
         sys.exit()
