@@ -525,8 +525,8 @@ def held_out(count, codec, speed=1.0, seed=TEST_ROOMS):
 
 # ---- pretraining: `python toy.py` makes the shipped weights ----
 
-def optimise(parameters, stages, lr, loss_at, out, name, export, decay=0.3, log_every=50):
-    """AdamW with a moving average of the weights; each stage (steps) warms up, stays, and decays over its last 30 %.
+def optimise(parameters, steps, lr, loss_at, out, name, export, decay=0.3, log_every=50):
+    """AdamW with a moving average of the weights; the rate warms up, stays, and falls over the last 30 % of the steps.
     Resumes from its own file. loss_at(step) -> (loss, dict of numbers to log); export(averaged parameters) saves what is shipped."""
     file, log = out / f"{name}.pretraining.pt", open(out / f"{name}.log.jsonl", "a")
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
@@ -537,11 +537,9 @@ def optimise(parameters, stages, lr, loss_at, out, name, export, decay=0.3, log_
         optimizer.load_state_dict(state["optimizer"])
         for p, saved in zip(parameters, state["parameters"]):
             p.data.copy_(saved)
-    sums, began, steps = {}, time.time(), sum(stages)
-    at = [(i, length) for length in stages for i in range(length)]  # step within its stage
+    sums, began = {}, time.time()
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=name):
-        i, length = at[step]
-        rate = lr * min(1, (i + 1) / 200) * min(1, (length - i) / (decay * length)) + 1e-6
+        rate = lr * min(1, (step + 1) / 200) * min(1, (steps - step) / (decay * steps)) + 1e-6
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss, numbers = loss_at(step)
@@ -549,7 +547,7 @@ def optimise(parameters, stages, lr, loss_at, out, name, export, decay=0.3, log_
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(0.9995, (1 + i) / (10 + i)))
+        torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(0.9995, (1 + step) / (10 + step)))
         sums = {key: sums.get(key, 0) + value for key, value in numbers.items()}
         if (step + 1) % log_every == 0:
             print(json.dumps({"step": step + 1, **{k: round(v / log_every, 4) for k, v in sums.items()},
@@ -569,7 +567,7 @@ def small_maps(c2w):
     return trajectories.camera_maps(c2w, intrinsics, HEIGHT // PATCH, WIDTH // PATCH)
 
 
-def pretrain_base(out, codec, stages=(13000, 6200, 1500, 1000), rows=64, seed=0):
+def pretrain_base(out, codec, steps=18000, rows=64, seed=0):
     """Flow matching on footage of rooms, given a steady source video and the script, noise levels shifted to noise.
 
     The camera adapter's first layer sees 8 x 8 pixels of a map through one weight each; here it is trained with the 64
@@ -623,7 +621,7 @@ def pretrain_base(out, codec, stages=(13000, 6200, 1500, 1000), rows=64, seed=0)
         state["control_adapter.conv.bias"] = bias
         write_weights(out / "toy_base.safetensors", state)
 
-    optimise(parameters, stages, 1e-3, loss_at, out, "toy_base", export)
+    optimise(parameters, steps, 1e-3, loss_at, out, "toy_base", export)
 
 
 def photographed(n, seed, codec, draw=render):
@@ -653,7 +651,7 @@ def train_estimator(out, codec, steps=6000, rows=64, seed=0):
     def export(average):
         write_weights(out / "toy_estimator.safetensors", dict(zip((n for n, _ in net.named_parameters()), average)))
 
-    optimise(parameters, (steps,), 1e-3, loss_at, out, "toy_estimator", export)
+    optimise(parameters, steps, 1e-3, loss_at, out, "toy_estimator", export)
 
 
 def write_weights(path, state):

@@ -202,14 +202,17 @@ torch.optim.AdamW.step = astray
 
 @pytest.fixture
 def main(monkeypatch):
-    """train.main in a small world; os._exit only raises, signals are put back."""
+    """train.main in a small world, on one thread as run() (sums are rounded alike then only); os._exit only raises,
+    signals and threads are put back."""
     def leave(code):
         raise SystemExit(code)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(toy, "TRAIN_ROOMS", 4)
-    always = [*SMALL, "--keep=9", f"--weights={ROOT / 'weights'}"]
+    threads = torch.get_num_threads()
+    always = [*SMALL, "--threads=1", "--keep=9", f"--weights={ROOT / 'weights'}"]
     yield lambda out, *args: train.main([*always, f"--out={out}", *args])
+    torch.set_num_threads(threads)
     for s, handler in handlers.items():
         signal.signal(s, handler)
 
