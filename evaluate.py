@@ -398,15 +398,15 @@ def evaluate_toy(config):
 @dataclass
 class Compare:
     """python evaluate.py compare a/results.json b/results.json: their tables together, compared in pairs."""
-    results: str = ""           # the files, comma-separated, or given as plain arguments
+    results: str = ""           # the files or their folders, comma-separated, or given as plain arguments
     out: str = ""               # folder for tables.md; empty: only printed
 
 
 def compare(config):
     """Print the tables of several results.json together; ValueError where they are not comparable."""
-    files = items(config.results)
+    files = [str(Path(f, "results.json")) if Path(f).is_dir() else f for f in items(config.results)]
     if len(set(files)) < 2:
-        raise ValueError("compare: expected two different results.json or more")
+        raise ValueError("compare: expected two different results.json, or their folders, or more")
     results = {str(Path(f).parent): read_results(f) for f in files}
     estimators = {r["settings"]["estimator"] for r in results.values()}
     if len(estimators) > 1:

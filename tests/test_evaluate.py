@@ -344,7 +344,7 @@ def test_comparing_evaluations(elsewhere, tmp_path, capsys):
     evaluate.evaluate(dataclasses.replace(elsewhere, generated="A", paths="1,5", out="a"))
     evaluate.evaluate(dataclasses.replace(elsewhere, generated="B", paths="5,9", out="b"))
     capsys.readouterr()
-    main(["compare", "a/results.json", "b/results.json", "--out=c"])
+    main(["compare", "a", "b/results.json", "--out=c"])
     text = capsys.readouterr().out
     assert "b: B against a: A" in text and "| Position error (m) ↓ | 2 |" in text
     assert Path("c/tables.md").read_text() in text
