@@ -76,6 +76,8 @@ def test_bad_settings(tmp_path, text, arg, message):
 @pytest.mark.parametrize("settings, message", [
     (dict(conditions=3), "do not divide over 2 ranks"), (dict(frames=80), "4k . 1"), (dict(size=30), "window size"),
     (dict(members=8, updates=3), "do not divide"), (dict(world="moon"), "toy or clips"), (dict(members=0), "at least 1"),
+    (dict(shift=0.0), "a shift > 0"), (dict(grad_clip=0.0), "grad_clip: expected > 0"),
+    (dict(tau=-0.1), "tau, tail: expected >= 0"),
     (dict(height=100, world="clips"), "multiples of 16"), (dict(world="clips"), "--clips=FOLDER is needed"),
 ])
 def test_settings_that_cannot_work(settings, message):
