@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import clips
 import data
 import encoders
 import model
@@ -368,6 +369,13 @@ def test_the_policy_takes_a_clip(weights, cache):
     noise = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     v = dit(noise, torch.tensor(0.5), condition)
     assert v.shape == (1, 16, 3, 4, 6) and v.isfinite().all() and 0.05 < v.std() < 20
+
+
+def test_what_was_trained_is_opened_as_it_was_trained(weights):
+    """In float32 beside bfloat16, which would round a small change of a norm's gain, about 1, away."""
+    dit = clips.open_policy(weights, None, torch.device("meta"))  # no CPU, so as on a GPU
+    assert {p.dtype for name, p in dit.named_parameters() if ".self_attn." in name} == {torch.float32}
+    assert {p.dtype for name, p in dit.named_parameters() if ".self_attn." not in name} == {torch.bfloat16}
 
 
 def test_an_estimator_gives_the_cameras():
