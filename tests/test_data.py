@@ -405,6 +405,15 @@ def test_cameras_follow_the_frames_taken(tmp_path):
     c2w, intrinsics = data.source_cameras(video, np.arange(9), (48, 64), "clips/v.mp4", tmp_path)
     assert np.allclose(c2w, trajectories.relative(path_of(9, 1)))
     assert intrinsics.tolist() == pytest.approx([0.5, 0.75, 0.5, 0.5])
+    c2w, intrinsics = data.source_cameras(video, np.arange(9), (48, 64), "any.mp4", tmp_path / "pose/v.npz")
+    assert np.allclose(c2w, trajectories.relative(path_of(9, 1))) and intrinsics[0] == 0.5
+    np.save(tmp_path / "a.npy", path_of(9, 3))  # a file is taken as it is named, whatever lies beside it
+    c2w, _ = data.source_cameras(video, np.arange(9), (48, 64), "b.mp4", tmp_path / "a.npy", fov=90)
+    assert np.allclose(c2w, trajectories.relative(path_of(9, 3)))
+    for name, seed in (("walk_0.5", 0), ("walk_0.6", 1)):  # folders of images: .5 is no suffix
+        np.save(tmp_path / f"{name}.npy", path_of(9, seed))
+    c2w, _ = data.source_cameras(video, np.arange(9), (48, 64), "walk_0.6", tmp_path, fov=90)
+    assert np.allclose(c2w, trajectories.relative(path_of(9, 1)))
 
 
 def test_bad_clips_are_skipped_with_the_reason(source, weights, tmp_path):
@@ -452,6 +461,7 @@ def test_captions_file(tmp_path):
     assert data.find_caption("x/a.mov", captions) == "one, two"
     assert data.find_caption("b.mp4", captions) is None
     assert data.find_caption("deep/down/c.webm", captions) == "three"
+    assert data.find_caption("v0.6", {"v0.6": "six", "v0": "none"}) == "six"  # a folder of images
     for text, message in (("", "has none"), ("video,words\na,b\n", "has video, words"),
                           ("file_name,text\n", "no row"),
                           ("file_name,text\na.mp4,x\na.mp4,y\n", "line 3: another caption for a.mp4")):
