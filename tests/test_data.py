@@ -15,13 +15,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-import clips
 import data
 import encoders
 import model
 import tiny_weights
 import trajectories
 import vae
+from clips import open_policy
 
 SOLID = [(200, 30, 40), (20, 180, 60), (40, 60, 220), (230, 220, 30)]
 
@@ -373,7 +373,7 @@ def test_the_policy_takes_a_clip(weights, cache):
 
 def test_what_was_trained_is_opened_as_it_was_trained(weights):
     """In float32 beside bfloat16, which would round a small change of a norm's gain, about 1, away."""
-    dit = clips.open_policy(weights, None, torch.device("meta"))  # no CPU, so as on a GPU
+    dit = open_policy(weights, None, torch.device("meta"))  # no CPU, so as on a GPU
     assert {p.dtype for name, p in dit.named_parameters() if ".self_attn." in name} == {torch.float32}
     assert {p.dtype for name, p in dit.named_parameters() if ".self_attn." not in name} == {torch.bfloat16}
 
