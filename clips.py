@@ -22,7 +22,8 @@ def open_policy(weights, checkpoint, device):
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; README.md lists what this folder holds")
-    return load_dit(*files, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return load_dit(*files, device=device, dtype=dtype, trained_dtype=torch.float32)  # as it was trained
 
 
 def weights_sizes(weights):

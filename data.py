@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import trajectories
-from cameras import read_path
+from cameras import read_path, split_name
 
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".m4v", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -454,6 +454,11 @@ def find_videos(folder):
     return sorted((f.relative_to(folder).as_posix() for f in names), key=natural)
 
 
+def without_suffix(name):
+    """A video's name without a video file's suffix; dots in the name of a folder of images are no suffix."""
+    return re.sub(rf"({'|'.join(map(re.escape, VIDEOS))})$", "", name, flags=re.I)
+
+
 def read_captions(path):
     """CSV with a header -> {file name without its suffix: caption}; rows without a caption are left out.
     Columns: file_name or videoFile, and text or caption (MultiCamVideo's and Sekai's names)."""
@@ -469,7 +474,7 @@ def read_captions(path):
                          f"has {', '.join(columns) or 'none'}")
     captions = {}
     for line, row in rows:
-        key, caption = re.sub(r"\.\w+$", "", row[name] or ""), (row[text] or "").strip()
+        key, caption = without_suffix(row[name] or ""), (row[text] or "").strip()
         if caption and captions.setdefault(key, caption) != caption:
             raise ValueError(f"{path}: line {line}: another caption for {row[name]}")
     if not captions:
@@ -479,7 +484,7 @@ def read_captions(path):
 
 def find_caption(name, captions):
     """A clip's caption by its name below the videos folder or by its file name alone, None without a row."""
-    key = re.sub(r"\.\w+$", "", name)
+    key = without_suffix(name)
     return captions.get(key, captions.get(key.rpartition("/")[2]))
 
 
@@ -505,8 +510,8 @@ def source_cameras(video, numbers, shape, name, cameras, fov=None):
     video: uint8 (T, H, W, 3), scaled and cropped; numbers (T,): its frames as rows of a camera file
     shape: (H, W) of the stored video; fov: its horizontal view in degrees, for files without intrinsics
     cameras: an estimator, videos (1, T, H, W, 3) -> metric c2w (1, T, 4, 4) and intrinsics (1, 4), or a
-        folder that for a clip a/b.mp4 holds a/b.npz, .npy or .json as cameras.read_path reads them (an
-        .npz may hold intrinsics too: read_focal), or ViPE's pose/b.npz and intrinsics/b.npz
+        file that cameras.read_path reads (an .npz may hold intrinsics too: read_focal), or a folder that
+        for a clip a/b.mp4 holds a/b.npz, .npy or .json, or ViPE's pose/b.npz and intrinsics/b.npz
     ValueError with the reason where there are none, too few, or the estimator failed."""
     if callable(cameras):
         c2w, intrinsics = cameras(video[None])
@@ -514,17 +519,19 @@ def source_cameras(video, numbers, shape, name, cameras, fov=None):
             raise ValueError("the pose estimator failed on it")
         c2w, focal = trajectories.check(c2w[0].double().cpu().numpy(), "estimate"), intrinsics[0, :2].tolist()
     else:
-        stem = (Path(cameras) / name).with_suffix("")
+        stem = Path(cameras) / without_suffix(name)
         vipe = Path(cameras) / "pose" / f"{stem.name}.npz"
-        files = Path(f"{stem}.npz"), Path(f"{stem}.npy"), Path(f"{stem}.json"), vipe
-        file = next((f for f in files if f.is_file()), None)
+        files = Path(cameras), Path(f"{stem}.npz"), Path(f"{stem}.npy"), Path(f"{stem}.json"), vipe
+        file = next((f for f in files if split_name(f)[0].is_file()), None)
         if file is None:
             raise ValueError(f"no camera file {stem}.npz, .npy or .json, nor {vipe}")
         c2w = read_path(file)
         if len(c2w) <= numbers[-1]:
             raise ValueError(f"{file}: {len(c2w)} cameras, but the clip's last frame is {numbers[-1]}")
         c2w, (h, w), (height, width) = c2w[numbers], shape, video.shape[1:3]
-        focal = read_focal(Path(cameras) / "intrinsics" / file.name if file == vipe else file, shape)
+        focal = read_focal(file, shape)
+        if focal is None and file.parent.name == "pose":  # ViPE's
+            focal = read_focal(file.parent.parent / "intrinsics" / file.name, shape)
         if focal is None and fov is None:
             raise ValueError(f"{file}: no intrinsics; give --fov, the horizontal field of view in degrees")
         fx, fy = focal or (0.5 / math.tan(math.radians(fov) / 2) * np.array([1, w / h]))  # square pixels

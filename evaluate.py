@@ -24,7 +24,6 @@ import difflib
 import inspect
 import math
 import os
-import re
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,7 +74,7 @@ def find_clips(videos, only=""):
     text file; ValueError naming those that do not exist."""
     clips = {}
     for video in data.find_videos(videos):
-        clip = re.sub(rf"({'|'.join(map(re.escape, data.VIDEOS))})$", "", video, flags=re.I).replace("/", "_")
+        clip = data.without_suffix(video).replace("/", "_")
         if clips.setdefault(clip, video) != video:
             raise ValueError(f"{videos}: {clips[clip]} and {video} would both be called {clip}")
     if not only:

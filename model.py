@@ -416,6 +416,8 @@ def config_from(shapes, num_heads=None):
     if None in needed.values():
         unknown = [name for name, n in needed.items() if n is None]
         raise ValueError(f"not a Wan DiT: {', '.join(unknown)} cannot be told from {sorted(shapes)[:3]} ...")
+    if not num_heads and needed["dim"] % 128:
+        raise ValueError(f"dim {needed['dim']} is not heads of 128: give num_heads")
     needed["out_dim"] //= 4  # a patch has four
     camera = size("control_adapter.conv.weight", 1)
     return Config(**needed, num_heads=num_heads or needed["dim"] // 128, num_layers=count("blocks."),

@@ -131,7 +131,8 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     for p in parameters:
         p.grad = torch.empty_like(p)  # of the iteration before, until the update
 
-    C, G, n, rows = config.conditions // ranks, config.members, config.size, config.micro_batch or None
+    n = len(window(0, config.steps, config.size, config.strategy, first=config.first or None))
+    C, G, rows = config.conditions // ranks, config.members, config.micro_batch or None
     branches = 1 if config.guidance == 1 else 2
     maps = lambda: torch.empty(C, 24, shape[1], 8 * shape[2], 8 * shape[3])
     image = torch.empty(C, 257, dit_config.image_dim) if dit_config.image_dim else None

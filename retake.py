@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import data
-from cameras import named_path
+from cameras import named_path, split_name
 from checkpoint import find_checkpoint
 from clips import condition_of, open_encoders, open_policy, weights_sizes
 from configurator import at_least_1
@@ -57,9 +57,7 @@ def source_cameras(path, name, clip, mp4, config, estimate):
     empty, estimated from `mp4`, the clip as the model sees it."""
     video, _, rows = clip
     cameras = config.cameras
-    if cameras and Path(cameras).is_file():
-        cameras, name = Path(cameras).parent, Path(cameras).name
-    elif not cameras:
+    if not cameras:
         def cameras(_):
             c2w, intrinsics = estimate(mp4)
             if len(c2w) != len(video) or intrinsics is None:
@@ -112,7 +110,7 @@ def retake(config):
     target = named_path(config.camera, len(video), config.speed)
     checkpoint = find_checkpoint(config.ckpt) if config.ckpt else None
     weights_sizes(config.weights)  # all there?
-    if config.cameras and not Path(config.cameras).is_file():
+    if config.cameras and not split_name(config.cameras)[0].is_file():
         raise FileNotFoundError(f"{config.cameras}: no such camera file")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source.mp4"

@@ -20,6 +20,8 @@ import torch
 
 def schedule(steps, shift):
     """Noise levels for `steps` denoising steps, (steps+1,) float32 from 1 to 0; shift > 1 pushes to noise."""
+    if steps < 1 or not shift > 0:
+        raise ValueError(f"schedule: expected at least 1 step and a shift > 0, found {steps} and {shift}")
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return (shift * u / (1 + (shift - 1) * u)).float()
 

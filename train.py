@@ -36,7 +36,7 @@ import trajectories
 from checkpoint import open_log, resume, save_checkpoint
 from configurator import parse
 from distributed import absent, assert_ranks_agree, gather, reduce
-from grpo import advantages, micro_batches, policy_loss, succeeded, summary
+from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
 from model import trainable
 from sampler import rollout, sample, schedule, window
 
@@ -125,6 +125,10 @@ def check(config, ranks, folders=True):
     need(config.members % config.updates == 0,
          f"updates: {config.updates} do not divide {config.members} members")
     need(config.lr > 0 and config.eta > 0, f"lr and eta: expected > 0, found {config.lr} and {config.eta}")
+    for name in ("clip", "grad_clip"):
+        need(getattr(config, name) > 0, f"{name}: expected > 0, found {getattr(config, name)}")
+    need(config.tau >= 0 and config.tail >= 0, f"tau, tail: expected >= 0, found {config.tau}, {config.tail}")
+    schedule(config.steps, config.shift)  # refuses a shift of 0
     window(0, config.steps, config.size, config.strategy, config.stride, config.iters_per_window,
            config.first or None)  # refuses one that does not fit
     if config.world == "clips" and folders:
@@ -354,8 +358,9 @@ def main(argv):
                         loss.backward()
                     statistics.append(s)
                 stats = summary(statistics)
-                error = float(reduce(stats["ratio_error"], dist.ReduceOp.MAX))
-                if iteration == start and u == 0:  # the update must repeat the rollout's numerics
+                if u == 0:  # before weights change, the update must repeat the rollout's numerics
+                    error = float(reduce(stats["ratio_error"], dist.ReduceOp.MAX))
+                if iteration == start and u == 0:
                     if not error <= config.clip:
                         raise RuntimeError(f"on-policy ratio is off by {error:.1e}, more than the clip range "
                                            f"{config.clip:.1e}: rollout and update run different numerics")
@@ -382,7 +387,7 @@ def main(argv):
                       "clip_fraction": float(mean[1]), "advantage_std": float(A_all.std())}
             for name, x in scores.items():
                 record |= {f"reward/{name}": float(x[x.isfinite()].mean()),
-                           f"spread/{name}": float(x.nan_to_num().std(1).mean())}
+                           f"spread/{name}": float(group_std({name: x}, {name: 1})[name].mean())}
             record |= {f"seconds/{phase}": round(s, 4) for phase, s in clock.seconds.items()}
             if rank == 0:
                 try:

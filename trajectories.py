@@ -121,6 +121,7 @@ def draw_speeds(rng, v=V_BOUNDS, omega=OMEGA_BOUNDS):
     def draw(lowest, highest, mean, sd):
         if not (0 <= lowest <= highest and sd > 0):
             raise ValueError(f"speed bounds {lowest}, {highest}, sd {sd}: need 0 <= low <= high, sd > 0")
+        sd = -sd if lowest > mean else sd  # mirrored: above the mean ndtr rounds to 1, below it never to 0
         a, b = ndtr((lowest - mean) / sd), ndtr((highest - mean) / sd)
         return float(np.clip(mean + sd * ndtri(a + (b - a) * rng.random()), lowest, highest))
 

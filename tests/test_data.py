@@ -21,6 +21,7 @@ import model
 import tiny_weights
 import trajectories
 import vae
+from clips import open_policy
 
 SOLID = [(200, 30, 40), (20, 180, 60), (40, 60, 220), (230, 220, 30)]
 
@@ -370,6 +371,13 @@ def test_the_policy_takes_a_clip(weights, cache):
     assert v.shape == (1, 16, 3, 4, 6) and v.isfinite().all() and 0.05 < v.std() < 20
 
 
+def test_what_was_trained_is_opened_as_it_was_trained(weights):
+    """In float32 beside bfloat16, which would round a small change of a norm's gain, about 1, away."""
+    dit = open_policy(weights, None, torch.device("meta"))  # no CPU, so as on a GPU
+    assert {p.dtype for name, p in dit.named_parameters() if ".self_attn." in name} == {torch.float32}
+    assert {p.dtype for name, p in dit.named_parameters() if ".self_attn." not in name} == {torch.bfloat16}
+
+
 def test_an_estimator_gives_the_cameras():
     video, world = torch.zeros(9, 32, 48, 3, dtype=torch.uint8), torch.from_numpy(path_of(9, 3))[None]
     estimator = lambda videos: (world, torch.tensor([[0.7, 0.8, 0.4, 0.4]]))
@@ -397,6 +405,15 @@ def test_cameras_follow_the_frames_taken(tmp_path):
     c2w, intrinsics = data.source_cameras(video, np.arange(9), (48, 64), "clips/v.mp4", tmp_path)
     assert np.allclose(c2w, trajectories.relative(path_of(9, 1)))
     assert intrinsics.tolist() == pytest.approx([0.5, 0.75, 0.5, 0.5])
+    c2w, intrinsics = data.source_cameras(video, np.arange(9), (48, 64), "any.mp4", tmp_path / "pose/v.npz")
+    assert np.allclose(c2w, trajectories.relative(path_of(9, 1))) and intrinsics[0] == 0.5
+    np.save(tmp_path / "a.npy", path_of(9, 3))  # a file is taken as it is named, whatever lies beside it
+    c2w, _ = data.source_cameras(video, np.arange(9), (48, 64), "b.mp4", tmp_path / "a.npy", fov=90)
+    assert np.allclose(c2w, trajectories.relative(path_of(9, 3)))
+    for name, seed in (("walk_0.5", 0), ("walk_0.6", 1)):  # folders of images: .5 is no suffix
+        np.save(tmp_path / f"{name}.npy", path_of(9, seed))
+    c2w, _ = data.source_cameras(video, np.arange(9), (48, 64), "walk_0.6", tmp_path, fov=90)
+    assert np.allclose(c2w, trajectories.relative(path_of(9, 1)))
 
 
 def test_bad_clips_are_skipped_with_the_reason(source, weights, tmp_path):
@@ -444,6 +461,7 @@ def test_captions_file(tmp_path):
     assert data.find_caption("x/a.mov", captions) == "one, two"
     assert data.find_caption("b.mp4", captions) is None
     assert data.find_caption("deep/down/c.webm", captions) == "three"
+    assert data.find_caption("v0.6", {"v0.6": "six", "v0": "none"}) == "six"  # a folder of images
     for text, message in (("", "has none"), ("video,words\na,b\n", "has video, words"),
                           ("file_name,text\n", "no row"),
                           ("file_name,text\na.mp4,x\na.mp4,y\n", "line 3: another caption for a.mp4")):

@@ -490,6 +490,9 @@ def test_bad_files(tmp_path, state):
         load_dit(saved(tmp_path / "foreign.safetensors", {"model.weight": torch.zeros(3)}))
     with pytest.raises(ValueError, match="give num_heads"):
         load_dit(WEIGHTS)  # head size 24, which shapes alone do not tell
+    with pytest.raises(ValueError, match="dim 192 is not heads of 128: give num_heads"), torch.device("meta"):
+        plain = DiT(Config(192, num_heads=3, num_layers=1, ffn_dim=8, in_dim=16))  # could pass for one head
+        model.config_from({key: tuple(x.shape) for key, x in plain.state_dict().items()})
     with pytest.raises(ValueError, match=r"head.head.bias \(I64\)"):
         load_dit(saved(tmp_path / "int.safetensors", {**state, "head.head.bias": torch.zeros(64).long()}))
 

@@ -124,6 +124,13 @@ def test_memory_against_the_loop(settings):
         assert peaks[phase] == pytest.approx(measured[phase], rel=0.15), phase
 
 
+def test_all_steps_are_kept_whatever_the_size():
+    small = dict(frames=5, height=24, width=40, steps=9, conditions=1, members=2048, micro_batch=64)
+    every, eight = (plan.memory(train.Config(**small, **kind, weights=str(ROOT / "weights")))[1]["rollout"]
+                    for kind in (dict(strategy="all", size=1), dict(size=8)))
+    assert every == pytest.approx(eight, rel=0.02)
+
+
 def test_dry_run_needs_nothing(tmp_path):
     done = subprocess.run([sys.executable, "train.py", "config/geo_align.py", "--dry-run",
                            f"--out={tmp_path / 'o'}", "--weights=nowhere", "--conditions=1"], cwd=ROOT,

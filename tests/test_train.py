@@ -76,6 +76,8 @@ def test_bad_settings(tmp_path, text, arg, message):
 @pytest.mark.parametrize("settings, message", [
     (dict(conditions=3), "do not divide over 2 ranks"), (dict(frames=80), "4k . 1"), (dict(size=30), "window size"),
     (dict(members=8, updates=3), "do not divide"), (dict(world="moon"), "toy or clips"), (dict(members=0), "at least 1"),
+    (dict(shift=0.0), "a shift > 0"), (dict(grad_clip=0.0), "grad_clip: expected > 0"),
+    (dict(tau=-0.1), "tau, tail: expected >= 0"),
     (dict(height=100, world="clips"), "multiples of 16"), (dict(world="clips"), "--clips=FOLDER is needed"),
 ])
 def test_settings_that_cannot_work(settings, message):
@@ -239,9 +241,16 @@ def test_failed_rewards_are_masked_and_counted_or_stop_the_run(main, tmp_path):
     log = log_of(tmp_path / "a")
     assert all(0 < record["failed"] < 8 for record in log) and all(record["grad_norm"] > 0 for record in log)
     assert all(x.isfinite().all() for x in weights(tmp_path / "a").values())
+    for record in log:  # a failed video is no video with score 0
+        assert 0 < record["spread/grumpy"] < record["reward/grumpy"] / 4
     with pytest.raises(RuntimeError, match=r"rewards failed for \d of 8 videos \(grumpy: .*(like it|NaN)"):
         main(tmp_path / "b", "--iterations=2", rewards, "--max_failures=0.1")
     assert not list((tmp_path / "b").glob("iteration_*"))
+
+
+def test_the_ratio_of_the_first_update_is_logged(main, tmp_path):
+    main(tmp_path, "--iterations=2", "--updates=2", "--lr=1e-3")  # after a step it is no longer 1
+    assert all(record["ratio_error"] < 1e-5 for record in log_of(tmp_path))
 
 
 def test_non_finite_gradients_change_nothing_and_stop_in_a_row(main, tmp_path, monkeypatch):

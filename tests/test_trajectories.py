@@ -118,6 +118,9 @@ def test_drawn_speeds_follow_the_truncated_gaussians():
         assert low <= x.min() and x.max() <= high
         assert abs(x.mean() - law.mean()) < 5 * law.std() / math.sqrt(len(x))
         assert np.abs(np.sort(x) - law.ppf((np.arange(len(x)) + 0.5) / len(x))).max() < 0.05 * sd
+    above, below = (0.05, 0.06, 0.025, 0.001), (0.05, 0.06, 0.085, 0.001)  # their means, by 25 sd
+    far = np.array([tr.draw_speeds(rng, above, below) for _ in range(999)])
+    assert 0.05 <= far[:, 0].min() and far[:, 0].max() < 0.051 and 0.059 < far[:, 1].min()
     np.testing.assert_allclose(np.degrees(tr.OMEGA_BOUNDS), (0.05, 0.8, 0.3, 0.2))
     assert tr.draw_speeds(rng, (0.02, 0.02, 0.5, 0.1), (0.1, 0.2, 0.15, 1)) <= (0.02, 0.2)
     with pytest.raises(ValueError, match="speed bounds"):
