@@ -125,10 +125,9 @@ def check(config, ranks, folders=True):
     need(config.members % config.updates == 0,
          f"updates: {config.updates} do not divide {config.members} members")
     need(config.lr > 0 and config.eta > 0, f"lr and eta: expected > 0, found {config.lr} and {config.eta}")
-    for name in ("clip", "grad_clip"):
+    for name in ("clip", "grad_clip", "shift"):
         need(getattr(config, name) > 0, f"{name}: expected > 0, found {getattr(config, name)}")
     need(config.tau >= 0 and config.tail >= 0, f"tau, tail: expected >= 0, found {config.tau}, {config.tail}")
-    schedule(config.steps, config.shift)  # refuses a shift of 0
     window(0, config.steps, config.size, config.strategy, config.stride, config.iters_per_window,
            config.first or None)  # refuses one that does not fit
     if config.world == "clips" and folders:

@@ -271,7 +271,7 @@ BAD = [  # command, with {w} the folder above; what its line must say
     ("evaluate.py toy --ckpt={w}/evil_vae/Wan2.1_VAE.pth", "Wan2.1_VAE.pth: not a whole safetensors file"),
     ("evaluate.py toy --ckpt={w}/foreign.safetensors", "unexpected a in"),
     ("evaluate.py toy --rooms=0", "rooms: expected at least 1, found 0"),
-    ("evaluate.py compare {w}/results.json", "expected two different results.json or more"),
+    ("evaluate.py compare {w}/results.json", "expected two different results.json, or their folders, or more"),
     ("evaluate.py compare {w}/results.json {w}/nowhere.json", "nowhere.json"),
     ("evaluate.py compare {w}/results.json {w}/cut.json", "cut.json: damaged"),
     ("evaluate.py compare {w}/results.json {w}/old.json", "old.json: protocol 0, expected 1"),
