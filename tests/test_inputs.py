@@ -158,7 +158,7 @@ PREPARE = "data.py prepare --frames=9 --height=32 --width=48"
 SOURCES = " --videos={w}/videos --weights={w}/weights --cameras={w}/paths"
 
 BAD = [  # command, with {w} the folder above; what its line must say
-    (TRAIN + " {w}/nowhere.py", "nowhere.py"),
+    (TRAIN + " {w}/nowhere.py", "nowhere.py: no such config file; a setting is --name=value"),
     (TRAIN + " {w}/empty", "empty"),
     (TRAIN + " {w}/broken.py", "broken.py: expected lines of name = value"),
     (TRAIN + " {w}/binary.py", "binary.py: expected lines of name = value"),

@@ -1,4 +1,5 @@
 """The loop: settings, two ranks against one process, exact resume, interruption, bad input."""
+import dataclasses
 import json
 import os
 import signal
@@ -234,6 +235,12 @@ def grumpy(videos, scene):
         raise ValueError("I do not like it")
     return videos.float().mean((1, 2, 3, 4)) * (float("nan") if turn == 1 else 1)
 """
+
+
+def test_help_lists_every_setting(capsys):
+    train.main(["--help"])
+    words = capsys.readouterr().out
+    assert "torchrun" in words and all(f"    {f.name}: " in words for f in dataclasses.fields(train.Config))
 
 
 def test_failed_rewards_are_masked_and_counted_or_stop_the_run(main, tmp_path):
