@@ -75,8 +75,8 @@ def policy_loss(policy, rollout, k, advantages, total=None, conditions=slice(Non
     L is the sum, over window steps, conditions and members, of
       -lambda_t min(r A, clip(r, 1 - clip, 1 + clip) A) / total
     with r = p_new / p_old and lambda_t = sigma_t / sqrt(dt).
-    advantages: (C, G). total: conditions of all ranks x members x window steps (None: this rollout's), so
-    gradients are to be *summed* over ranks; failed members count, as zeros.
+    advantages: (C, G). total: conditions x members x window steps, failed ones too (None: this rollout's).
+    Over ranks, gradients are summed if `total` counts the conditions of all, averaged (DDP) if its own.
     Where a group shares x the network runs once per condition and its velocity serves all members: the
     gradients of G losses add up at that one v, and one backward carries their sum.
     reweight=False leaves lambda_t out (ablation). kl > 0 adds kl lambda_t^2 KL(new || reference) per member

@@ -49,7 +49,7 @@ class Config:
     weights: str = "weights"           # folder of the official files (clips) or of the toy's
     clips: str = ""                    # folder that `python data.py prepare` wrote
     trajectories: str = ""             # folder of camera paths, of any format that cameras.py reads
-    frames: int = 81                   # video length, 4k + 1 (paper)
+    frames: int = 81                   # video length, 4k + 1 (ReDirector; paper's missing)
     height: int = 480                  # pixels (ReDirector)
     width: int = 832                   # pixels (ReDirector)
     v: tuple = (0.005, 0.06, 0.025, 0.015)  # m/frame: lowest, highest, mean, sd of Eq. 10 (ours: unknown)
@@ -73,7 +73,7 @@ class Config:
     micro_batch: int = 0               # network rows per call; 0: all at once
     # rewards and objective
     rewards: str = "trans=1,rot=1,vq=1,mq=1,hpsv3=1"  # and my_file.py:function=weight (ours: unknown)
-    frame_weights: str = "linear"      # w_i of Eq. 3-4: linear (paper's example), uniform, quadratic
+    frame_weights: str = "linear"      # w_i of Eq. 3-4: linear (ours; paper: growing), uniform, quadratic
     estimator_stride: int = 1          # estimate the camera of every so many frames only
     reward_batch: int = 1              # videos per reward call; 0: all at once
     park: bool = False                 # keep reward models on the CPU between uses
