@@ -416,7 +416,8 @@ def compare(config):
     methods, bases = {}, []
     for folder, r in results.items():
         for name, method in r["methods"].items():
-            scores = {case: {k: x for k, x in s.items() if k != "video"} for case, s in method["cases"].items()}
+            scores = {case: {k: x for k, x in s.items() if k != "video"}
+                      for case, s in method["cases"].items()}
             if name != "base" or scores not in bases:  # runs from the same base: shown once
                 methods[f"{folder}: {name}"] = method
             bases += [scores] if name == "base" else []

@@ -1,4 +1,4 @@
-"""The paper's setting as far as it is known. Each line says where its value is from; "ours" where the paper's is unknown."""
+"""The paper's setting as far as known. Each value with its source; "ours" where the paper's is unknown."""
 world = "clips"
 frames = 81                        # ReDirector (the paper's own number is missing from our copy)
 height = 480                       # ReDirector

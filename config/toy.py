@@ -1,4 +1,4 @@
-"""The main job on a laptop: the paper's experiment in miniature, in the toy world (about three minutes on two cores)."""
+"""The main job on a laptop: the paper's experiment in miniature (about three minutes on two cores)."""
 world = "toy"
 weights = "weights"
 frames = 5

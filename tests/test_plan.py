@@ -18,7 +18,8 @@ from sampler import rollout, schedule
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("tail", [None, 0.4])
 @pytest.mark.parametrize("steps, at, members, micro_batch", [
-    (25, (0,), 8, None), (25, (23,), 8, 3), (25, (5,), 1, None), (16, (3, 4, 5, 6), 4, 1), (6, (0, 1, 2, 3, 4), 3, None)])
+    (25, (0,), 8, None), (25, (23,), 8, 3), (25, (5,), 1, None), (16, (3, 4, 5, 6), 4, 1),
+    (6, (0, 1, 2, 3, 4), 3, None)])
 def test_evaluations_are_the_rollouts(share, tail, steps, at, members, micro_batch):
     class Anything:  # a condition
         def __getitem__(self, rows):
@@ -98,8 +99,8 @@ def test_memory_against_the_loop(settings):
         for iteration in range(2):  # the second is the steady state
             live.peak = live.now
             maps = (C, 24, 3, 48, 80)
-            condition = model.Condition(torch.zeros(C, 1, toy.TEXT), None, torch.randn(C, *shape), torch.randn(maps),
-                                        torch.randn(maps))
+            condition = model.Condition(torch.zeros(C, 1, toy.TEXT), None, torch.randn(C, *shape),
+                                        torch.randn(maps), torch.randn(maps))
             with torch.no_grad():
                 prepared = dit.prepare(condition)
                 negative = dit.prepare(condition) if config.guidance != 1 else None
@@ -136,6 +137,7 @@ def test_dry_run_needs_nothing(tmp_path):
                            f"--out={tmp_path / 'o'}", "--weights=nowhere", "--conditions=1"], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for fact in ("of which 329,840,640 train", "65,520 a network row", "3.96 GB a checkpoint", "+ 25.0 update x 4 = 276.8"):
+    for fact in ("of which 329,840,640 train", "65,520 a network row", "3.96 GB a checkpoint",
+                 "+ 25.0 update x 4 = 276.8"):
         assert fact in done.stdout
     assert not (tmp_path / "o").exists()

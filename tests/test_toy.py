@@ -35,7 +35,7 @@ def test_rooms_depend_on_the_seed_alone():
 
 
 def test_floor_depth_is_that_of_a_plane():
-    """Below the horizon, in an empty stretch, a ray at angle a below level meets the floor EYE / sin(a) away."""
+    """Where nothing stands, a ray at angle a below level meets the floor EYE / sin(a) away."""
     room = rooms(64, 1)
     _, depth = render(room, torch.eye(4).repeat(64, 1, 1, 1))
     d = torch.einsum("nij,hwj->nhwi", room.pose[:, :3, :3], rays(INTRINSICS, toy.HEIGHT, toy.WIDTH))
@@ -46,7 +46,7 @@ def test_floor_depth_is_that_of_a_plane():
 
 
 def test_what_one_camera_sees_another_sees_there():
-    """A surface point seen by two cameras has the same colour, but for occlusion and the fading of fine texture."""
+    """A surface point seen by two cameras has one colour, but for occlusion and fine texture that fades."""
     room, c2w, (video, depth) = filmed(8, 0.3)
     point = depth[:, 0, ..., None] * rays(INTRINSICS, toy.HEIGHT, toy.WIDTH)
     y = (point - c2w[:, 4, None, None, :3, 3]) @ c2w[:, 4, None, :3, :3]
@@ -73,18 +73,20 @@ def test_careful_footage_is_the_script(monkeypatch):
 
 
 def test_careless_footage_falls_short_and_is_tinted(monkeypatch):
-    """Every step is LAG short of the script, or goes forward, ever faster, where that stands still; red and blue are off;
-    the source is neither."""
+    """Every step is LAG short of the script, or goes forward, ever faster, where that stands still; red and
+    blue are off; the source is neither."""
     monkeypatch.setattr(toy, "CARELESS", 1.0)
     filmed = []
-    source, source_path, takes, scripts = toy.footage(6, 3, draw=lambda *a: (filmed.append(a[1]), render(*a))[1])
+    draw = lambda room, c2w: (filmed.append(c2w), render(room, c2w))[1]
+    source, source_path, takes, scripts = toy.footage(6, 3, draw)
     true = filmed[0].unflatten(0, (6, 4))
     assert torch.equal(true[:, 0], source_path) and torch.equal(render(rooms(6, 3), source_path)[0], source)
     step = lambda c2w: (c2w[..., 1:, :3, 3] - c2w[..., :-1, :3, 3]).flatten(0, -3)
     forward = toy.DRIFT * torch.arange(1, 5.)[:, None] * torch.tensor([0, 0, 1.0])
     stands = (step(scripts).abs() == 0).all(-1).all(-1)
     assert stands.any() and not stands.all()
-    assert (step(true[:, 1:]) - (1 - toy.LAG) * step(scripts) - forward * stands[:, None, None]).abs().max() < 1e-6
+    expected = (1 - toy.LAG) * step(scripts) + forward * stands[:, None, None]
+    assert (step(true[:, 1:]) - expected).abs().max() < 1e-6
     tint = toy.CARELESS_TINT
     monkeypatch.setattr(toy, "CARELESS_TINT", torch.zeros(3))
     off = (takes - toy.footage(6, 3)[2]).mean((0, 1, 3, 4, 5))
@@ -92,7 +94,8 @@ def test_careless_footage_falls_short_and_is_tinted(monkeypatch):
 
 
 def test_footage_has_as_many_careless_takes_as_it_should():
-    red = toy.footage(200, 4, draw=lambda room, c2w: (torch.zeros(len(c2w), 3, toy.FRAMES, 1, 1),))[2][:, :, 0, 0, 0, 0]
+    black = lambda room, c2w: (torch.zeros(len(c2w), 3, toy.FRAMES, 1, 1),)
+    red = toy.footage(200, 4, black)[2][:, :, 0, 0, 0, 0]
     assert (red > 0).float().mean() == pytest.approx(toy.CARELESS, abs=0.06)
 
 
@@ -102,8 +105,8 @@ def test_codec_has_the_vaes_interface():
     latents = codec.encode(video)
     assert latents.shape == (16, 16, 2, toy.HEIGHT // 4, toy.WIDTH // 4)
     assert latents.square().mean() == pytest.approx(1, rel=0.2)
-    again = codec.encode(codec.decode(latents))
-    assert (again - latents).abs().max() < 0.2 and (again - latents).abs().mean() < 1e-3  # a projection, but for clamping
+    off = (codec.encode(codec.decode(latents)) - latents).abs()
+    assert off.max() < 0.2 and off.mean() < 1e-3  # a projection, but for clamping
     later = codec.encode(torch.cat([video[:, :, :1], torch.zeros_like(video[:, :, 1:])], 2))
     assert torch.equal(later[:, :, 0], latents[:, :, 0])  # causal: the first frame stands alone
 
@@ -140,7 +143,8 @@ def test_judge_sees_a_wrong_scale(shipped):
 
 
 def test_estimator_is_metric(shipped):
-    """Decoded videos of unseen rooms at test speed, from pixels alone: off by less than 0.4 of the motion and 1.5 degrees."""
+    """Decoded videos of unseen rooms at test speed, from pixels alone: off by less than 0.4 of the motion and
+    1.5 degrees."""
     _, codec, estimator = shipped
     _, c2w, (video, _) = filmed(64, 1.0)
     shown = ((codec.decode(codec.encode(video)) + 1) * 127.5).round().byte().movedim(1, -1)
@@ -153,8 +157,8 @@ def test_base_has_the_papers_faults(shipped):
     dit, codec, _ = shipped
     room, condition, scene, _ = held_out(2, codec)
     with torch.no_grad():
-        latents = sample(dit, dit.prepare(condition), sigmas=schedule(6, 5.0), shape=condition.source.shape[1:], seed=0,
-                         condition_ids=list(range(20)))
+        latents = sample(dit, dit.prepare(condition), sigmas=schedule(6, 5.0), seed=0,
+                         shape=condition.source.shape[1:], condition_ids=list(range(20)))
     found = trajectories.relative(judge(codec.decode(latents), room, scene.c2w, codec)[0])
     off = (found - scene.c2w)[..., :3, 3].norm(dim=-1).mean(0)
     assert (off.diff() > 0).all()
@@ -167,6 +171,7 @@ def test_held_out_follows_the_ten_paths(shipped):
     room, condition, scene, truth = held_out(2, shipped[1], 1.5)
     assert scene.c2w.shape == (20, 5, 4, 4) and truth.shape == (20, 5, toy.HEIGHT, toy.WIDTH, 3)
     v, omega = zip(*(trajectories.speeds(c2w.double().numpy()) for c2w in scene.c2w))
-    assert max(v) == pytest.approx(1.5 * toy.SPEED, rel=1e-4) and max(omega) == pytest.approx(1.5 * toy.TURN, rel=1e-3)
+    assert max(v) == pytest.approx(1.5 * toy.SPEED, rel=1e-4)
+    assert max(omega) == pytest.approx(1.5 * toy.TURN, rel=1e-3)
     assert torch.equal(room.ball[0], room.ball[9]) and not torch.equal(room.ball[0], room.ball[10])
     assert isinstance(shipped[1], Codec)

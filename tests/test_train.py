@@ -17,13 +17,15 @@ import train
 from configurator import parse
 from train import Config, check, clip_numbers
 
-SMALL = ["--conditions=2", "--members=4", "--sample_every=1000", "--save_every=1", "--rooms=0", "--rewards=trans=1,rot=1,sharpness=0.1"]
+SMALL = ["--conditions=2", "--members=4", "--sample_every=1000", "--save_every=1", "--rooms=0",
+         "--rewards=trans=1,rot=1,sharpness=0.1"]
 
 
 def run(*args, ranks=1, wait=True, env=None, script="train.py"):
     command = [sys.executable, script, *SMALL, *args]
     if ranks > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command[1:]]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc-per-node={ranks}", *command[1:]]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
     if not wait:
@@ -49,10 +51,11 @@ def weights(out):
 
 def test_file_then_flags(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text('"""A run."""\nlr = 1e-3  # high\nseed = 3\nv = (0.1, 0.2, 0.15, 0.05)\nreweight = False\n')
+    file.write_text('"""A run."""\nlr = 1e-3  # high\nseed = 3\n'
+                    'v = (0.1, 0.2, 0.15, 0.05)\nreweight = False\n')
     config = parse(Config, [str(file), "--seed=4", "--out=x=y", "--compile"])
-    assert (config.lr, config.seed, config.out, config.reweight, config.compile) == (1e-3, 4, "x=y", False, True)
-    assert config.v == (0.1, 0.2, 0.15, 0.05)
+    assert (config.lr, config.seed, config.out) == (1e-3, 4, "x=y")
+    assert (config.reweight, config.compile, config.v) == (False, True, (0.1, 0.2, 0.15, 0.05))
 
 
 @pytest.mark.parametrize("text, arg, message", [
@@ -75,8 +78,9 @@ def test_bad_settings(tmp_path, text, arg, message):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(conditions=3), "do not divide over 2 ranks"), (dict(frames=80), "4k . 1"), (dict(size=30), "window size"),
-    (dict(members=8, updates=3), "do not divide"), (dict(world="moon"), "toy or clips"), (dict(members=0), "at least 1"),
+    (dict(conditions=3), "do not divide over 2 ranks"), (dict(frames=80), "4k . 1"),
+    (dict(size=30), "window size"), (dict(members=8, updates=3), "do not divide"),
+    (dict(world="moon"), "toy or clips"), (dict(members=0), "at least 1"),
     (dict(shift=0.0), "shift: expected > 0"), (dict(grad_clip=0.0), "grad_clip: expected > 0"),
     (dict(tau=-0.1), "tau, tail: expected >= 0"),
     (dict(height=100, world="clips"), "multiples of 16"), (dict(world="clips"), "--clips=FOLDER is needed"),
@@ -138,8 +142,9 @@ model.DiT.prepare = one_by_one
         code, _, err = run("--iterations=1", "--micro_batch=4", "--reward_batch=4", "--share_prefix=False",
                            f"--rewards={reward}:steps=1", f"--out={out}", ranks=ranks, script=script)
         assert code == 0, err
-        moments = load_file(out / "iteration_000001/optimizer.safetensors")  # exp_avg: a tenth of the gradient
-        gradients.append(torch.cat([x.flatten() for name, x in moments.items() if name.startswith("exp_avg.")]))
+        moments = load_file(out / "iteration_000001/optimizer.safetensors")
+        gradients.append(torch.cat([x.flatten() for name, x in moments.items()
+                                    if name.startswith("exp_avg.")]))  # a tenth of the gradient
         logs.append(json.loads((out / "log.jsonl").read_text()))
     print("relative difference", float((gradients[0] - gradients[1]).norm() / gradients[0].norm()))
     assert (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[0].norm()
@@ -205,8 +210,8 @@ torch.optim.AdamW.step = astray
 
 @pytest.fixture
 def main(monkeypatch):
-    """train.main in a small world, on one thread as run() (sums are rounded alike then only); os._exit only raises,
-    signals and threads are put back."""
+    """train.main in a small world, on one thread as run() (sums are rounded alike then only); os._exit only
+    raises, signals and threads are put back."""
     def leave(code):
         raise SystemExit(code)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -302,8 +307,9 @@ def test_a_signal_never_saves_half_an_update(main, straight, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--weights=nowhere"], "nowhere"), (["nothing.py"], "nothing.py"), (["--rewards=tran=1"], "did you mean trans"),
-    (["--rewards=mine.py:f=1"], "mine.py"), (["--config=a"], "no setting 'config'"),
+    (["--weights=nowhere"], "nowhere"), (["nothing.py"], "nothing.py"),
+    (["--rewards=tran=1"], "did you mean trans"), (["--rewards=mine.py:f=1"], "mine.py"),
+    (["--config=a"], "no setting 'config'"),
 ])
 def test_bad_input_is_one_line(args, message, tmp_path):
     code, _, err = run(*args, f"--out={tmp_path / 'o'}")
