@@ -289,8 +289,8 @@ def main(argv):
     assert_ranks_agree(parameters, "at the start")
     count = lambda parameters: f"{sum(p.numel() for p in parameters):,}"
     say(f"{config.conditions} conditions x {G} members = {config.conditions * G} videos an iteration "
-        f"on {ranks} rank(s), {device.type}; {count(parameters)} of {count(dit.parameters())} parameters train; "
-        f"{start} of {config.iterations} iterations done in {out}")
+        f"on {ranks} rank(s), {device.type}; {count(parameters)} of {count(dit.parameters())} parameters "
+        f"train; {start} of {config.iterations} iterations done in {out}")
     log = open_log(out / "log.jsonl", start) if rank == 0 else None
     policy = dit
     if ranks > 1:
