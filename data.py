@@ -583,8 +583,8 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
     names, texts = find_videos(videos), read_captions(captions) if captions else {}
     nothing = None if captions or captioner else ""  # with neither, every caption is empty
     wanted = {name: find_caption(name, texts) or nothing for name in names}
-    if cameras != "mapanything" and not Path(cameras).is_dir():
-        raise FileNotFoundError(f"{cameras}: expected mapanything or a folder of camera files")
+    if cameras != "mapanything" and not split_name(cameras)[0].exists():
+        raise FileNotFoundError(f"{cameras}: expected mapanything, a camera file or a folder of them")
     if min(stride, estimator_stride) < 1:
         raise ValueError(f"stride: expected at least 1, found {min(stride, estimator_stride)}")
     vae = load_vae(weights / VAE_FILE, device, dtype)
@@ -670,7 +670,8 @@ def main():
     add("--captions", help="csv with columns file_name, text (or videoFile, caption)")
     add("--captioner", help="BLIP-2 by folder or hub id, for clips without a caption (their middle frame)")
     add("--cameras", default="mapanything",
-        help="mapanything (default; in the weights' map-anything), or a folder with a/b.npz for a/b.mp4")
+        help="mapanything (default; in the weights' map-anything), a folder with a/b.npz for a/b.mp4, "
+             "or one file for all")
     add("--fov", type=float, help="horizontal field of view in degrees, for camera files without intrinsics")
     add("--estimator-stride", type=int, default=1, help="estimate every n-th camera, interpolate the others")
     add("--frames", type=int, default=81, help="4k+1 (default 81)")

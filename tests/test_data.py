@@ -446,7 +446,7 @@ def test_other_settings_are_refused(source, weights, cache):
         data.ClipCache(cache, frames=81)
     with pytest.raises(ValueError, match="4k.1 frames"):
         prepare(source, weights, cache, frames=10)
-    with pytest.raises(FileNotFoundError, match="nowhere: expected mapanything or a folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere: expected mapanything, a camera file or a folder"):
         data.prepare(source / "videos", cache, weights, cameras="nowhere", **SETTINGS)
     with pytest.raises(FileNotFoundError, match="index.json"):
         data.ClipCache(source)

@@ -3,11 +3,12 @@
     python tests/tiny_weights.py FOLDER
 
 Names, keys, layouts and the parts of each network are the published files'; only widths and depths are small.
-The pictures made with it are noise.
+The pictures made with it are noise. FOLDER/paths gets camera files: the ten evaluation paths, and "static".
 """
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -16,7 +17,9 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cameras  # noqa: E402
 import model  # noqa: E402
+import trajectories  # noqa: E402
 import vae  # noqa: E402
 from data import IMAGE_FILE, TEXT_FILE, TOKENIZER, VAE_FILE  # noqa: E402
 
@@ -115,6 +118,9 @@ def write(folder, seed=0):
     torch.save(random_state(text_shapes(), seed + 3), folder / TEXT_FILE)
     torch.save(random_state(image_shapes(), seed + 4), folder / IMAGE_FILE)
     save_tokenizer(folder / TOKENIZER)
+    (folder / "paths").mkdir(exist_ok=True)
+    for name in ("static", *trajectories.PATHS):
+        np.save(folder / f"paths/{name}.npy", cameras.named_path(name))
     return folder
 
 
