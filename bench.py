@@ -359,11 +359,12 @@ class Waits(TorchDispatchMode):
 def scaling(args):
     rows = []
     for ranks in (1, 2):
-        log = toy_log(f"--iterations={args.iterations}", f"--conditions={8 * ranks}", ranks=ranks)[1:]
+        log = toy_log(f"--iterations={args.iterations}", f"--conditions={8 * ranks}", "--threads=1",
+                      ranks=ranks)[1:]
         phases = {k.removeprefix("seconds/"): float(np.median([r[k] for r in log]))
                   for k in log[0] if k.startswith("seconds/")}
         rows.append({"ranks": ranks, "videos": 128 * ranks, **phases, "together": sum(phases.values())})
-    table("scaling: wall seconds an iteration of the toy, 8 conditions a rank", rows)
+    table("scaling: wall seconds an iteration of the toy, 8 conditions and one thread a rank", rows)
     command = [sys.executable, *torchrun(2), __file__, "allreduce"]
     size, s = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     table("all-reduce of the toy's gradient, gloo", [

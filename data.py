@@ -21,7 +21,6 @@ import sys
 import textwrap
 from collections import Counter
 from dataclasses import dataclass
-from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from tqdm import tqdm
 
 import trajectories
 from cameras import read_path, split_name
+from distributed import connect
 
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".m4v", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -578,7 +578,7 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     if world > 1:  # only to share out the clips and to collect what was skipped, which may be days later
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        connect("gloo", timeout=30 * 24 * 3600)
     videos, out, weights = Path(videos), Path(out), Path(weights)
     names, texts = find_videos(videos), read_captions(captions) if captions else {}
     nothing = None if captions or captioner else ""  # with neither, every caption is empty

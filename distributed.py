@@ -1,10 +1,40 @@
 """What train.py needs of many processes; without them, each function is what it is for one."""
+import hashlib
 import time
+import uuid
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from checkpoint import digest
+
+def connect(backend, timeout):
+    """init_process_group for the rank and world size that torchrun names; timeout in seconds.
+
+    torchrun's store outlives a restart, and in it the addresses of processes that are gone, which torch
+    (2.13) may take for the new ones. So all goes under a name that only this start knows: rank 0 draws it, and
+    tells whoever asks, under a name of the asker's own. TimeoutError names the ranks that do not come.
+    """
+    store, rank, ranks = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    mine, patience = uuid.uuid4().hex, min(timeout, 1800)
+    end, missing = time.monotonic() + patience, set(range(1, ranks)) if rank == 0 else {0}
+    name = mine if rank == 0 else None
+    if rank > 0:
+        store.set(f"asks/{rank}", mine)
+    while missing:
+        if time.monotonic() > end:
+            raise TimeoutError(f"rank {', '.join(map(str, sorted(missing)))} did not start in {patience:g} s")
+        time.sleep(0.01)  # and look again, not wait in the store: so signals are heard
+        if rank == 0:
+            for r in missing:
+                if store.check([f"asks/{r}"]):  # perhaps one that is gone asked: then the new one still will
+                    store.set("told/" + store.get(f"asks/{r}").decode(), name)
+            missing = {r for r in missing if not store.check([f"{name}/{r}"])}
+        elif store.check([f"told/{mine}"]):
+            name, missing = store.get(f"told/{mine}").decode(), ()
+            store.set(f"{name}/{rank}", "heard")
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=ranks,
+                            timeout=timedelta(seconds=timeout))
 
 
 def reduce(tensor, op=dist.ReduceOp.SUM):
@@ -26,7 +56,8 @@ def gather(tensor):
 def assert_ranks_agree(parameters, what):
     """RuntimeError, on every rank, where weights are not bitwise the same on all of them."""
     content = b"".join(p.detach().float().cpu().numpy().tobytes() for p in parameters)
-    mine = torch.tensor([int(digest(content)[:15], 16)], device=parameters[0].device)
+    content = hashlib.blake2b(content, digest_size=7).digest()
+    mine = torch.tensor([int.from_bytes(content, "big")], device=parameters[0].device)
     if dist.is_initialized():
         all_ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(all_ranks, mine)

@@ -26,7 +26,6 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -40,6 +39,7 @@ import trajectories
 from checkpoint import WEIGHTS, differing, digest, find_checkpoint
 from clips import open_encoders, open_policy, weights_sizes
 from configurator import at_least_1, parse
+from distributed import connect
 from model import load_dit
 from report import case_name, split_case
 from retake import Generating, Retake, encode, film, read_clip, retake, source_cameras
@@ -248,7 +248,7 @@ def evaluate(config):
     for method in files:
         claim(out / method / "cases", {"estimator": config.estimator, "pipeline": config.vipe_pipeline})
     if ranks > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))  # only to wait for each other
+        connect("gloo", timeout=30 * 24 * 3600)  # only to wait for each other
     wait = dist.barrier if ranks > 1 else lambda: None
     if rank == 0:
         print(f"{len(names)} clips x {len(numbers)} paths x {len(speeds)} speeds = {len(cases)} cases "

@@ -18,7 +18,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +34,7 @@ import toy
 import trajectories
 from checkpoint import open_log, resume, save_checkpoint
 from configurator import parse
-from distributed import absent, assert_ranks_agree, gather, reduce
+from distributed import absent, assert_ranks_agree, connect, gather, reduce
 from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
 from model import trainable
 from sampler import rollout, sample, schedule, window
@@ -264,8 +263,7 @@ def main(argv):
     if config.threads:
         torch.set_num_threads(config.threads)
     if ranks > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+        connect("nccl" if device.type == "cuda" else "gloo", config.timeout)
     say = print if rank == 0 else lambda *args: None
 
     world = {"toy": toy, "clips": clips}[config.world].open_world(config, device, World)
@@ -410,6 +408,8 @@ def main(argv):
             evaluate.evaluate_toy(evaluate.Toy(
                 str(out), config.weights, str(out / "evaluation"), config.rooms, "1", steps=config.steps,
                 shift=config.shift, log=str(out / "log.jsonl")))
+        if ranks > 1:
+            dist.destroy_process_group()
     except Stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -140,7 +140,7 @@ def random_kills(folder, ranks=1, points=17):
         if point % 2:  # while a checkpoint is written
             shutil.rmtree(out / "checkpoint.tmp", ignore_errors=True)  # what the last kill left
             wait_for((out / "checkpoint.tmp").exists, processes[0])
-            time.sleep(g.uniform(0, 0.03))
+            time.sleep(g.uniform(0, 0.01))
         else:
             wait_for(lambda: point % 4 or logged(out) > there, processes[0])
             time.sleep(g.uniform(0, 1.5))

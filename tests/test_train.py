@@ -192,6 +192,40 @@ def test_other_settings_are_refused(straight):
     assert code == 1 and "lr = " in err and "Traceback" not in err
 
 
+MEET = """
+import os, sys, time, torch, torch.distributed as dist
+from distributed import connect
+rank, meeting, missing = int(os.environ["RANK"]), int(sys.argv[1]), int(sys.argv[2])
+time.sleep(meeting if rank == 0 else 0)  # who is early must not take what the last meeting left in the store
+if rank != missing:
+    try:
+        connect("gloo", 60 if missing < 0 else 2)
+    except TimeoutError as error:
+        sys.exit(str(error))
+    dist.all_reduce(x := torch.ones(1) + rank)
+    print(int(x), flush=True)
+os._exit(0)  # nothing is cleared away
+"""
+
+
+def test_ranks_meet_anew_in_a_store_that_outlives_them(tmp_path):
+    """As torchrun's does over a restart; and a rank that does not come is named."""
+    script = tmp_path / "meet.py"
+    script.write_text(MEET)
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    env = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2",
+                        "TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONPATH": str(ROOT)}
+    for meeting, missing in ((0, -1), (1, -1), (0, 0), (0, 1)):
+        command = [sys.executable, script, str(meeting), str(missing)]
+        ranks = [subprocess.Popen(command, env=env | {"RANK": str(rank)}, stdout=-1, stderr=-1, text=True)
+                 for rank in range(2)]
+        said = [process.communicate(timeout=60) for process in ranks]
+        if missing < 0:
+            assert [out for out, _ in said] == ["3\n", "3\n"], said
+        else:
+            assert f"rank {missing} did not start in 2 s" in said[1 - missing][1], said
+
+
 def test_ranks_that_differ_are_caught(tmp_path):
     script = patched(tmp_path, """
 step = torch.optim.AdamW.step
