@@ -1,4 +1,4 @@
-"""The main job on a laptop: the paper's experiment in miniature (about three minutes on two cores)."""
+"""The main job on a laptop: the paper's experiment in miniature (two minutes on two free cores)."""
 world = "toy"
 weights = "weights"
 frames = 5
