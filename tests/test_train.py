@@ -27,7 +27,7 @@ def run(*args, ranks=1, wait=True, env=None, script="train.py"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc-per-node={ranks}", *command[1:]]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+                               env=os.environ | (env or {}))
     if not wait:
         return process
     out, err = process.communicate(timeout=300)
@@ -244,17 +244,14 @@ torch.optim.AdamW.step = astray
 
 @pytest.fixture
 def main(monkeypatch):
-    """train.main in a small world, on one thread as run() (sums are rounded alike then only); os._exit only
-    raises, signals and threads are put back."""
+    """train.main in a small world; os._exit only raises, signals are put back."""
     def leave(code):
         raise SystemExit(code)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(toy, "TRAIN_ROOMS", 4)
-    threads = torch.get_num_threads()
-    always = [*SMALL, "--threads=1", "--keep=9", f"--weights={ROOT / 'weights'}"]
+    always = [*SMALL, "--keep=9", f"--weights={ROOT / 'weights'}"]
     yield lambda out, *args: train.main([*always, f"--out={out}", *args])
-    torch.set_num_threads(threads)
     for s, handler in handlers.items():
         signal.signal(s, handler)
 
