@@ -505,6 +505,11 @@ def read_focal(file, shape):
     return (fx, fy) if fx < 10 else (fx / shape[1], fy / shape[0])
 
 
+def check_fov(fov):
+    if not 0 < fov < 180:
+        raise ValueError(f"fov: expected degrees between 0 and 180, found {fov:g}")
+
+
 def source_cameras(video, numbers, shape, name, cameras, fov=None):
     """A clip's cameras -> c2w (T, 4, 4), metres, relative to its first, and normalised intrinsics (4,).
     video: uint8 (T, H, W, 3), scaled and cropped; numbers (T,): its frames as rows of a camera file
@@ -585,6 +590,8 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
     wanted = {name: find_caption(name, texts) or nothing for name in names}
     if cameras != "mapanything" and not split_name(cameras)[0].exists():
         raise FileNotFoundError(f"{cameras}: expected mapanything, a camera file or a folder of them")
+    if fov is not None:
+        check_fov(fov)
     if min(stride, estimator_stride) < 1:
         raise ValueError(f"stride: expected at least 1, found {min(stride, estimator_stride)}")
     vae = load_vae(weights / VAE_FILE, device, dtype)
@@ -594,7 +601,7 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
                          f"height and width divisible by {2 * vae.space}")
     negative_prompt = encoders.NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
     settings = dict(frames=frames, height=height, width=width, stride=stride, fov=fov,
-                    cameras="mapanything" if cameras == "mapanything" else "files",
+                    cameras=cameras if cameras == "mapanything" else f"files of {Path(cameras).resolve()}",
                     estimator_stride=estimator_stride, negative_prompt=negative_prompt)
     for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):  # tells one set of weights from another
         settings[f"bytes of {file}"] = (weights / file).stat().st_size

@@ -12,8 +12,8 @@ def connect(backend, timeout):
     """init_process_group for the rank and world size that torchrun names; timeout in seconds.
 
     torchrun's store outlives a restart, and in it the addresses of processes that are gone, which torch
-    (2.13) may take for the new ones. So all goes under a name that only this start knows: rank 0 draws it, and
-    tells whoever asks, under a name of the asker's own. TimeoutError names the ranks that do not come.
+    (2.13) may take for the new ones. So all goes under a name that only this start knows: rank 0 draws it,
+    and tells whoever asks, under a name of the asker's own. TimeoutError names the ranks that do not come.
     """
     store, rank, ranks = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     mine, patience = uuid.uuid4().hex, min(timeout, 1800)

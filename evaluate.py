@@ -349,6 +349,8 @@ def evaluate_toy(config):
     if config.log:
         report.read_log(config.log)
     at_least_1(config, "rooms", "steps")
+    if not all(0 < speed < math.inf for speed in speeds):
+        raise ValueError(f"speeds: expected numbers such as 1 and 1.5, found {config.speeds}")
     checkpoints, file = find_checkpoints(config.ckpt), Path(config.weights) / "toy_base.safetensors"
     settings = {name: getattr(config, name)
                 for name in ("rooms", "steps", "shift", "tail", "seed", "estimator")}
@@ -403,7 +405,8 @@ class Compare:
 
 def compare(config):
     """Print the tables of several results.json together; ValueError where they are not comparable."""
-    files = [str(Path(f, "results.json")) if Path(f).is_dir() else f for f in items(config.results)]
+    files = [next((str(f) for f in (Path(f, "results.json"), Path(f, "evaluation/results.json"))
+                   if f.is_file()), f) for f in items(config.results)]
     if len(set(files)) < 2:
         raise ValueError("compare: expected two different results.json, or their folders, or more")
     results = {str(Path(f).parent): read_results(f) for f in files}

@@ -147,7 +147,8 @@ def tables(methods):
                      *(mean_text(cases, m, method["notes"]) for m in columns)])
     out.append(table(f"Table 1: {len(paths)} paths at speed {first:g}",
                      ["Method", "Type", *map(heading, columns)], rows,
-                     "[a, b]: 95 % bootstrap interval over clips. (paper): 50 DAVIS clips, ten paths, ViPE.",
+                     "[a, b]: 95 % bootstrap interval over clips. (paper): 50 DAVIS clips, ten paths, ViPE; "
+                     "figures of other clips or by another estimator do not compare.",
                      "On the four pure rotations TransErr is exactly 0 for any estimate.", *notes))
     rows = []
     for speed in speeds if len(speeds) > 1 else ():

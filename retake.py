@@ -107,6 +107,8 @@ def retake(config):
     path = Path(config.clip)
     read = read_clip(path, config, config.stride)  # what can be refused is refused before big files are read
     video, fps, _ = read
+    if config.fov:
+        data.check_fov(config.fov)
     target = named_path(config.camera, len(video), config.speed)
     checkpoint = find_checkpoint(config.ckpt) if config.ckpt else None
     weights_sizes(config.weights)  # all there?

@@ -71,12 +71,13 @@ def _checked(scores, names, n):
         scores = {names[0]: scores}
     if not isinstance(scores, dict) or set(scores) != set(names):
         found = sorted(scores) if isinstance(scores, dict) else type(scores).__name__
-        raise ValueError(f"reward {', '.join(names)}: expected scores named {sorted(names)}, found {found}")
+        raise ValueError(f"reward {', '.join(names)}: expected a tensor, or tensors named {sorted(names)}, "
+                         f"found {found}")
     for name, x in scores.items():
         if not torch.is_tensor(x) or x.shape != (n,) or not x.is_floating_point():
             found = f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
             raise ValueError(f"reward {name}: expected float scores ({n},), one per video, found {found}")
-        if torch.isinf(x).any():
+        if x.float().isinf().any():
             raise ValueError(f"reward {name}: expected finite scores or NaN, found {x.tolist()}")
     return scores
 
@@ -87,14 +88,16 @@ def score(rewards, videos, scene, micro_batch=None):
 
     videos uint8 (n, T, H, W, 3), scene: one row per video; micro_batch: how many videos at a time (None:
     all). A reward that raises for one video gives NaN for that video only. A reward that is itself wrong
-    (returns other names or shapes, infinities, or raises TypeError, NameError, AttributeError, ImportError or
-    OSError) raises ValueError: that is no property of a video.
+    (returns other names or shapes, infinities, changes what it was given, or raises TypeError, NameError,
+    AttributeError, ImportError or OSError) raises ValueError: that is no property of a video.
     """
     n, step = len(videos), micro_batch or len(videos)
     if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or n != len(scene.prompt):
         raise ValueError(f"videos: expected uint8 ({len(scene.prompt)}, T, H, W, 3) as the scene has rows, "
                          f"found {videos.dtype} {tuple(videos.shape)}")
     scores, failures = {}, {}
+    given = [x for x in (videos, *vars(scene).values()) if torch.is_tensor(x)]
+    versions = [x._version for x in given]  # count what is done to a tensor in place
     for reward in rewards:
         names = getattr(reward, "names", None) or (reward.__name__,)
         scores |= {name: torch.full((n,), math.nan, device=videos.device) for name in names}
@@ -117,6 +120,8 @@ def score(rewards, videos, scene, micro_batch=None):
                     continue
                 for name, x in _checked(got, names, rows.stop - rows.start).items():
                     scores[name][rows] = x.to(videos.device, torch.float32)
+        if [x._version for x in given] != versions:
+            raise ValueError(f"reward {', '.join(names)}: changed its videos or scene in place")
         for name in names:
             failed = scores[name].isnan().nonzero().flatten().tolist()
             failures[name] = {i: failures[name].get(i, "no score (NaN)") for i in failed}

@@ -12,6 +12,7 @@ The same command again resumes from --out. Exit codes: 0 done, 1 bad input or fa
 import dataclasses
 import inspect
 import json
+import math
 import os
 import signal
 import sys
@@ -293,7 +294,7 @@ def main(argv):
     policy = dit
     if ranks > 1:
         policy = DistributedDataParallel(dit, None if device.type == "cpu" else [device.index])
-    skipped = 0
+    skipped, warned = 0, set()
     try:
         if show and start == 0:
             show(out / "samples/iteration_000000.mp4")
@@ -325,12 +326,17 @@ def main(argv):
             # rewards of every video against its own target (Sec. 3.2), then of all ranks: name -> (C, G)
             rows = torch.arange(local).repeat_interleave(G).tolist()
             scores, failures = rewards.score(world.rewards, videos, scene[rows], config.reward_batch or None)
+            why = {name: f"{len(f)} of {len(rows)} videos, {next(iter(f.values()))}"
+                   for name, f in failures.items() if f}
+            for name in why.keys() - warned:
+                tqdm.write(f"warning: reward {name} failed for {why[name]}", sys.stderr)
+            warned |= why.keys()
             scores = {name: gather(x.view(local, G)) for name, x in scores.items()}
             failed = ~succeeded(scores, world.reward_weights)
             if failed.float().mean() > config.max_failures:
-                why = [f"{name}: {reason}" for name, f in failures.items() for reason in f.values()]
+                first = next((f"{name}: {x}" for name, x in why.items()), "on another rank")
                 raise RuntimeError(f"iteration {iteration}: rewards failed for {int(failed.sum())} of "
-                                   f"{failed.numel()} videos ({why[0] if why else 'on another rank'})")
+                                   f"{failed.numel()} videos ({first})")
             clock("rewards")
 
             # advantages: normalised by the largest group deviation of all ranks (Eq. 5-6)
@@ -358,7 +364,9 @@ def main(argv):
                 if u == 0:  # before weights change, the update must repeat the rollout's numerics
                     error = float(reduce(stats["ratio_error"], dist.ReduceOp.MAX))
                 if iteration == start and u == 0:
-                    if not error <= config.clip:
+                    if not math.isfinite(error):
+                        raise RuntimeError("on-policy ratio: not a number, so conditions or weights hold one")
+                    if error > config.clip:
                         raise RuntimeError(f"on-policy ratio is off by {error:.1e}, more than the clip range "
                                            f"{config.clip:.1e}: rollout and update run different numerics")
                     say(f"on-policy ratio 1 + {error:.0e}, as it should be")
@@ -383,8 +391,10 @@ def main(argv):
                       "evaluations": sampled.evaluations, "loss": float(mean[0]),
                       "clip_fraction": float(mean[1]), "advantage_std": float(A_all.std())}
             for name, x in scores.items():
-                record |= {f"reward/{name}": float(x[x.isfinite()].mean()),
-                           f"spread/{name}": float(group_std({name: x}, {name: 1})[name].mean())}
+                ok = x[x.isfinite()]
+                record |= {f"reward/{name}": float(ok.mean()) if len(ok) else None,  # JSON knows no NaN
+                           f"spread/{name}": float(group_std({name: x}, {name: 1})[name].mean()),
+                           f"failed/{name}": x.numel() - len(ok)}
             record |= {f"seconds/{phase}": round(s, 4) for phase, s in clock.seconds.items()}
             if rank == 0:
                 try:
@@ -392,7 +402,7 @@ def main(argv):
                     log.flush()
                 except OSError as e:
                     raise OSError(e.errno, e.strerror, log.name) from None
-                shown = [f"{name}={record['reward/' + name]:.4f}" for name in scores]
+                shown = [f"{name}={x[x.isfinite()].mean():.4f}" for name, x in scores.items()]
                 shown += [f"|r-1|={error:.0e} clip={record['clip_fraction']:.2f} grad={float(norm):.2g}"]
                 bar.set_postfix_str(" ".join(shown + [f"{p}={s:.2f}s" for p, s in clock.seconds.items()]))
             del prepared, negative, sampled, part, videos  # or they stay while the next are made

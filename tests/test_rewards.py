@@ -60,13 +60,16 @@ def test_one_failing_video_costs_one_member():
 
 
 @pytest.mark.parametrize("bad, message", [
-    (lambda videos, s: {"other": torch.zeros(len(videos))}, "expected scores named"),
+    (lambda videos, s: {"other": torch.zeros(len(videos))}, "expected a tensor, or tensors named"),
     (lambda videos, s: {"f": torch.zeros(len(videos), 1)}, r"float scores \(2,\)"),
     (lambda videos, s: {"f": torch.zeros(len(videos), dtype=torch.long)}, "int64"),
     (lambda videos, s: {"f": 1.0}, "found float"),
     (lambda videos, s: None, "found NoneType"),
     (lambda videos, s: {"f": torch.full((len(videos),), math.inf)}, "finite"),
+    (lambda videos, s: {"f": torch.full((len(videos),), 1e300, dtype=torch.float64)}, "finite"),
     (lambda videos, s: undefined, "NameError"),
+    (lambda videos, s: videos.zero_().float().mean((1, 2, 3, 4)), "changed its videos or scene in place"),
+    (lambda videos, s: s.c2w.mul_(2).mean((1, 2, 3)), "changed its videos or scene in place"),
 ])
 def test_a_wrong_reward_is_an_error_not_a_score(bad, message):
     video, s = scene(2)

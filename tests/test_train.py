@@ -279,18 +279,30 @@ def test_help_lists_every_setting(capsys):
     assert "torchrun" in words and all(f"    {f.name}: " in words for f in dataclasses.fields(train.Config))
 
 
-def test_failed_rewards_are_masked_and_counted_or_stop_the_run(main, tmp_path):
+def test_failed_rewards_are_masked_and_counted_or_stop_the_run(main, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(REWARD)
     rewards = f"--rewards={tmp_path}/mine.py:grumpy=1"
     main(tmp_path / "a", "--iterations=2", rewards, "--max_failures=0.95")
     log = log_of(tmp_path / "a")
     assert [record["failed"] for record in log] == [4, 4] and all(record["grad_norm"] > 0 for record in log)
+    assert [record["failed/grumpy"] for record in log] == [4, 4] and "failed/trans" not in log[0]
+    heard = capsys.readouterr().err
+    assert heard.count("warning: reward grumpy failed for 4 of 8 videos, ValueError: I do") == 1
     assert all(x.isfinite().all() for x in weights(tmp_path / "a").values())
     for record in log:  # a failed video is no video with score 0
         assert 0 < record["spread/grumpy"] < record["reward/grumpy"] / 4
     with pytest.raises(RuntimeError, match=r"rewards failed for \d of 8 videos \(grumpy: .*(like it|NaN)"):
         main(tmp_path / "b", "--iterations=2", rewards, "--max_failures=0.1")
     assert not list((tmp_path / "b").glob("iteration_*"))
+
+
+def test_a_dead_alarm_is_heard(main, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(REWARD.replace("turn = next", "turn = 0 * next"))
+    main(tmp_path / "a", "--iterations=1", f"--rewards=sharpness=1,{tmp_path}/mine.py:grumpy=0")
+    text, = (tmp_path / "a/log.jsonl").read_text().splitlines()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (record["failed"], record["failed/grumpy"], record["reward/grumpy"]) == (0, 8, None)
+    assert "warning: reward grumpy failed for 8 of 8 videos" in capsys.readouterr().err
 
 
 def test_the_ratio_of_the_first_update_is_logged(main, tmp_path):
