@@ -442,8 +442,8 @@ def test_other_settings_are_refused(source, weights, cache):
     before = clips(cache)
     with pytest.raises(ValueError, match="width = 48, wanted 64"):
         prepare(source, weights, cache, width=64)
-    with pytest.raises(ValueError, match="cameras = 'files of .*/cameras', wanted 'files of .*/a.npz'"):
-        prepare(source, weights, cache, cameras=str(source / "cameras/a.npz"))
+    with pytest.raises(ValueError, match="cameras = files of .*/cameras, wanted files of .*/a.npz"):
+        data.prepare(source / "videos", cache, weights, cameras=str(source / "cameras/a.npz"), **SETTINGS)
     with pytest.raises(ValueError, match="frames = 9, wanted 81"):
         data.ClipCache(cache, frames=81)
     with pytest.raises(ValueError, match="4k.1 frames"):
