@@ -49,7 +49,8 @@ def save_checkpoint(out, iteration, trained, optimizer, config):
         data.write_file(temporary / name, content)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    for old in sorted(out.glob("iteration_??????"))[:-config.keep]:
+    kept = [f for f in sorted(out.glob("iteration_??????")) if f <= final]  # later ones were unreadable
+    for old in kept[:-config.keep]:
         shutil.rmtree(old)
 
 
@@ -90,20 +91,42 @@ def resume(out, trained, optimizer, config):
     return 0
 
 
+def iteration_of(line):
+    """The iteration that a line of log.jsonl tells of, -1 where it is damaged."""
+    try:
+        return int(json.loads(line)["iteration"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return -1
+
+
 def open_log(path, iteration):
-    """log.jsonl, opened for appending, without the lines after `iteration` that an interrupted run left."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
-    kept = [line for line in whole if json.loads(line)["iteration"] < iteration]
+    """log.jsonl, opened for appending, without damaged lines and those from `iteration` on, which an
+    interrupted run left."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    kept = [line for line in lines if 0 <= iteration_of(line) < iteration]
     data.write_file(path, "".join(line + "\n" for line in kept).encode())
     return open(path, "a")
 
 
+def damaged(file):
+    """Whether the state.json beside a checkpoint's file, if there is one, has another checksum for it."""
+    state = file.with_name("state.json")
+    try:
+        wanted = json.loads(state.read_text())["digests"][file.name] if state.is_file() else None
+        return wanted not in (None, digest(file.read_bytes()))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return True
+
+
 def find_checkpoint(path):
-    """A checkpoint's file from itself, its folder, or a run's folder (then the newest)."""
+    """A checkpoint's file from itself, its folder, or a run's folder (then the newest that is whole)."""
     path = Path(path)
     files = [path, path / WEIGHTS, *sorted(path.glob(f"iteration_??????/{WEIGHTS}"))[::-1]]
-    found = next((f for f in files if f.is_file()), None)
-    if found is None:
+    files = [f for f in files if f.is_file()]
+    if not files:
         raise FileNotFoundError(f"{path}: no checkpoint, expected a file or a folder of train.py's")
-    return found
+    for file in files:
+        if not damaged(file):
+            return file
+        print(f"warning: {file}: skipped, its checksum is not state.json's", file=sys.stderr)
+    raise ValueError(f"{path}: no checkpoint that is whole")

@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import textwrap
+import uuid
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 import trajectories
 from cameras import read_path, split_name
-from distributed import connect
+from distributed import connect, lost_contact
 
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".m4v", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -198,7 +199,7 @@ def write_file(path, content):
     A killed process leaves at most a .tmp file, which nothing reads; a full disk raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -696,6 +697,10 @@ def main():
         prepare(**options)
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        sys.exit(f"data.py: another rank ended: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit("data.py: interrupted; the same command goes on from here")
 

@@ -1,5 +1,8 @@
 """What train.py needs of many processes; without them, each function is what it is for one."""
+import ctypes
 import hashlib
+import signal
+import sys
 import time
 import uuid
 from datetime import timedelta
@@ -15,6 +18,8 @@ def connect(backend, timeout):
     (2.13) may take for the new ones. So all goes under a name that only this start knows: rank 0 draws it,
     and tells whoever asks, under a name of the asker's own. TimeoutError names the ranks that do not come.
     """
+    if dist.is_torchelastic_launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: not to go on when torchrun is killed
     store, rank, ranks = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     mine, patience = uuid.uuid4().hex, min(timeout, 1800)
     end, missing = time.monotonic() + patience, set(range(1, ranks)) if rank == 0 else {0}
@@ -66,10 +71,18 @@ def assert_ranks_agree(parameters, what):
             raise RuntimeError(f"{what}: weights of rank {', '.join(map(str, odd))} differ from rank 0's")
 
 
+def lost_contact(error):
+    """Whether a RuntimeError is of a collective, which other ranks did not come to."""
+    return "gloo" in str(error) or isinstance(error, dist.DistError)
+
+
 def absent(wait=3):
     """After a collective failed: the ranks that do not come here in `wait` seconds, as they ended or hang.
     Known under torchrun, whose store outlives them."""
     store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
-    store.set(f"came/{dist.get_rank()}", "")
-    time.sleep(wait)
-    return [str(rank) for rank in ranks if not store.check([f"came/{rank}"])]
+    try:
+        store.set(f"came/{dist.get_rank()}", "")
+        time.sleep(wait)
+        return [str(rank) for rank in ranks if not store.check([f"came/{rank}"])]
+    except dist.DistError:  # the store is gone too
+        return []

@@ -39,7 +39,7 @@ import trajectories
 from checkpoint import WEIGHTS, differing, digest, find_checkpoint
 from clips import open_encoders, open_policy, weights_sizes
 from configurator import at_least_1, parse
-from distributed import connect
+from distributed import connect, lost_contact
 from model import load_dit
 from report import case_name, split_case
 from retake import Generating, Retake, encode, film, read_clip, retake, source_cameras
@@ -455,5 +455,9 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        sys.exit(f"evaluate.py: another rank ended: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: interrupted; the same command goes on from here")

@@ -35,7 +35,7 @@ import toy
 import trajectories
 from checkpoint import open_log, resume, save_checkpoint
 from configurator import parse
-from distributed import absent, assert_ranks_agree, connect, gather, reduce
+from distributed import absent, assert_ranks_agree, connect, gather, lost_contact, reduce
 from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
 from model import trainable
 from sampler import rollout, sample, schedule, window
@@ -236,6 +236,15 @@ class Stop(BaseException):
     """A signal asked the run to end: the step is abandoned, the last finished one saved."""
 
 
+def deafen():
+    """From here on no signal matters; one that came during a collective is raised here, and dropped."""
+    for signum in 2 * (signal.SIGINT, signal.SIGTERM):
+        try:
+            signal.signal(signum, signal.SIG_IGN)
+        except Stop:
+            pass
+
+
 def main(argv):
     if "--help" in argv or "-h" in argv:
         return print(__doc__, inspect.getsource(Config), sep="\n")
@@ -249,7 +258,7 @@ def main(argv):
         return rank or print(plan.report(config, ranks))
     if ":" in config.rewards and not any(arg.startswith("--rewards=") for arg in argv):
         raise ValueError(f"rewards: code of one's own runs only when named by --rewards=: {config.rewards}")
-    half, signals = False, []  # whether weights are between two iterations; what was received
+    half, signals = False, []  # whether between an update and its log line; what was received
 
     def stop(signum, frame):
         signals.append(signum)
@@ -361,6 +370,7 @@ def main(argv):
                         loss.backward()
                     statistics.append(s)
                 stats = summary(statistics)
+                mean = reduce(torch.stack([stats["loss"], stats["clip_fraction"]])) / ranks
                 if u == 0:  # before weights change, the update must repeat the rollout's numerics
                     error = float(reduce(stats["ratio_error"], dist.ReduceOp.MAX))
                 if iteration == start and u == 0:
@@ -375,17 +385,13 @@ def main(argv):
                 if skipped >= config.max_skips:
                     raise RuntimeError(f"iteration {iteration}: gradient norm {float(norm)}, "
                                        f"{skipped} updates skipped in a row")
+                half = True
                 if not skipped:
-                    half = True
                     optimizer.step()
                 if iteration == start and u == 0:
                     assert_ranks_agree(parameters, "after the first update")
             clock("update")
-            done, half = iteration + 1, False
-            if signals:
-                raise Stop
-
-            mean = reduce(torch.stack([stats["loss"], stats["clip_fraction"]])) / ranks
+            done = iteration + 1
             record = {"iteration": iteration, "window": list(steps), "failed": int(failed.sum()),
                       "skipped": skipped, "ratio_error": error, "grad_norm": float(norm),
                       "evaluations": sampled.evaluations, "loss": float(mean[0]),
@@ -405,6 +411,9 @@ def main(argv):
                 shown = [f"{name}={x[x.isfinite()].mean():.4f}" for name, x in scores.items()]
                 shown += [f"|r-1|={error:.0e} clip={record['clip_fraction']:.2f} grad={float(norm):.2g}"]
                 bar.set_postfix_str(" ".join(shown + [f"{p}={s:.2f}s" for p, s in clock.seconds.items()]))
+            half = False
+            if signals:
+                raise Stop
             del prepared, negative, sampled, part, videos  # or they stay while the next are made
             if done % config.save_every == 0 or done == config.iterations:
                 assert_ranks_agree(parameters, f"iteration {iteration}")
@@ -421,13 +430,17 @@ def main(argv):
         if ranks > 1:
             dist.destroy_process_group()
     except Stop:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        deafen()
         if rank == 0:
             if done > saved:
                 save_checkpoint(out, done, trained, optimizer, config)
             print(f"\nstopped after {done} iterations, saved; the same command goes on", file=sys.stderr)
         os._exit(75)  # other ranks may wait in a collective that this one has left
+    except RuntimeError as e:
+        deafen()
+        if rank == 0 and lost_contact(e) and not half and done > saved:  # this rank is whole
+            save_checkpoint(out, done, trained, optimizer, config)
+        raise
 
 
 if __name__ == "__main__":
@@ -436,12 +449,11 @@ if __name__ == "__main__":
     except Stop:
         os._exit(75)  # before the first iteration
     except (ValueError, OSError, RuntimeError) as e:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)  # torchrun sends one while this still finds out who is gone
+        deafen()  # torchrun sends a signal while this still finds out who is gone
         if os.environ.get("DEBUG"):
             raise
-        collective = "gloo" in str(e) or isinstance(e, dist.DistError)
-        gone = absent() if collective and dist.is_initialized() and dist.is_torchelastic_launched() else []
+        known = dist.is_initialized() and dist.is_torchelastic_launched()
+        gone = absent() if known and lost_contact(e) else []
         why = f"rank {', '.join(gone)} ended or hangs: " if gone else ""
         print(f"error: {why}{str(e).splitlines()[0]}", file=sys.stderr)
         sys.stderr.flush()

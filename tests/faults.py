@@ -177,7 +177,7 @@ def signals(folder):
         begun = time.monotonic()
         codes.append(process.wait(timeout=60))
         seconds = max(seconds, time.monotonic() - begun)
-        kept &= abs(logged(out) - newest(out)) <= 1  # the signal may fall between update and log
+        kept &= logged(out) == newest(out)
     end = newest(out) + 1
     start(out, f"--iterations={end}").wait(timeout=300)
     equal = same(out, straight(folder, end), end)
@@ -196,7 +196,22 @@ def signal_to_torchrun(folder):
     seconds = time.monotonic() - begun
     return (f"checkpoint of iteration {newest(out)} of {logged(out)}; all ended in {seconds:.1f} s, "
             f"{len(workers(out))} processes left",
-            newest(out) >= logged(out) - 1 and seconds < 30 and not workers(out))
+            newest(out) == logged(out) and seconds < 30 and not workers(out))
+
+
+def dead_torchrun(folder):
+    """kill -9 of torchrun itself"""
+    out = folder / "dead"
+    process = torchrun(out, "--iterations=100000", "--save_every=100000")
+    wait_for(lambda: logged(out) >= 3, process)
+    process.kill()
+    process.wait()
+    begun = time.monotonic()
+    while workers(out) and time.monotonic() < begun + 30:
+        time.sleep(0.05)
+    seconds = time.monotonic() - begun
+    return (f"checkpoint of iteration {newest(out)} of {logged(out)}; all ended in {seconds:.1f} s, "
+            f"{len(workers(out))} processes left", newest(out) == logged(out) and not workers(out))
 
 
 def restart(folder):
@@ -293,7 +308,7 @@ def read_only(folder):
 
 
 SCENARIOS = (exact_resume, exact_resume_2_ranks, random_kills, random_kills_2_ranks, signals,
-             signal_to_torchrun, restart, dead_rank, hanging_rank, hanging_rank_0, full_disk, read_only)
+             signal_to_torchrun, dead_torchrun, restart, dead_rank, hanging_rank, hanging_rank_0, full_disk, read_only)
 
 
 def main(words):
