@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+import checkpoint
 import toy
 import train
 from configurator import parse
@@ -185,6 +186,29 @@ def test_damaged_checkpoint_is_skipped_loudly(straight, tmp_path):
     assert code == 0 and "skipped" in err and "checksum" in err and "1 of 3 iterations done" in stdout
     one, two = weights(straight[0]), weights(tmp_path)
     assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_damaged_checkpoints_cost_no_good_ones_and_are_not_evaluated(main, tmp_path, capsys):
+    main(tmp_path, "--iterations=3", "--keep=1")
+    file = tmp_path / "iteration_000003/self_attn.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    main(tmp_path, "--iterations=2", "--keep=1")  # from 0 again; 3 is later, and no reason to drop 2
+    assert [f.name[-1] for f in sorted(tmp_path.glob("iteration_*"))] == ["2", "3"]
+    assert checkpoint.find_checkpoint(tmp_path).parent.name == "iteration_000002"
+    assert "iteration_000003/self_attn.safetensors: skipped, its checksum" in capsys.readouterr().err
+    for named in (file, file.parent):
+        with pytest.raises(ValueError, match="no checkpoint that is whole"):
+            checkpoint.find_checkpoint(named)
+
+
+def test_a_damaged_log_stops_nothing(main, tmp_path):
+    main(tmp_path, "--iterations=1")
+    with open(tmp_path / "log.jsonl", "ab") as log:
+        for line in (b"{}", b'{"iteration": null}', b'{"iteration": "x"}', b'{"iteration": -1}',
+                     b'{"iteration": 1, "x{"iteration": 2}', b"\xff\xfe\x00", b"[" * 9999, b'{"iteration": 0, "half'):
+            log.write(line + b"\n")
+    main(tmp_path, "--iterations=2")
+    assert [record["iteration"] for record in log_of(tmp_path)] == [0, 1]
 
 
 def test_other_settings_are_refused(straight):
