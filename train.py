@@ -446,6 +446,9 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            sys.stdout.flush()
+            os._exit(0)  # the communication's threads may abort an interpreter that ends by itself
     except Stop:
         os._exit(75)  # before the first iteration
     except (ValueError, OSError, RuntimeError) as e:

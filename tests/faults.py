@@ -222,7 +222,8 @@ def restart(folder):
     os.kill(workers(out)[1], signal.SIGKILL)
     code = process.wait(timeout=120)
     equal = same(out, straight(folder, 12, 2), 12)
-    return (f"went on by itself at {resumed_at(out)}, exit code {code}; bitwise equal: {equal}",
+    why = f" ({said(out, 'exitcode')})" if code else ""
+    return (f"went on by itself at {resumed_at(out)}, exit code {code}{why}; bitwise equal: {equal}",
             code == 0 and equal and logged(out) == 12)
 
 
