@@ -507,6 +507,7 @@ def read_focal(file, shape):
 
 
 def check_fov(fov):
+    """ValueError unless a field of view, in degrees, is one."""
     if not 0 < fov < 180:
         raise ValueError(f"fov: expected degrees between 0 and 180, found {fov:g}")
 

@@ -399,7 +399,7 @@ def evaluate_toy(config):
 @dataclass
 class Compare:
     """python evaluate.py compare a/results.json b/results.json: their tables together, compared in pairs."""
-    results: str = ""           # the files or their folders, comma-separated, or given as plain arguments
+    results: str = ""           # the files, or folders of theirs or of runs, comma-separated or as plain arguments
     out: str = ""               # folder for tables.md; empty: only printed
 
 

@@ -309,7 +309,8 @@ def read_only(folder):
 
 
 SCENARIOS = (exact_resume, exact_resume_2_ranks, random_kills, random_kills_2_ranks, signals,
-             signal_to_torchrun, dead_torchrun, restart, dead_rank, hanging_rank, hanging_rank_0, full_disk, read_only)
+             signal_to_torchrun, dead_torchrun, restart, dead_rank, hanging_rank, hanging_rank_0, full_disk,
+             read_only)
 
 
 def main(words):

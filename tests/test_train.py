@@ -205,7 +205,8 @@ def test_a_damaged_log_stops_nothing(main, tmp_path):
     main(tmp_path, "--iterations=1")
     with open(tmp_path / "log.jsonl", "ab") as log:
         for line in (b"{}", b'{"iteration": null}', b'{"iteration": "x"}', b'{"iteration": -1}',
-                     b'{"iteration": 1, "x{"iteration": 2}', b"\xff\xfe\x00", b"[" * 9999, b'{"iteration": 0, "half'):
+                     b'{"iteration": 1, "x{"iteration": 2}', b"\xff\xfe\x00", b"[" * 9999,
+                     b'{"iteration": 0, "half'):
             log.write(line + b"\n")
     main(tmp_path, "--iterations=2")
     assert [record["iteration"] for record in log_of(tmp_path)] == [0, 1]
