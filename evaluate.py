@@ -399,7 +399,7 @@ def evaluate_toy(config):
 @dataclass
 class Compare:
     """python evaluate.py compare a/results.json b/results.json: their tables together, compared in pairs."""
-    results: str = ""           # the files, or folders of theirs or of runs, comma-separated or as plain arguments
+    results: str = ""           # files, or folders of them or of runs, comma-separated or plain arguments
     out: str = ""               # folder for tables.md; empty: only printed
 
 
