@@ -2,15 +2,16 @@
 
     python bench.py network    forward, forward + backward with checkpointing; --official=REDIRECTOR_CHECKOUT
                                compares
+    python bench.py compilation    graphs made while window, caption and condition change
     python bench.py iteration  evaluations on paper and in seconds: every member alone against ours
     python bench.py memory     peak per phase against --dry-run's estimate; a soak of toy iterations
     python bench.py scaling    one and two gloo ranks; points at which the host waits for the device
     python bench.py share      VAE decode and Pluecker packing
     python bench.py curves     the toy's learning curve, fast loop against every member alone, over seeds
 
---json=FILE keeps the rows. Weights are random. Sizes default to the published ones on a GPU, to small ones
-on a CPU. Seconds are the best of --repeat; on a CPU with one thread they are seconds of that thread, so
-that other programs on the same core do not count.
+--json=FILE keeps the rows. Weights are random. Sizes and --dtype default to the published ones on a GPU, to
+small ones and float32 on a CPU. Seconds are the best of --repeat; on a CPU with one thread they are seconds
+of that thread, so that other programs on the same core do not count.
 """
 import argparse
 import ast
@@ -198,7 +199,8 @@ def network(args):
         measure("official", lambda recompute: reference(x, t, condition, recompute))
     measure("ours, nothing prepared", ours(condition))
     measure("ours, prepared", ours(prepared))
-    for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH") if CUDA else ("MATH",):
+    backends = ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"] if CUDA else []
+    for name in backends + ["MATH"] * (tokens < 2 ** 13):  # it writes N x N weights
         with sdpa_kernel(getattr(SDPBackend, name)):
             measure(f"ours, {name.lower()}", ours(prepared))
     if args.compile:
@@ -211,16 +213,16 @@ def network(args):
         error = (values["ours, prepared"] - values["official"]).abs().max() / values["official"].abs().max()
         print(f"largest difference from the official velocity: {float(error):.1e} of the largest value")
     table(f"network, {args.frames} frames", rows)
-    if args.compile:
-        recompiles(args, dit, shape)
 
 
-def recompiles(args, dit, shape):
+def compilation(args):
     """Graphs that dynamo makes while what should not matter changes."""
-    graphs, G = (lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]), 4
-    rows = [{"": "the table above", "graphs so far": graphs(), "seconds": None}]
+    graphs, G, rows = (lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]), 4, []
+    dit, shape, _, first = build(args)
+    dit.checkpoint = True
+    dit.compile()
     with torch.no_grad():
-        first, other = (dit.prepare(build(args, seed)[2]) for seed in (1, 2))
+        other = dit.prepare(build(args, 2)[2])
     for name, at, prepared, members in (
             ("window of 2: rows 1 and G, with and without gradient", (1, 2), first, G),
             ("another window", (5, 6), first, G), ("window of 1", (3,), first, G),
@@ -460,18 +462,22 @@ def curves(args):
 
 
 def main():
+    global DTYPE
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
-    commands = {f.__name__: f for f in (network, iteration, memory, scaling, allreduce, share, curves)}
+    commands = {f.__name__: f for f in (network, compilation, iteration, memory, scaling,
+                                       allreduce, share, curves)}
     parser.add_argument("command", choices=commands)
     published = dict(frames=81, height=480, width=832, dim=1536, layers=30, ffn=8960)
     small = dict(frames=17, height=96, width=96, dim=384, layers=4, ffn=1536)
     for name, value in dict(published if CUDA else small, repeat=3, iterations=50, seeds=3).items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=str(DTYPE).removeprefix("torch."))
     parser.add_argument("--official", help="a checkout of byeongjun-park/ReDirector; needs einops")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--json", help="file for the rows")
     args = parser.parse_args()
+    DTYPE = getattr(torch, args.dtype)
     if args.command != "allreduce":
         where = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} thread(s)"
         print(f"{where}, torch {torch.__version__}, {DTYPE}")

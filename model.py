@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
 def wide(x):
@@ -48,15 +48,15 @@ def rope_angles(frames, height, width, head_dim, device, dtype):
         return angles.flatten(0, 2).to(device, dtype)
 
 
-def rotate(x, angle):
+def rotate(x, angle, dtype):
     """Turn the interleaved pairs (2i, 2i+1) of x (B, N, H, 2P) by angle (b or 1, N, H or 1, P) radians."""
     x = wide(x).unflatten(0, (angle.shape[0], -1)).unflatten(-1, (-1, 2))  # (b, B/b, N, H, P, 2)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     if torch.compiler.is_compiling():  # real arithmetic, which fuses with what is around it
         real, imag = x.unbind(-1)
-        x = torch.stack((real * cos - imag * sin, real * sin + imag * cos), -1)
+        x = torch.stack(((real * cos - imag * sin).to(dtype), (real * sin + imag * cos).to(dtype)), -1)
     else:  # uncompiled: the same products in one complex64 kernel instead of seven real ones
-        x = torch.view_as_real(torch.view_as_complex(x) * torch.complex(cos, sin))
+        x = torch.view_as_real(torch.view_as_complex(x) * torch.complex(cos, sin)).to(dtype)
     return x.flatten(-2).flatten(0, 1)
 
 
@@ -107,10 +107,10 @@ class SelfAttention(Attention):
         if camera is not None:
             angle = angle + self.phase(camera, self.rope_phase_qk)  # (b, N, H, P)
             phase = self.phase(camera, self.rope_phase_vo)
-            v = rotate(v, -phase)
-        q, k, v = (y.to(x.dtype).transpose(1, 2) for y in (rotate(q, angle), rotate(k, angle), v))
+            v = rotate(v, -phase, x.dtype)
+        q, k, v = (y.transpose(1, 2) for y in (rotate(q, angle, x.dtype), rotate(k, angle, x.dtype), v))
         x = linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), self.o)
-        return x if camera is None else rotate(self.split(x), phase).flatten(2).to(x.dtype)
+        return x if camera is None else rotate(self.split(x), phase, x.dtype).flatten(2)
 
 
 class CrossAttention(Attention):
@@ -132,10 +132,8 @@ class CrossAttention(Attention):
         q = rms_norm(self.q(x), self.norm_q.weight).to(x.dtype)
         # the rows of a condition share its keys, so they are queries of one sequence: (b, H, B/b N, 2P)
         q = q.reshape(len(keys_values[0][0]), -1, self.heads, x.shape[-1] // self.heads).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, *keys_values[0])
-        for k, v in keys_values[1:]:
-            out = out + F.scaled_dot_product_attention(q, k, v)
-        return self.o(out.transpose(1, 2).reshape(x.shape))
+        out = [F.scaled_dot_product_attention(q, k, v).transpose(1, 2) for k, v in keys_values]
+        return self.o(sum(out[1:], out[0]).reshape(x.shape))
 
 
 # ---- block ----
@@ -149,6 +147,12 @@ def modulate(x, shift, scale, dtype):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale).to(dtype)
 
 
+def keep_attention(context, op, *args, **kwargs):
+    """What a checkpointed block keeps for backward: self-attention's result, most of a long video's work."""
+    kept = "scaled_dot_product" in str(op) and args[0].shape == args[1].shape  # as many queries as keys
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and last modulated by the noise level."""
     def __init__(self, config):
@@ -160,8 +164,13 @@ class Block(nn.Module):
         self.ffn = mlp(dim, config.ffn_dim, nn.GELU("tanh"), dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
-    def forward(self, x, e, rope, camera, keys_values):
-        """x (B, N, D), e (B or 1, 6, D), rope (N, P), wide; camera (b, N, D) or None -> (B, N, D), wide."""
+    def forward(self, x, e, rope, camera, keys_values, recompute=False):
+        """x (B, N, D), e (B or 1, 6, D), rope (N, P), wide; camera (b, N, D) or None -> (B, N, D), wide.
+        recompute: gradient checkpointing."""
+        if recompute:  # inside what is compiled, which then recomputes only what backward needs
+            keep = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+            return checkpoint(self.forward, x, e, rope, camera, keys_values, use_reentrant=False,
+                              preserve_rng_state=False, context_fn=keep)
         dtype = self.ffn[0].weight.dtype
         shift, scale, gate, shift2, scale2, gate2 = (e + self.modulation).unsqueeze(2).unbind(1)
         x = torch.addcmul(x, gate, wide(self.self_attn(modulate(x, shift, scale, dtype), rope, camera)))
@@ -285,7 +294,7 @@ class DiT(nn.Module):
             raise ValueError(f"dim {dim} is not {config.num_heads} heads of pairs: give num_heads")
         self.config, self.head_dim = config, dim // config.num_heads
         self.takes_source = config.in_dim == 2 * config.out_dim  # along frames, with zero channels
-        self.checkpoint = False  # gradient checkpointing: backward recomputes block by block
+        self.checkpoint = False  # gradient checkpointing: backward recomputes blocks, but for self-attention
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, (1, 2, 2), (1, 2, 2))
         self.text_embedding = mlp(config.text_dim, dim, nn.GELU("tanh"), dim)
         self.time_embedding = mlp(config.freq_dim, dim, nn.SiLU(), dim)
@@ -388,11 +397,9 @@ class DiT(nn.Module):
         if c.source is not None:  # at the same positions
             tokens = torch.cat([tokens, c.source[:, None].expand_as(tokens)], 2)
             rope = rope.repeat(2, 1)
-        tokens = tokens.flatten(0, 1)
+        tokens, recompute = tokens.flatten(0, 1), self.checkpoint and torch.is_grad_enabled()
         for block, keys_values in zip(self.blocks, c.text):
-            args = (tokens, modulation, rope, c.camera, keys_values)
-            recompute = self.checkpoint and torch.is_grad_enabled()
-            tokens = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+            tokens = block(tokens, modulation, rope, c.camera, keys_values, recompute)
         v = self.head(tokens[:, :n], e)  # target half only: (B, N, 4 C), a patch's rows, columns, channels
         v = v.reshape(rows, grid[0], grid[1] // 2, grid[2] // 2, 2, 2, -1).permute(0, 6, 1, 2, 4, 3, 5)
         return v.reshape(rows, -1, *grid).to(x.dtype)

@@ -1,15 +1,20 @@
 """model.py against recorded numbers, a plain float64 rewrite of its equations, diffusers, and itself."""
+import collections
 import dataclasses
 import hashlib
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from safetensors.torch import load_file, save_file
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 from model import Condition, Config, DiT, load_dit
@@ -222,24 +227,24 @@ def test_scores_depend_on_relative_position():
     a, b = grid[0, 0, 1], grid[1, 1, 2]
     moved_a, moved_b = grid[0, 1, 2], grid[1, 2, 3]  # both one down, one right
     q, k = q[:, :1].expand(1, 24, 1, 24), k[:, :1].expand(1, 24, 1, 24)
-    q, k = (model.rotate(y, angle[None, :, None])[0, :, 0] for y in (q, k))
+    q, k = (model.rotate(y, angle[None, :, None], q.dtype)[0, :, 0] for y in (q, k))
     assert_close(q[a] @ k[b], q[moved_a] @ k[moved_b], 1e-12)
     assert abs(q[a] @ k[b] - q[a] @ k[a]) > 1e-3
 
 
 def test_rotation_keeps_length_and_undoes_itself():
     x, angle = torch.randn(6, 5, 2, 8), torch.randn(3, 5, 2, 4)  # three conditions, two rows each
-    turned = model.rotate(x, angle)
+    turned = model.rotate(x, angle, torch.float32)
     assert_close(turned.norm(dim=-1), x.norm(dim=-1), 1e-5)
-    assert_close(model.rotate(turned, -angle), x, 1e-5)
-    assert_close(turned[3], model.rotate(x[3:4], angle[1:2])[0], 1e-6)
+    assert_close(model.rotate(turned, -angle, torch.float32), x, 1e-5)
+    assert_close(turned[3], model.rotate(x[3:4], angle[1:2], torch.float32)[0], 1e-6)
 
 
 def test_rotation_in_real_arithmetic_is_the_same(monkeypatch):
     x, angle = torch.randn(2, 5, 2, 8), torch.randn(1, 5, 2, 4)
-    turned = model.rotate(x, angle)
+    turned = model.rotate(x, angle, torch.float32)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert_close(model.rotate(x, angle), turned, 1e-6)
+    assert_close(model.rotate(x, angle, torch.float32), turned, 1e-6)
 
 
 def test_zero_phase_is_no_roce():
@@ -372,6 +377,34 @@ def test_gradient_checkpointing_changes_nothing():
     assert stored.keys() == recomputed.keys() == dict(dit.named_parameters()).keys()
     for name in stored:
         assert_close(stored[name], recomputed[name], 1e-6 * (1 + stored[name].abs().max()))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointing_does_not_repeat_self_attention(compiled):
+    """A block has three attentions: of itself, the text, the image. Backward recomputes the short two."""
+    dit, ops = random_dit(), []
+    condition = random_condition(dit, 1)
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ops.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    def read(gm, inputs):  # a compiled block's backward
+        ops.extend(str(x) for node in gm.graph.nodes for x in (node.target, *node.args[:2])
+                   if isinstance(x, torch._ops.OpOverload))  # also where a node saves the random state for it
+        return make_boxed_func(gm.forward)
+    model.trainable(dit)
+    dit.checkpoint = True
+    if compiled:
+        torch._dynamo.reset()
+        dit.compile(backend=aot_autograd(fw_compiler=lambda gm, inputs: make_boxed_func(gm.forward),
+                                         bw_compiler=read, partition_fn=min_cut_rematerialization_partition))
+    v = dit(torch.randn(1, 16, 3, 4, 6), torch.tensor([0.3]), condition)
+    with nullcontext() if compiled else Record():
+        v.square().sum().backward()
+    attentions = collections.Counter("backward" in op for op in ops if "dot_product" in op)
+    assert attentions == {True: 3 * 2, False: 2 * 2}
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
