@@ -29,6 +29,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -179,6 +180,14 @@ def network(args):
           f"measured: matrix product {rate / 1e12:.3f} TFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; "
           f"floor {work / rate:.3f} s (arithmetic), "
           f"{sum(p.nbytes for p in dit.parameters()) / bandwidth:.3f} s (weights read once)")
+    q = torch.randn(1, dit.config.num_heads, tokens, dit.head_dim, device=DEVICE, dtype=DTYPE)
+    attend = lambda: functional.scaled_dot_product_attention(q, q, q)
+    alone, its = args.layers * seconds(attend, args.repeat)[1], args.layers * 4 * tokens ** 2 * args.dim
+    q.requires_grad_()
+    both = args.layers * seconds(lambda: attend().backward(q.detach()), args.repeat)[1]
+    print(f"self-attention alone: {alone:.3f} s, {its / alone / rate:.0%} of the matrix product's rate; with "
+          f"its backward {both:.3f} s; the other arithmetic at that rate: {(work - its) / rate:.3f} s")
+    del a, b, big, q
     x, t = torch.randn(1, *shape, device=DEVICE), torch.tensor(0.7, device=DEVICE)
     ours, rows, values = (lambda c: lambda recompute: dit(x, t, c)), [], {}
 

@@ -8,6 +8,8 @@
 `trained` is name -> parameter, of those that train.
 """
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -33,13 +35,26 @@ def differing(made, now):
     return "; ".join(f"{k} = {made.get(k)!r}, now {x!r}" for k, x in now.items() if made.get(k) != x)
 
 
+@functools.cache
+def code_of(rewards):
+    """{file: checksum} of one's own rewards, as they are when a run starts."""
+    files = {item.rpartition("=")[0].rpartition(":")[0].strip() for item in rewards.split(",")}
+    return {file: digest(Path(file).read_bytes()) for file in sorted(files - {""})}
+
+
+def settings(config):
+    """What a checkpoint is made with: all settings, and the code of one's own rewards if there is any."""
+    code = code_of(config.rewards)
+    return dataclasses.asdict(config) | ({"the rewards' code": code} if code else {})
+
+
 def save_checkpoint(out, iteration, trained, optimizer, config):
     """Everything a run needs to go on, whole or not at all: written beside, then renamed."""
     moments = {f"{key}.{name}": optimizer.state[p][key].detach().cpu()
                for name, p in trained.items() for key in optimizer.state[p]}
     files = {WEIGHTS: save({name: p.detach().cpu().contiguous() for name, p in trained.items()}),
              MOMENTS: save(moments)}
-    state = {"iteration": iteration, "config": dataclasses.asdict(config),
+    state = {"iteration": iteration, "config": settings(config),
              "digests": {name: digest(content) for name, content in files.items()}}
     files["state.json"] = json.dumps(state, indent=1).encode()
     final = out / f"iteration_{iteration:06d}"
@@ -64,7 +79,7 @@ def load_checkpoint(folder, trained, optimizer, config):
     for name, content in files.items():
         if digest(content) != state["digests"][name]:
             raise ValueError(f"{folder / name}: checksum differs")
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    now = json.loads(json.dumps(settings(config)))
     if differ := differing(state["config"], {k: x for k, x in now.items() if k not in config.FREE}):
         raise RuntimeError(f"{folder}: made with {differ}; choose another --out or the same settings")
     weights, moments = load_file(folder / WEIGHTS), load_file(folder / MOMENTS)
@@ -82,6 +97,7 @@ def load_checkpoint(folder, trained, optimizer, config):
 def resume(out, trained, optimizer, config):
     """Iterations already done: the newest readable checkpoint's, 0 without any. Damaged ones are skipped,
     loudly."""
+    settings(config)  # the rewards' code is read now
     for folder in sorted(out.glob("iteration_??????"), reverse=True):
         try:
             return load_checkpoint(folder, trained, optimizer, config)
@@ -99,13 +115,29 @@ def iteration_of(line):
         return -1
 
 
+def claim_log(path):
+    """log.jsonl, opened for appending by this process alone, until it closes it or ends in whatever way."""
+    file = open(path, "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{path.parent}: another run is writing there; choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 def open_log(path, iteration):
     """log.jsonl, opened for appending, without damaged lines and those from `iteration` on, which an
-    interrupted run left."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    interrupted run left. ValueError where another run is writing it."""
+    if path.exists():
+        with claim_log(path):
+            lines = path.read_text(errors="replace").splitlines()
+    else:
+        lines = []
     kept = [line for line in lines if 0 <= iteration_of(line) < iteration]
     data.write_file(path, "".join(line + "\n" for line in kept).encode())
-    return open(path, "a")
+    return claim_log(path)
 
 
 def damaged(file):

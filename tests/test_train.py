@@ -321,6 +321,42 @@ def test_failed_rewards_are_masked_and_counted_or_stop_the_run(main, tmp_path, c
     assert not list((tmp_path / "b").glob("iteration_*"))
 
 
+def test_an_edited_reward_does_not_resume(main, tmp_path):
+    file, out = tmp_path / "mine.py", tmp_path / "a"
+    file.write_text("def bright(videos, scene):\n    return videos.float().mean((1, 2, 3, 4))\n")
+    rewards = f"--rewards=sharpness=1,{file}:bright=1"
+    main(out, "--iterations=1", rewards)
+    kept = file.read_text()
+    file.write_text(kept.replace("return ", "return 2 * "))
+    main(out, "--iterations=2", rewards, "--save_every=1")  # edited while a run goes on: not its code
+    checkpoint.code_of.cache_clear()
+    with pytest.raises(RuntimeError, match="iteration_000002: made with the rewards' code = .*mine.py"):
+        main(out, "--iterations=3", rewards)
+    file.write_text(kept)
+    checkpoint.code_of.cache_clear()
+    main(out, "--iterations=3", rewards)
+    assert [record["iteration"] for record in log_of(out)] == [0, 1, 2]
+
+
+def test_one_run_a_folder(main, tmp_path):
+    main(tmp_path, "--iterations=1")
+    before = (tmp_path / "log.jsonl").read_bytes()
+    other = subprocess.Popen([sys.executable, "-c", "import checkpoint, pathlib, sys\n"
+                              f"log = checkpoint.claim_log(pathlib.Path({str(tmp_path)!r}, 'log.jsonl'))\n"
+                              "print('mine', flush=True)\nsys.stdin.read()"], cwd=ROOT, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(ValueError, match="another run is writing there; choose another --out"):
+            main(tmp_path, "--iterations=2")
+        assert (tmp_path / "log.jsonl").read_bytes() == before
+    finally:
+        other.kill()
+        other.communicate()
+    main(tmp_path, "--iterations=2")
+    assert [record["iteration"] for record in log_of(tmp_path)] == [0, 1]
+
+
 def test_a_dead_alarm_is_heard(main, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(REWARD.replace("turn = next", "turn = 0 * next"))
     main(tmp_path / "a", "--iterations=1", f"--rewards=sharpness=1,{tmp_path}/mine.py:grumpy=0")
