@@ -317,6 +317,7 @@ class DiT(nn.Module):
 
     def compile(self, **options):
         """torch.compile the blocks, which share one graph."""
+        torch._dynamo.config.optimize_ddp = False  # would cut blocks up; DDP communicates between them anyway
         for block in self.blocks:
             block.compile(**options)
 
