@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 import types
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import plan
@@ -168,6 +170,17 @@ def official(path, dit):
     return velocity
 
 
+class Traffic(TorchDispatchMode):
+    """Bytes that kernels read and write; views cost nothing."""
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x))
+        return out
+
+
 def network(args):
     dit, shape, condition, prepared = build(args)
     tokens = 2 * shape[1] * shape[2] * shape[3] // 4
@@ -196,10 +209,13 @@ def network(args):
         try:
             with torch.no_grad():
                 first, forwards = seconds(lambda: values.update({name: forward(False)}), args.repeat)
+                with nullcontext(Traffic) if name == "ours, compiled" else Traffic() as traffic:
+                    forward(False)
             first_both, both = seconds(lambda: forward(True).float().square().mean().backward(), args.repeat)
         except RuntimeError as error:
             return print(f"{name}: not measured, {str(error).splitlines()[0]}")
         rows.append({"": name, "forward s": forwards, "of matrix product rate": work / rate / forwards,
+                     "GB moved": traffic.bytes / 1e9 or None,
                      "fwd + bwd s": both, "over forward": both / forwards,
                      "first calls s": first + first_both})
     if args.official:
