@@ -4,17 +4,17 @@
     iteration_000010/optimizer.safetensors   AdamW's moments
     iteration_000010/state.json              iteration, settings, checksums of the two
     log.jsonl                                a line for each iteration
+    lock                                     empty; locked while a run goes on
 
-`trained` is name -> parameter, of those that train.
+`trained` is name -> parameter, of those that train; `made` all settings, and own rewards' checksums if any.
 """
 import dataclasses
-import fcntl
-import functools
 import hashlib
 import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -35,26 +35,32 @@ def differing(made, now):
     return "; ".join(f"{k} = {made.get(k)!r}, now {x!r}" for k, x in now.items() if made.get(k) != x)
 
 
-@functools.cache
-def code_of(rewards):
-    """{file: checksum} of one's own rewards, as they are when a run starts."""
-    files = {item.rpartition("=")[0].rpartition(":")[0].strip() for item in rewards.split(",")}
-    return {file: digest(Path(file).read_bytes()) for file in sorted(files - {""})}
+def claim(out, patience=30):
+    """Keeps a run's folder for this process until it ends in whatever way, or closes what is returned. Waits
+    `patience` seconds for a run that is about to end; ValueError where it does not."""
+    import fcntl  # not on Windows
+    out.mkdir(parents=True, exist_ok=True)
+    file, end = open(out / "lock", "a"), time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > end:
+                raise ValueError(f"{out}: another run is writing there; wait for it or choose another --out")
+            time.sleep(0.2)
+            continue
+        except OSError:  # a file system without locks
+            pass
+        return file
 
 
-def settings(config):
-    """What a checkpoint is made with: all settings, and the code of one's own rewards if there is any."""
-    code = code_of(config.rewards)
-    return dataclasses.asdict(config) | ({"the rewards' code": code} if code else {})
-
-
-def save_checkpoint(out, iteration, trained, optimizer, config):
+def save_checkpoint(out, iteration, trained, optimizer, made):
     """Everything a run needs to go on, whole or not at all: written beside, then renamed."""
     moments = {f"{key}.{name}": optimizer.state[p][key].detach().cpu()
                for name, p in trained.items() for key in optimizer.state[p]}
     files = {WEIGHTS: save({name: p.detach().cpu().contiguous() for name, p in trained.items()}),
              MOMENTS: save(moments)}
-    state = {"iteration": iteration, "config": settings(config),
+    state = {"iteration": iteration, "config": made,
              "digests": {name: digest(content) for name, content in files.items()}}
     files["state.json"] = json.dumps(state, indent=1).encode()
     final = out / f"iteration_{iteration:06d}"
@@ -65,13 +71,13 @@ def save_checkpoint(out, iteration, trained, optimizer, config):
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     kept = [f for f in sorted(out.glob("iteration_??????")) if f <= final]  # later ones were unreadable
-    for old in kept[:-config.keep]:
+    for old in kept[:-made["keep"]]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder, trained, optimizer, config):
+def load_checkpoint(folder, trained, optimizer, made, free):
     """Restore weights and optimiser from a checkpoint; returns its iteration. ValueError where it is damaged,
-    OSError where unreadable, RuntimeError where it belongs to a run with other settings."""
+    OSError where unreadable, RuntimeError where it was made with other settings than now, but for `free`."""
     state = json.loads((folder / "state.json").read_text())
     if int(folder.name[-6:]) != state["iteration"]:
         raise ValueError(f"state.json: iteration {state['iteration']!r}")
@@ -79,8 +85,9 @@ def load_checkpoint(folder, trained, optimizer, config):
     for name, content in files.items():
         if digest(content) != state["digests"][name]:
             raise ValueError(f"{folder / name}: checksum differs")
-    now = json.loads(json.dumps(settings(config)))
-    if differ := differing(state["config"], {k: x for k, x in now.items() if k not in config.FREE}):
+    now = json.loads(json.dumps(made))
+    state["config"].setdefault("code of rewards", now.get("code of rewards"))  # older ones don't tell
+    if differ := differing(state["config"], {k: x for k, x in now.items() if k not in free}):
         raise RuntimeError(f"{folder}: made with {differ}; choose another --out or the same settings")
     weights, moments = load_file(folder / WEIGHTS), load_file(folder / MOMENTS)
     if {name: x.shape for name, x in weights.items()} != {name: p.shape for name, p in trained.items()}:
@@ -94,13 +101,12 @@ def load_checkpoint(folder, trained, optimizer, config):
     return state["iteration"]
 
 
-def resume(out, trained, optimizer, config):
+def resume(out, trained, optimizer, made, free):
     """Iterations already done: the newest readable checkpoint's, 0 without any. Damaged ones are skipped,
     loudly."""
-    settings(config)  # the rewards' code is read now
     for folder in sorted(out.glob("iteration_??????"), reverse=True):
         try:
-            return load_checkpoint(folder, trained, optimizer, config)
+            return load_checkpoint(folder, trained, optimizer, made, free)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError,
                 SafetensorError) as e:
             print(f"warning: {folder}: skipped, {e}", file=sys.stderr)
@@ -115,29 +121,13 @@ def iteration_of(line):
         return -1
 
 
-def claim_log(path):
-    """log.jsonl, opened for appending by this process alone, until it closes it or ends in whatever way."""
-    file = open(path, "a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"{path.parent}: another run is writing there; choose another --out") from None
-    except OSError:  # a file system without locks
-        pass
-    return file
-
-
 def open_log(path, iteration):
     """log.jsonl, opened for appending, without damaged lines and those from `iteration` on, which an
-    interrupted run left. ValueError where another run is writing it."""
-    if path.exists():
-        with claim_log(path):
-            lines = path.read_text(errors="replace").splitlines()
-    else:
-        lines = []
+    interrupted run left."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     kept = [line for line in lines if 0 <= iteration_of(line) < iteration]
     data.write_file(path, "".join(line + "\n" for line in kept).encode())
-    return claim_log(path)
+    return open(path, "a")
 
 
 def damaged(file):

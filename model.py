@@ -166,7 +166,7 @@ class Block(nn.Module):
 
     def forward(self, x, e, rope, camera, keys_values, recompute=False):
         """x (B, N, D), e (B or 1, 6, D), rope (N, P), wide; camera (b, N, D) or None -> (B, N, D), wide.
-        recompute: gradient checkpointing."""
+        recompute: gradient checkpointing, for one backward pass."""
         if recompute:  # inside what is compiled, which then recomputes only what backward needs
             keep = functools.partial(create_selective_checkpoint_contexts, keep_attention)
             return checkpoint(self.forward, x, e, rope, camera, keys_values, use_reentrant=False,
@@ -294,7 +294,7 @@ class DiT(nn.Module):
             raise ValueError(f"dim {dim} is not {config.num_heads} heads of pairs: give num_heads")
         self.config, self.head_dim = config, dim // config.num_heads
         self.takes_source = config.in_dim == 2 * config.out_dim  # along frames, with zero channels
-        self.checkpoint = False  # gradient checkpointing: backward recomputes blocks, but for self-attention
+        self.checkpoint = False  # gradient checkpointing: blocks are recomputed but for keep_attention's
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, (1, 2, 2), (1, 2, 2))
         self.text_embedding = mlp(config.text_dim, dim, nn.GELU("tanh"), dim)
         self.time_embedding = mlp(config.freq_dim, dim, nn.SiLU(), dim)
@@ -318,6 +318,7 @@ class DiT(nn.Module):
     def compile(self, **options):
         """torch.compile the blocks, which share one graph."""
         torch._dynamo.config.optimize_ddp = False  # would cut blocks up; DDP communicates between them anyway
+        torch._dynamo.config.recompile_limit = 64  # one row or many, with gradient or not, ...: 7 as a rule
         for block in self.blocks:
             block.compile(**options)
 

@@ -41,7 +41,8 @@ def evaluations(window, steps, members, share=True, tail=None, updates=1):
 
 
 def cost(counts, checkpointing=True):
-    """Evaluations of an iteration from (rollout, update): a backward counts 2, a recomputed forward 1."""
+    """Evaluations of an iteration from (rollout, update): a backward counts 2, a recomputed forward 1, by
+    convention (attention, which long videos mostly are, is 2.5 and is not recomputed)."""
     return counts[0] + counts[1] * (3 + checkpointing)
 
 

@@ -29,6 +29,7 @@ only if its reward is named:
 """
 import difflib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import math
@@ -207,6 +208,7 @@ def _from_file(path, function):
     """A user's reward `function` in the python file `path`: called with (videos, scene)."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; a reward of your own is my_file.py:function=weight")
+    code = Path(path).read_bytes()
     spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -223,7 +225,7 @@ def _from_file(path, function):
                          f"found {function}{inspect.signature(reward)}") from None
 
     reward = functools.partial(reward)  # takes attributes whatever it is
-    reward.names = (function,)
+    reward.names, reward.code = (function,), hashlib.blake2b(code, digest_size=16).hexdigest()
     return reward
 
 

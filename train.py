@@ -33,7 +33,7 @@ import data
 import rewards
 import toy
 import trajectories
-from checkpoint import open_log, resume, save_checkpoint
+from checkpoint import claim, open_log, resume, save_checkpoint
 from configurator import parse
 from distributed import absent, assert_ranks_agree, connect, gather, lost_contact, reduce
 from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
@@ -95,7 +95,7 @@ class Config:
     sample_every: int = 10             # iterations between sample videos
     rooms: int = 8                     # toy: test rooms judged at the end, ten paths each; 0: none
     compile: bool = False              # torch.compile the transformer's blocks
-    checkpointing: bool = True         # recompute activations in the backward pass, block by block
+    checkpointing: bool = True         # recompute blocks in the backward pass, but for attention's product
     threads: int = 0                   # CPU threads per process; 0: torch's choice
     timeout: int = 1800                # seconds until a rank that does not answer ends the run
     max_failures: float = 0.25         # stop where more than this share of an iteration's videos fail
@@ -292,8 +292,13 @@ def main(argv):
                     guidance=config.guidance, micro_batch=config.micro_batch or None, seed=config.seed,
                     share_noise=config.share_noise, share_prefix=config.share_prefix, device=device)
 
+    code = {reward.names[0]: reward.code for reward in world.rewards if hasattr(reward, "code")}
+    made = dataclasses.asdict(config) | ({"code of rewards": code} if code else {})
+    lock = claim(out) if rank == 0 else None  # noqa: F841, held until this process ends
+    if ranks > 1:
+        dist.barrier()  # nobody reads what a run that is ending still writes
     show = demonstration(world, config) if rank == 0 else None  # films the base, before weights are resumed
-    start = done = saved = resume(out, trained, optimizer, config)
+    start = done = saved = resume(out, trained, optimizer, made, config.FREE)
     assert_ranks_agree(parameters, "at the start")
     count = lambda parameters: f"{sum(p.numel() for p in parameters):,}"
     say(f"{config.conditions} conditions x {G} members = {config.conditions * G} videos an iteration "
@@ -418,7 +423,7 @@ def main(argv):
             if done % config.save_every == 0 or done == config.iterations:
                 assert_ranks_agree(parameters, f"iteration {iteration}")
                 if rank == 0:
-                    save_checkpoint(out, done, trained, optimizer, config)
+                    save_checkpoint(out, done, trained, optimizer, made)
                     saved = done
             if show and (done % config.sample_every == 0 or done == config.iterations):
                 show(out / f"samples/iteration_{done:06d}.mp4")
@@ -433,13 +438,13 @@ def main(argv):
         deafen()
         if rank == 0:
             if done > saved:
-                save_checkpoint(out, done, trained, optimizer, config)
+                save_checkpoint(out, done, trained, optimizer, made)
             print(f"\nstopped after {done} iterations, saved; the same command goes on", file=sys.stderr)
         os._exit(75)  # other ranks may wait in a collective that this one has left
     except RuntimeError as e:
         deafen()
         if rank == 0 and lost_contact(e) and not half and done > saved:  # this rank is whole
-            save_checkpoint(out, done, trained, optimizer, config)
+            save_checkpoint(out, done, trained, optimizer, made)
         raise
 
 

@@ -1,7 +1,8 @@
-"""The loop's phases on a GPU that need not be there: fake tensors know device, shape and type, hold no values.
+"""The loop's phases on a GPU that need not be there: fake tensors have device, shape and type, no values.
 
-Operations that mix devices raise, and so does whatever would make the host wait for a value. Needs torch
-built for CUDA (`pip install torch` from PyPI); a run on a real card is bench.py's.
+Operations that mix devices raise, and so do float(x), x.tolist(), x[mask], x.numpy(): what makes the host
+wait for a value. Not seen: copies with .cpu(), the backward pass, which attention kernel a card would choose.
+Needs torch built for CUDA (`pip install torch` from PyPI).
 """
 from unittest.mock import patch
 

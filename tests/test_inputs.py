@@ -467,15 +467,15 @@ def test_fuzzed_checkpoint(tmp_path):
     optimizer = torch.optim.AdamW([parameter])
     parameter.sum().backward()
     optimizer.step()
-    config, names, folder = train.Config(), {"p": parameter}, tmp_path / "iteration_000002"
-    checkpoint.save_checkpoint(tmp_path, 2, names, optimizer, config)
+    made, names, folder = vars(train.Config()), {"p": parameter}, tmp_path / "iteration_000002"
+    checkpoint.save_checkpoint(tmp_path, 2, names, optimizer, made)
     content, kept = (folder / "state.json").read_bytes(), parameter.detach().clone()
     found = set()
     for x in mutations(content, 1500):
         (folder / "state.json").write_bytes(x)
         try:
             with redirect_stderr(io.StringIO()) as err:
-                found.add(checkpoint.resume(tmp_path, names, optimizer, config))
+                found.add(checkpoint.resume(tmp_path, names, optimizer, made, train.Config.FREE))
             assert err.getvalue().count("\n") <= 1
         except RuntimeError as error:  # its settings differ
             assert "made with" in str(error) and "\n" not in str(error)

@@ -1,10 +1,12 @@
 """The loop: settings, two ranks against one process, exact resume, interruption, bad input."""
 import dataclasses
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -323,37 +325,51 @@ def test_failed_rewards_are_masked_and_counted_or_stop_the_run(main, tmp_path, c
 
 def test_an_edited_reward_does_not_resume(main, tmp_path):
     file, out = tmp_path / "mine.py", tmp_path / "a"
-    file.write_text("def bright(videos, scene):\n    return videos.float().mean((1, 2, 3, 4))\n")
+    code = "def bright(videos, scene):\n    return videos.float().mean((1, 2, 3, 4))\n"
     rewards = f"--rewards=sharpness=1,{file}:bright=1"
+    file.write_text(code)
     main(out, "--iterations=1", rewards)
-    kept = file.read_text()
-    file.write_text(kept.replace("return ", "return 2 * "))
-    main(out, "--iterations=2", rewards, "--save_every=1")  # edited while a run goes on: not its code
-    checkpoint.code_of.cache_clear()
-    with pytest.raises(RuntimeError, match="iteration_000002: made with the rewards' code = .*mine.py"):
-        main(out, "--iterations=3", rewards)
-    file.write_text(kept)
-    checkpoint.code_of.cache_clear()
+    file.write_text(code + "# another\n")
+    with pytest.raises(RuntimeError, match="iteration_000001: made with code of rewards = {'bright': "):
+        main(out, "--iterations=2", rewards)
+    file.write_text(code)
+    main(out, "--iterations=2", rewards)
+    state = out / "iteration_000002/state.json"
+    told = json.loads(state.read_text())
+    del told["config"]["code of rewards"]  # as before it was kept
+    state.write_text(json.dumps(told))
     main(out, "--iterations=3", rewards)
     assert [record["iteration"] for record in log_of(out)] == [0, 1, 2]
 
 
-def test_one_run_a_folder(main, tmp_path):
-    main(tmp_path, "--iterations=1")
-    before = (tmp_path / "log.jsonl").read_bytes()
-    other = subprocess.Popen([sys.executable, "-c", "import checkpoint, pathlib, sys\n"
-                              f"log = checkpoint.claim_log(pathlib.Path({str(tmp_path)!r}, 'log.jsonl'))\n"
-                              "print('mine', flush=True)\nsys.stdin.read()"], cwd=ROOT, text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert other.stdout.readline() == "mine\n"
-        with pytest.raises(ValueError, match="another run is writing there; choose another --out"):
-            main(tmp_path, "--iterations=2")
-        assert (tmp_path / "log.jsonl").read_bytes() == before
-    finally:
-        other.kill()
-        other.communicate()
-    main(tmp_path, "--iterations=2")
+CLAIM = "import checkpoint, pathlib, sys; held = checkpoint.claim(pathlib.Path(sys.argv[1]), 0)"
+
+
+def test_one_run_a_folder(main, tmp_path, monkeypatch):
+    """From before checkpoints are read to the evaluation's end; a run that has ended keeps nothing."""
+    refused = []
+
+    def probe(real, *args, **options):
+        other = subprocess.run([sys.executable, "-c", CLAIM, tmp_path], cwd=ROOT, stderr=subprocess.PIPE)
+        refused.append(b"another run is writing there; wait for it or" in other.stderr)
+        return real(*args, **options)
+    import evaluate
+    for module, name in ((train, "resume"), (train, "save_checkpoint"), (evaluate, "finish")):
+        monkeypatch.setattr(module, name, functools.partial(probe, getattr(module, name)))
+    main(tmp_path, "--iterations=1", "--rooms=1")
+    assert refused == [True] * 3
+    held = subprocess.Popen([sys.executable, "-c", CLAIM + "; print(1, flush=True); sys.stdin.read()",
+                             str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    held.stdout.readline()
+    monkeypatch.setattr(train, "claim", functools.partial(checkpoint.claim, patience=0.5))
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    with pytest.raises(ValueError, match="is writing there; wait for it or choose another --out"):
+        main(tmp_path, "--iterations=2")
+    assert before == {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    monkeypatch.setattr(train, "claim", checkpoint.claim)
+    threading.Timer(1, held.kill).start()
+    main(tmp_path, "--iterations=2")  # waits for it
+    held.communicate()
     assert [record["iteration"] for record in log_of(tmp_path)] == [0, 1]
 
 
