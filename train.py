@@ -119,6 +119,8 @@ def check(config, ranks, folders=True):
     for name, x in vars(config).items():
         need(type(x) is not int or x >= (name not in zero),
              f"{name}: expected at least {int(name not in zero)}, found {x}")
+    need(config.world != "toy" or config.guidance == 1,
+         f"guidance: the toy has no negative prompt, expected 1, found {config.guidance}")
     need(config.frames % 4 == 1, f"frames: expected 4k + 1, found {config.frames}")
     need(config.normalise in ("max", "group"), f"normalise: expected max or group, found {config.normalise}")
     need(config.conditions % ranks == 0, f"conditions: {config.conditions} do not divide over {ranks} ranks")
