@@ -294,7 +294,7 @@ class DiT(nn.Module):
             raise ValueError(f"dim {dim} is not {config.num_heads} heads of pairs: give num_heads")
         self.config, self.head_dim = config, dim // config.num_heads
         self.takes_source = config.in_dim == 2 * config.out_dim  # along frames, with zero channels
-        self.checkpoint = False  # gradient checkpointing: blocks are recomputed but for keep_attention's
+        self.checkpoint = False  # gradient checkpointing: backward recomputes blocks, see keep_attention
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, (1, 2, 2), (1, 2, 2))
         self.text_embedding = mlp(config.text_dim, dim, nn.GELU("tanh"), dim)
         self.time_embedding = mlp(config.freq_dim, dim, nn.SiLU(), dim)
