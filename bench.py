@@ -196,10 +196,12 @@ def network(args):
     q = torch.randn(1, dit.config.num_heads, tokens, dit.head_dim, device=DEVICE, dtype=DTYPE)
     attend = lambda: functional.scaled_dot_product_attention(q, q, q)
     alone, its = args.layers * seconds(attend, args.repeat)[1], args.layers * 4 * tokens ** 2 * args.dim
-    q.requires_grad_()
-    both = args.layers * seconds(lambda: attend().backward(q.detach()), args.repeat)[1]
-    print(f"self-attention alone: {alone:.3f} s, {its / alone / rate:.0%} of the matrix product's rate; with "
-          f"its backward {both:.3f} s; the other arithmetic at that rate: {(work - its) / rate:.3f} s")
+    print(f"self-attention alone: {alone:.3f} s, {its / alone / rate:.0%} of the matrix product's rate; "
+          f"the other arithmetic at that rate: {(work - its) / rate:.3f} s")
+    if args.backward:
+        q.requires_grad_()
+        both = args.layers * seconds(lambda: attend().backward(q.detach()), args.repeat)[1]
+        print(f"self-attention alone with its backward: {both:.3f} s")
     del a, b, big, q
     x, t = torch.randn(1, *shape, device=DEVICE), torch.tensor(0.7, device=DEVICE)
     ours, rows, values = (lambda c: lambda recompute: dit(x, t, c)), [], {}
@@ -211,12 +213,15 @@ def network(args):
                 first, forwards = seconds(lambda: values.update({name: forward(False)}), args.repeat)
                 with nullcontext(Traffic) if name == "ours, compiled" else Traffic() as traffic:
                     forward(False)
-            first_both, both = seconds(lambda: forward(True).float().square().mean().backward(), args.repeat)
+            first_both, both = 0, None
+            if args.backward:
+                loss = lambda: forward(True).float().square().mean()
+                first_both, both = seconds(lambda: loss().backward(), args.repeat)
         except RuntimeError as error:
             return print(f"{name}: not measured, {str(error).splitlines()[0]}")
         rows.append({"": name, "forward s": forwards, "of matrix product rate": work / rate / forwards,
                      "GB moved": traffic.bytes / 1e9 or None,
-                     "fwd + bwd s": both, "over forward": both / forwards,
+                     "fwd + bwd s": both, "over forward": both and both / forwards,
                      "first calls s": first + first_both})
     if args.official:
         with torch.no_grad():
@@ -232,7 +237,7 @@ def network(args):
         dit.compile()
         measure("ours, compiled", ours(prepared))
     for row in rows if args.official else ():
-        row |= {f"official / this, {key[:-2]}": rows[0][key] / row[key]
+        row |= {f"official / this, {key[:-2]}": row[key] and rows[0][key] / row[key]
                 for key in ("forward s", "fwd + bwd s")}
     if args.official:
         error = (values["ours, prepared"] - values["official"]).abs().max() / values["official"].abs().max()
@@ -499,6 +504,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=str(DTYPE).removeprefix("torch."))
     parser.add_argument("--official", help="a checkout of byeongjun-park/ReDirector; needs einops")
+    parser.add_argument("--no-backward", dest="backward", action="store_false")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--json", help="file for the rows")
     args = parser.parse_args()
