@@ -40,12 +40,15 @@ def claim(out, patience=30):
     `patience` seconds for a run that is about to end; ValueError where it does not."""
     import fcntl  # not on Windows
     out.mkdir(parents=True, exist_ok=True)
-    file, end = open(out / "lock", "a"), time.monotonic() + patience
+    file, end = open(out / "lock", "a"), None
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            if time.monotonic() > end:
+            if end is None:
+                end = time.monotonic() + patience
+                print(f"{out}: another run is writing there; waiting {patience} s", file=sys.stderr)
+            if time.monotonic() >= end:
                 raise ValueError(f"{out}: another run is writing there; wait for it or choose another --out")
             time.sleep(0.2)
             continue
