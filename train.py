@@ -33,7 +33,7 @@ import data
 import rewards
 import toy
 import trajectories
-from checkpoint import claim, open_log, resume, save_checkpoint
+from checkpoint import claim, digest, open_log, resume, save_checkpoint
 from configurator import parse
 from distributed import absent, assert_ranks_agree, connect, gather, lost_contact, reduce
 from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
@@ -119,8 +119,6 @@ def check(config, ranks, folders=True):
     for name, x in vars(config).items():
         need(type(x) is not int or x >= (name not in zero),
              f"{name}: expected at least {int(name not in zero)}, found {x}")
-    need(config.world != "toy" or config.guidance == 1,
-         f"guidance: the toy has no negative prompt, expected 1, found {config.guidance}")
     need(config.frames % 4 == 1, f"frames: expected 4k + 1, found {config.frames}")
     need(config.normalise in ("max", "group"), f"normalise: expected max or group, found {config.normalise}")
     need(config.conditions % ranks == 0, f"conditions: {config.conditions} do not divide over {ranks} ranks")
@@ -294,12 +292,12 @@ def main(argv):
                     guidance=config.guidance, micro_batch=config.micro_batch or None, seed=config.seed,
                     share_noise=config.share_noise, share_prefix=config.share_prefix, device=device)
 
-    code = {reward.names[0]: reward.code for reward in world.rewards if hasattr(reward, "code")}
+    code = {reward.names[0]: digest(reward.code) for reward in world.rewards if hasattr(reward, "code")}
     made = dataclasses.asdict(config) | ({"code of rewards": code} if code else {})
+    show = demonstration(world, config) if rank == 0 else None  # films the base, before weights are resumed
     lock = claim(out) if rank == 0 else None  # noqa: F841, held until this process ends
     if ranks > 1:
         dist.barrier()  # nobody reads what a run that is ending still writes
-    show = demonstration(world, config) if rank == 0 else None  # films the base, before weights are resumed
     start = done = saved = resume(out, trained, optimizer, made, config.FREE)
     assert_ranks_agree(parameters, "at the start")
     count = lambda parameters: f"{sum(p.numel() for p in parameters):,}"

@@ -194,7 +194,7 @@ BAD = [  # command, with {w} the folder above; what its line must say
     (TRAIN + " --weights={w}/toy_cut_base", "toy_base.safetensors: not a whole safetensors file"),
     (TRAIN + " --weights={w}/toy_no_codec", "toy_codec.safetensors"),
     (TRAIN + " {w}/own.py", "code of one's own runs only when named by --rewards="),
-    (TRAIN + " --guidance=2", "guidance: the toy has no negative prompt, expected 1, found 2.0"),
+    (TRAIN + " --guidance=2", "guidance: this world has no negative prompt, expected 1"),
     (TRAIN + " --rewards=tran=1", "did you mean trans?"),
     (TRAIN + " --rewards={w}/nothing.py:f=1", "nothing.py: no such file"),
     (TRAIN + " --rewards={w}/syntax.py:f=1", "syntax.py: SyntaxError"),
