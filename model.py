@@ -49,7 +49,8 @@ def rope_angles(frames, height, width, head_dim, device, dtype):
 
 
 def rotate(x, angle, dtype):
-    """Turn the interleaved pairs (2i, 2i+1) of x (B, N, H, 2P) by angle (b or 1, N, H or 1, P) radians."""
+    """Turn the interleaved pairs (2i, 2i+1) of x (B, N, H, 2P) by angle (b or 1, N, H or 1, P) radians ->
+    (B, N, H, 2P) in dtype; the arithmetic is wide."""
     x = wide(x).unflatten(0, (angle.shape[0], -1)).unflatten(-1, (-1, 2))  # (b, B/b, N, H, P, 2)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     if torch.compiler.is_compiling():  # real arithmetic, which fuses with what is around it
