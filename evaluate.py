@@ -33,112 +33,29 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-import data
-import report
 import trajectories
-from checkpoint import WEIGHTS, differing, digest, find_checkpoint
-from clips import open_encoders, open_policy, weights_sizes
-from configurator import at_least_1, parse
-from distributed import connect, lost_contact
 from model import load_dit
-from report import case_name, split_case
-from retake import Generating, Retake, encode, film, read_clip, retake, source_cameras
-from scores import (open_estimator, pose_scores, read_json, save_poses, score_met3r, score_poses,
-                    score_vbench, write_json)
-from train import generate
 from trajectories import path_number
-
-PROTOCOL = 1  # of results.json: raised whenever a number would come out differently
-
-
-# ---- which cases: clips, paths, speeds; videos made elsewhere ----
-
-def items(text):
-    """"a, b" -> ["a", "b"]"""
-    return [x.strip() for x in text.split(",") if x.strip()]
-
-
-def listed(text, what, convert):
-    """"1,1.5" -> [1.0, 1.5]; ValueError naming `what` where it is no such list."""
-    try:
-        found = [convert(x) for x in items(text)]
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
-    if not found:
-        raise ValueError(f"{what}: expected a comma-separated list, found {text!r}")
-    return found
-
-
-def find_clips(videos, only=""):
-    """{clip: video, by its name below the folder `videos`}. only: clips, comma-separated or one a line in a
-    text file; ValueError naming those that do not exist."""
-    clips = {}
-    for video in data.find_videos(videos):
-        clip = data.without_suffix(video).replace("/", "_")
-        if clips.setdefault(clip, video) != video:
-            raise ValueError(f"{videos}: {clips[clip]} and {video} would both be called {clip}")
-    if not only:
-        return clips
-    wanted = Path(only).read_text().split("\n") if Path(only).is_file() else items(only)
-    wanted = [line.strip() for line in wanted if line.strip()]
-    wanted = [Path(name).stem if name.lower().endswith(data.VIDEOS) else name for name in wanted]
-    missing = [name for name in wanted if name not in clips]
-    if missing or not wanted:
-        near = difflib.get_close_matches(missing[0], clips, 1) if missing else []
-        raise ValueError(f"clips: {len(missing)} of {len(wanted)} are not in {videos}: "
-                         + ", ".join(missing[:5]) + (f"; did you mean {near[0]}?" if near else ""))
-    return {name: clips[name] for name in wanted}
-
-
-def find_generated(folder):
-    """{case: file} of a folder of videos made elsewhere; ValueError for one that is not named like a case."""
-    cases = {}
-    for name in data.find_videos(folder):
-        case = split_case(Path(name).stem)
-        if case is None:
-            raise ValueError(f"{folder}: expected <clip>_camera_<1-10>_speed_<s>.mp4, found {name}")
-        cases[case_name(*case)] = Path(folder) / name
-    return cases
-
-
-def find_checkpoints(text):
-    """Comma-separated checkpoints -> {method: file, None for the base}; a run's is <run>-<iteration>."""
-    files = [find_checkpoint(x) for x in items(text)]
-    names = ["-".join(f.resolve().parts[-3:-1]) if f.name == WEIGHTS else f.stem for f in files]
-    if len({*names, "base", "sources", "conditions", "targets"}) < len(names) + 4:
-        raise ValueError(f"ckpt: expected different names, none of them base, found {', '.join(names)}")
-    return {"base": None, **dict(zip(names, files))}
-
-
-# ---- results: kept if made with the same settings ----
-
-def read_results(path):
-    """results.json; FileNotFoundError, or ValueError where it is damaged or of another protocol."""
-    results = read_json(path)
-    found = results.get("protocol") if isinstance(results, dict) else None
-    if found != PROTOCOL:
-        raise ValueError(f"{path}: protocol {found}, expected {PROTOCOL}: evaluate again to compare")
-    try:
-        scores = [dict(case) for m in results["methods"].values() for case in m["cases"].values()]
-        if not scores or not isinstance(results["settings"]["estimator"], str):
-            raise ValueError("no case, or no estimator")
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged ({error!r})") from None
-    return results
-
-
-def claim(folder, settings):
-    """Make a folder, or go on with one made with the same settings; ValueError naming those that differ."""
-    settings = {"protocol": PROTOCOL, **settings}
-    if not (folder / "settings.json").exists():
-        return write_json(folder / "settings.json", settings)
-    made = read_json(folder / "settings.json")
-    if differ := differing(made, {name: settings.get(name) for name in made}):
-        raise ValueError(f"{folder}: made with {differ}; choose another --out")
-
-
-def checkpoint_digest(path):
-    return digest(path.read_bytes()) if path else ""
+from evaluation import report
+from data.clips import NEGATIVE, load_clip, save_clip
+from data.prepare import find_caption, read_captions
+from data.video import write_video
+from data.world import open_policy
+from evaluation.cases import (
+    case_name, find_checkpoints, find_clips, find_generated, items, listed, split_case)
+from evaluation.generate import Generating, encode, find_cameras, read_clip, rerender
+from evaluation.report import finish
+from evaluation.retake import Retake, retake
+from evaluation.scores import (
+    checkpoint_digest, keep_settings, open_estimator, read_results, score_met3r,
+    score_poses, score_vbench)
+from evaluation.toy import Toy, evaluate_toy
+from plumbing.files import read_json, write_file
+from plumbing.ranks import connect, lost_contact
+from plumbing.settings import at_least_1, parse
+from pretrained.encoders import NEGATIVE_PROMPT, load_captioner, open_encoders
+from pretrained.vae import load_vae
+from pretrained.weights import VAE_FILE, weights_sizes
 
 
 # ---- the paper's protocol ----
@@ -164,33 +81,32 @@ class Config(Generating):
     show: str = ""              # cases in the report, comma-separated; empty: best, median, worst change
 
 
-def film_sources(config, clips, out, mine, estimate, device, quiet):
+def prepare_sources(config, clips, out, mine, estimate, device, quiet):
     """Write every clip of `mine` as the model sees it to out/sources and, to generate with, encoded to
     out/conditions. What is wrong with a clip is written to out/sources/<clip>.failed, in its place."""
     sources, conditions = out / "sources", out / "conditions"
     todo = [clip for clip in mine if not (sources / f"{clip}.mp4").exists()
             or config.weights and not (conditions / f"{clip}.safetensors").exists()]
-    captions = data.read_captions(config.captions) if config.captions else None
-    if config.weights and (todo or not (conditions / data.NEGATIVE).exists()):
-        from encoders import NEGATIVE_PROMPT, load_captioner
+    captions = read_captions(config.captions) if config.captions else None
+    if config.weights and (todo or not (conditions / NEGATIVE).exists()):
         encoders = open_encoders(config.weights, device)
         unwanted = encoders[1].embed([NEGATIVE_PROMPT])[0].bfloat16().cpu()
-        data.write_file(conditions / data.NEGATIVE, save({"text": unwanted}))
+        write_file(conditions / NEGATIVE, save({"text": unwanted}))
     for clip in tqdm(todo, "sources", unit="clip", disable=quiet or not todo):
         path, mp4 = Path(config.videos) / clips[clip], sources / f"{clip}.mp4"
         try:
             read = read_clip(path, config)
-            data.write_video(mp4, *read[:2])
+            write_video(mp4, *read[:2])
             if config.weights:
-                caption = data.find_caption(clips[clip], captions) if captions else None
+                caption = find_caption(clips[clip], captions) if captions else None
                 if captions and caption is None:
                     raise ValueError(f"no caption in {config.captions}")
-                cameras = source_cameras(path, clips[clip], read, mp4, config, estimate)
+                cameras = find_cameras(path, clips[clip], read, mp4, config, estimate)
                 prepared = encode(read, path, caption, cameras, encoders, config, device)
-                data.save_clip(conditions / f"{clip}.safetensors", prepared)
+                save_clip(conditions / f"{clip}.safetensors", prepared)
             mp4.with_suffix(".failed").unlink(missing_ok=True)
         except (ValueError, FileNotFoundError) as error:
-            data.write_file(mp4.with_suffix(".failed"), str(error).encode())
+            write_file(mp4.with_suffix(".failed"), str(error).encode())
             tqdm.write(f"{clip}: {error}")
     if todo and config.weights and not captions:
         load_captioner.cache_clear()  # makes room
@@ -216,7 +132,7 @@ def evaluate(config):
     if config.log:
         report.read_log(config.log)
     if config.captions:
-        data.read_captions(config.captions)
+        read_captions(config.captions)
     out, clips = Path(config.out), find_clips(config.videos, config.clips) if config.videos else {}
     checkpoints = find_checkpoints(config.ckpt) if config.weights else {}
     folders = [Path(folder) for folder in items(config.generated)]
@@ -240,13 +156,13 @@ def evaluate(config):
     made = {**shape, "cameras": config.cameras or config.estimator, "fov": config.fov}
     made |= {"captions": config.captions, **(weights_sizes(config.weights) if config.weights else {})}
     estimate = open_estimator(config, device)
-    claim(out / "sources", shape)
+    keep_settings(out / "sources", shape)
     for method, checkpoint in checkpoints.items():
-        claim(out / "conditions", made)
-        claim(out / method / "videos", made | {name: getattr(config, name) for name in (
+        keep_settings(out / "conditions", made)
+        keep_settings(out / method / "videos", made | {name: getattr(config, name) for name in (
             "steps", "shift", "guidance", "seed")} | {"checkpoint": checkpoint_digest(checkpoint)})
     for method in files:
-        claim(out / method / "cases", {"estimator": config.estimator, "pipeline": config.vipe_pipeline})
+        keep_settings(out / method / "cases", {"estimator": config.estimator, "pipeline": config.vipe_pipeline})
     if ranks > 1:
         connect("gloo", timeout=30 * 24 * 3600)  # only to wait for each other
     wait = dist.barrier if ranks > 1 else lambda: None
@@ -258,7 +174,7 @@ def evaluate(config):
             print(f"{method}: has {known} of them, and {len(videos) - known} other videos")
 
     # sources: the clips as the model sees them, and encoded
-    film_sources(config, clips, out, list(clips)[rank::ranks], estimate, device, rank > 0)
+    prepare_sources(config, clips, out, list(clips)[rank::ranks], estimate, device, rank > 0)
     wait()
 
     # videos: of base and tuned models, from the same noise
@@ -266,16 +182,15 @@ def evaluate(config):
         todo = [case for case in cases[rank::ranks] if not files[method][case].exists()
                 and (out / "conditions" / f"{split_case(case)[0]}.safetensors").exists()]
         if todo:
-            from vae import load_vae
             dit = open_policy(config.weights, checkpoint, device)
-            codec = load_vae(Path(config.weights) / data.VAE_FILE, device, dit.patch_embedding.weight.dtype)
-            negative = load_file(out / "conditions" / data.NEGATIVE)["text"][None]
+            codec = load_vae(Path(config.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
+            negative = load_file(out / "conditions" / NEGATIVE)["text"][None]
         for case in tqdm(todo, method, unit="video", disable=rank > 0 or not todo):
             name, number, speed = split_case(case)
-            clip = data.load_clip(out / "conditions" / f"{name}.safetensors")
+            clip = load_clip(out / "conditions" / f"{name}.safetensors")
             target = trajectories.recammaster(number, len(clip.c2w), speed)
-            video = film(dit, codec, clip, target, case, negative, config, device)
-            data.write_video(files[method][case], video, clip.fps)
+            video = rerender(dit, codec, clip, target, case, negative, config, device)
+            write_video(files[method][case], video, clip.fps)
         dit = codec = None
 
     # scores: cameras and MEt3R by every rank for its own cases, VBench by the first
@@ -305,93 +220,6 @@ def evaluate(config):
     if ranks > 1:
         dist.destroy_process_group()
 
-
-def finish(out, config, methods):
-    """Write results.json, tables.md, report.html of {method: {"cases", "notes"}}; print the main tables."""
-    for method in methods.values():
-        for scores in method["cases"].values():
-            scores.pop("made", None)
-    write_json(out / "results.json", {"protocol": PROTOCOL, "settings": dataclasses.asdict(config),
-                                      "methods": methods})
-    tables = report.tables(methods)
-    data.write_file(out / "tables.md", report.markdown(tables).encode())
-    report.write(out / "report.html", f"Evaluation: {', '.join(methods)}", tables, config.log,
-                 report.chosen(out, methods, items(config.show)))
-    print(report.markdown([t for t in tables if not t["title"].startswith("By path")]))
-    print(f"{out}: results.json, tables.md, report.html")
-
-
-# ---- the same in the toy world ----
-
-@dataclass
-class Toy:
-    """python evaluate.py toy: the paper's Tables 1 and 2 in the toy world."""
-    ckpt: str = ""              # to compare with the base: files, checkpoints' or runs' folders, by commas
-    weights: str = "weights"    # folder of the shipped base, codec and estimator
-    out: str = "out/toy_evaluation"  # folder for all that is made; goes on there
-    rooms: int = 8              # held-out rooms, ten paths each
-    speeds: str = "1,1.5,2"     # of the paths (paper)
-    steps: int = 6              # denoising steps
-    shift: float = 5.0          # of the schedule
-    tail: float = 0.0           # share of the steps to keep, by DPM-Solver++; 0: all of them, by the ODE
-    seed: int = 0               # of the noise
-    estimator: str = "judge"    # of cameras: judge (independent), or estimator (the reward's)
-    log: str = ""               # training log (log.jsonl) to draw in the report
-    show: str = ""              # cases in the report, comma-separated; empty: best, median, worst change
-
-
-def evaluate_toy(config):
-    """Tables 1 and 2 in miniature; writes what the top of this file says, and prints the main tables."""
-    import toy
-    out, speeds = Path(config.out), listed(config.speeds, "speeds", float)
-    if config.estimator not in ("judge", "estimator"):
-        raise ValueError(f"estimator: expected judge or estimator, found {config.estimator!r}")
-    if config.log:
-        report.read_log(config.log)
-    at_least_1(config, "rooms", "steps")
-    if not all(0 < speed < math.inf for speed in speeds):
-        raise ValueError(f"speeds: expected numbers such as 1 and 1.5, found {config.speeds}")
-    checkpoints, file = find_checkpoints(config.ckpt), Path(config.weights) / "toy_base.safetensors"
-    settings = {name: getattr(config, name)
-                for name in ("rooms", "steps", "shift", "tail", "seed", "estimator")}
-    base, codec, estimator = toy.open_weights(config.weights)
-    dits = {method: load_dit(file, checkpoint, num_heads=toy.HEADS) if checkpoint else base
-            for method, checkpoint in checkpoints.items()}
-    for method, checkpoint in checkpoints.items():
-        claim(out / method / "cases", settings | {"base": checkpoint_digest(file),
-                                                  "checkpoint": checkpoint_digest(checkpoint)})
-    methods = {method: {"cases": {}, "notes": {}} for method in dits}
-    show = lambda video: data.upscale(video.numpy(), max(1, 160 // video.shape[1]))
-    for speed in speeds:
-        room, condition, scene, truth = toy.held_out(config.rooms, codec, speed)
-        for k in tqdm(range(config.rooms), f"speed {speed:g}", unit="room"):
-            rows = slice(10 * k, 10 * k + 10)
-            cases = [case_name(f"room{k}", n, speed) for n in range(1, 11)]
-            data.write_video(out / "sources" / f"room{k}.mp4", show(scene.source[10 * k]), scene.fps)
-            for case, c2w in zip(cases, scene.c2w[rows]):
-                save_poses(out / "targets" / f"{case}.npz", c2w)
-            for method, dit in dits.items():
-                folder = out / method
-                if not all((folder / "cases" / f"{case}.json").exists() for case in cases):
-                    videos = generate(dit, codec, condition[rows], cases, steps=config.steps,
-                                      shift=config.shift, seed=config.seed, tail=config.tail or None)
-                    if config.estimator == "judge":
-                        seen = torch.stack([data.to_float(video) for video in videos])
-                        pred = toy.judge(seen, room[rows], scene.c2w[rows], codec)[0]
-                    else:
-                        pred = estimator(videos)
-                    error = (videos.float() - truth[rows].float()).square().mean((1, 2, 3, 4)).clamp(min=0.01)
-                    for i, case in enumerate(cases):
-                        video = folder / "videos" / f"{case}.mp4"
-                        data.write_video(video, show(videos[i]), scene.fps)
-                        save_poses(folder / "poses" / f"{case}.npz", pred[i])
-                        scores = {"clip": f"room{k}", "path": trajectories.PATHS[i], "speed": speed,
-                                  "video": str(video), "PSNR": 10 * math.log10(255 ** 2 / float(error[i]))}
-                        scores |= pose_scores(pred[i], scene.c2w[rows][i])
-                        write_json(folder / "cases" / f"{case}.json", scores)
-                methods[method]["cases"] |= {
-                    case: read_json(folder / "cases" / f"{case}.json") for case in cases}
-    finish(out, config, methods)
 
 
 # ---- two evaluations together ----
@@ -426,7 +254,7 @@ def compare(config):
             bases += [scores] if name == "base" else []
     text = report.markdown(report.tables(methods))
     if config.out:
-        data.write_file(Path(config.out) / "tables.md", text.encode())
+        write_file(Path(config.out) / "tables.md", text.encode())
     print(text)
 
 

@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 
 import trajectories
-from reward_models import hpsv3, luma, mapanything, on_device, videoalign
+from pretrained.reward_models import hpsv3, luma, mapanything, on_device, videoalign
 
 
 @dataclass

@@ -16,10 +16,10 @@ import math
 import os
 import signal
 import sys
-import time
+
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +28,21 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import clips
-import data
 import rewards
-import toy
 import trajectories
-from checkpoint import claim, digest, open_log, resume, save_checkpoint
-from configurator import parse
-from distributed import absent, assert_ranks_agree, connect, gather, lost_contact, reduce
 from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
 from model import trainable
 from sampler import rollout, sample, schedule, window
+from data.video import decode
+from data.world import clip_numbers, open_clips
+from evaluation.generate import demonstration, negative_of
+from evaluation.toy import Toy, evaluate_toy
+from plumbing.checkpoint import lock_folder, open_log, resume, save_checkpoint
+from plumbing.files import digest
+from plumbing.ranks import (
+    Clock, Stop, absent, assert_ranks_agree, connect, deafen, gather, lost_contact, reduce)
+from plumbing.settings import parse
+from toy.world import open_toy
 
 
 @dataclass
@@ -135,114 +139,10 @@ def check(config, ranks, folders=True):
             need(getattr(config, name), f"--{name}=FOLDER is needed")
 
 
-# ---- the worlds: what a run trains on ----
 
-@dataclass
-class World:
-    """What the loop needs of a world; shapes are those of one sample."""
-    dit: torch.nn.Module     # the policy
-    codec: object            # .decode(latents (B, 16, F, h, w)) -> video (B, 3, T, H, W) in [-1, 1]
-    shape: tuple             # of a latent: (16, F, h, w)
-    size: int                # number of clips
-    draw: object             # (clip numbers, numpy generators) -> (Condition, Scene), a row per clip
-    negative: object         # (1, L, D) negative prompt's embedding, or None
-    rewards: list
-    reward_weights: dict     # name -> weight
-
-
-def clip_numbers(iteration, count, size, seed):
-    """`count` clip numbers of an iteration: without replacement until all `size` were used, then anew."""
-    at = range(iteration * count, (iteration + 1) * count)
-    epochs = {i // size for i in at}
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in epochs}
-    return [int(orders[i // size][i % size]) for i in at]
-
-
-# ---- from a condition to videos ----
-
-@torch.no_grad()
-def decode(codec, latents, rows=0):
-    """Latents (B, 16, F, h, w) -> uint8 videos (B, T, H, W, 3), `rows` at a time (0: all)."""
-    return torch.cat([data.to_uint8(codec.decode(x)) for x in latents.split(rows or len(latents))])
-
-
-def negative_of(dit, condition, negative, guidance):
-    """The condition with the negative prompt's embedding (1, L, D) in the caption's place, prepared; None
-    without guidance."""
-    if guidance == 1:
-        return None
-    if negative is None:
-        raise ValueError("guidance: this world has no negative prompt, expected 1")
-    text = negative.to(condition.text.device).expand(len(condition), -1, -1)
-    return dit.prepare(dataclasses.replace(condition, text=text))
-
-
-@torch.no_grad()
-def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0, tail=None,
-             rows=1):
-    """Condition of C rows -> uint8 videos (C, T, H, W, 3), by the plain ODE.
-
-    The noise depends on seed and ids (C names) alone, so two models get the same. negative: the negative
-    prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail: sampler.schedule's and
-    rollout's; rows: decode's.
-    """
-    latents = sample(dit, dit.prepare(condition), sigmas=schedule(steps, shift), seed=seed, tail=tail,
-                     shape=tuple(condition.source.shape[1:]), condition_ids=list(ids), guidance=guidance,
-                     negative=negative_of(dit, condition, negative, guidance), device=condition.source.device)
-    return decode(codec, latents, rows)
-
-
-# ---- what a run shows ----
-
-def demonstration(world, config):
-    """What is shown while training: a function (path) that writes an mp4 of source | base | now for a few
-    conditions, the target path drawn in. The base's videos are sampled here, before any update."""
-    count = 3 if config.world == "toy" else 1
-    rngs = [np.random.default_rng((config.seed, 1 << 32, j)) for j in range(count)]
-    condition, scene = world.draw(list(range(count)), rngs)
-    now = partial(generate, world.dit, world.codec, condition, [f"show {j}" for j in range(count)],
-                  world.negative, steps=config.steps, shift=config.shift, guidance=config.guidance,
-                  seed=config.seed, rows=config.reward_batch)
-    base = now()
-    source = scene.source
-    if source is None:
-        source = decode(world.codec, condition.source, config.reward_batch)
-
-    def show(path):
-        rows = []
-        for j, videos in enumerate(zip(source, base, now())):
-            panels = [data.upscale(x.cpu().numpy(), max(1, 192 // x.shape[1])) for x in videos]
-            panels = [panels[0]] + [data.draw_paths(x, [scene.c2w[j].cpu().numpy()]) for x in panels[1:]]
-            rows.append(data.grid(panels, ["source", "base", "now"]))
-        data.write_video(path, np.concatenate(rows, 1), scene.fps)
-    return show
-
-
-class Clock:
-    """Seconds since the last call, by phase; waits for the device, so that no phase is blamed for another."""
-    def __init__(self, device):
-        self.device, self.seconds, self.last = device, {}, time.perf_counter()
-
-    def __call__(self, phase):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[phase], self.last = now - self.last, now
 
 
 # ---- the loop ----
-
-class Stop(BaseException):
-    """A signal asked the run to end: the step is abandoned, the last finished one saved."""
-
-
-def deafen():
-    """From here on no signal matters; one that came during a collective is raised here, and dropped."""
-    for signum in 2 * (signal.SIGINT, signal.SIGTERM):
-        try:
-            signal.signal(signum, signal.SIG_IGN)
-        except Stop:
-            pass
 
 
 def main(argv):
@@ -254,7 +154,6 @@ def main(argv):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(config, ranks, folders=not dry)
     if dry:
-        import plan
         return rank or print(plan.report(config, ranks))
     if ":" in config.rewards and not any(arg.startswith("--rewards=") for arg in argv):
         raise ValueError(f"rewards: code of one's own runs only when named by --rewards=: {config.rewards}")
@@ -276,7 +175,7 @@ def main(argv):
         connect("nccl" if device.type == "cuda" else "gloo", config.timeout)
     say = print if rank == 0 else lambda *args: None
 
-    world = {"toy": toy, "clips": clips}[config.world].open_world(config, device, World)
+    world = {"toy": open_toy, "clips": open_clips}[config.world](config, device)
     dit, out = world.dit, Path(config.out)
     dit.checkpoint = config.checkpointing
     parameters = trainable(dit)
@@ -295,7 +194,7 @@ def main(argv):
     code = {reward.names[0]: digest(reward.code) for reward in world.rewards if hasattr(reward, "code")}
     made = dataclasses.asdict(config) | ({"code of rewards": code} if code else {})
     show = demonstration(world, config) if rank == 0 else None  # films the base, before weights are resumed
-    lock = claim(out) if rank == 0 else None  # noqa: F841, held until this process ends
+    lock = lock_folder(out) if rank == 0 else None  # noqa: F841, held until this process ends
     if ranks > 1:
         dist.barrier()  # nobody reads what a run that is ending still writes
     start = done = saved = resume(out, trained, optimizer, made, config.FREE)
@@ -428,8 +327,7 @@ def main(argv):
             if show and (done % config.sample_every == 0 or done == config.iterations):
                 show(out / f"samples/iteration_{done:06d}.mp4")
         if rank == 0 and config.world == "toy" and config.rooms:
-            import evaluate  # the held-out table, by the independent judge
-            evaluate.evaluate_toy(evaluate.Toy(
+            evaluate_toy(Toy(
                 str(out), config.weights, str(out / "evaluation"), config.rooms, "1", steps=config.steps,
                 shift=config.shift, log=str(out / "log.jsonl")))
         if ranks > 1:

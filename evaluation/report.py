@@ -16,9 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 import trajectories
-from cameras import read_path
+import dataclasses
+
+from data.cameras import read_path
+from data.draw import grid
+from data.video import read_video, write_video
+from evaluation.cases import items, split_case
+from evaluation.scores import PROTOCOL
+from plumbing.files import write_file, write_json
 
 METRICS = {  # key -> (heading, better: 1 higher, -1 lower, 0 nearer to one); the paper's ten first
     "subject_consistency": ("Subject Consistency", 1),
@@ -47,15 +53,6 @@ TABLE2 = {  # by camera speed, on 40 of the clips
 
 
 # ---- from scores to numbers ----
-
-def case_name(clip, number, speed):
-    return f"{clip}_camera_{number}_speed_{speed:g}"
-
-
-def split_case(name):
-    """"bear_camera_9_speed_1.5" -> ("bear", 9, 1.5); None for any other name."""
-    match = re.fullmatch(r"(.+)_camera_(\d+)_speed_(\d+(?:\.\d+)?)", name)
-    return (match[1], int(match[2]), float(match[3])) if match and 1 <= int(match[2]) <= 10 else None
 
 
 def interval(values, clips, draws=2000, seed=0):
@@ -374,9 +371,9 @@ def side_by_side(videos, height=240):
     shown, labels, notes, rate = [], [], [], 24.0
     for label, path in videos:
         try:
-            h, w = data.read_video(path, frames=1)[0].shape[1:3]
+            h, w = read_video(path, frames=1)[0].shape[1:3]
             size = (h, w) if h <= height else (height, 2 * round(w * height / h / 2))
-            video, rate = data.read_video(path, size=size)
+            video, rate = read_video(path, size=size)
             shown.append(video)
             labels.append(label)
         except (ValueError, OSError) as error:
@@ -386,7 +383,7 @@ def side_by_side(videos, height=240):
     tall = max(v.shape[1] for v in shown)  # videos made elsewhere may have another size
     shown = [np.pad(v, ((0, 0), (0, tall - v.shape[1]), (0, 0), (0, 0))) for v in shown]
     with tempfile.TemporaryDirectory() as folder:
-        data.write_video(f"{folder}/grid.mp4", data.grid(shown, labels), rate)
+        write_video(f"{folder}/grid.mp4", grid(shown, labels), rate)
         content = base64.b64encode(Path(f"{folder}/grid.mp4").read_bytes()).decode()
     return (f'<video controls autoplay loop muted playsinline src="data:video/mp4;base64,{content}"></video>'
             + "".join(notes))
@@ -434,4 +431,19 @@ def write(path, title, tables, log="", cases=()):
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{esc(title)}</title>'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{STYLE}</style></head>'
             f'<body>{"".join(parts)}</body></html>\n')
-    data.write_file(path, page.encode())
+    write_file(path, page.encode())
+
+
+def finish(out, config, methods):
+    """Write results.json, tables.md, report.html of {method: {"cases", "notes"}}; print the main tables."""
+    for method in methods.values():
+        for scores in method["cases"].values():
+            scores.pop("made", None)
+    write_json(out / "results.json", {"protocol": PROTOCOL, "settings": dataclasses.asdict(config),
+                                      "methods": methods})
+    all_tables = tables(methods)
+    write_file(out / "tables.md", markdown(all_tables).encode())
+    write(out / "report.html", f"Evaluation: {', '.join(methods)}", all_tables, config.log,
+                 chosen(out, methods, items(config.show)))
+    print(markdown([t for t in all_tables if not t["title"].startswith("By path")]))
+    print(f"{out}: results.json, tables.md, report.html")

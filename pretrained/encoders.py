@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
-
-from vae import fill, first_line, need, read_weights
+from pretrained.vae import load_vae
+from pretrained.weights import (
+    IMAGE_FILE, TEXT_FILE, TOKENIZER, VAE_FILE, fill, first_line, need, read_weights)
 
 TEXT_TOKENS = 512  # every prompt is padded or cut to as many
 
@@ -197,6 +198,17 @@ def load_image_encoder(path, device="cpu", dtype=torch.float32, num_heads=None):
     return ImageEncoder(model, size)
 
 
+# ---- all that prepares a clip
+
+
+def open_encoders(weights, device):
+    """VAE, text and image encoder from the folder of the published weights."""
+    dtype, folder = torch.float32 if device.type == "cpu" else torch.bfloat16, Path(weights)
+    return (load_vae(folder / VAE_FILE, device, dtype),
+            load_text_encoder(folder / TEXT_FILE, folder / TOKENIZER, device, dtype),
+            load_image_encoder(folder / IMAGE_FILE, device, dtype))
+
+
 # ---- captions, for videos that come without one
 
 
@@ -219,7 +231,7 @@ def load_captioner(folder_or_id, device, dtype):
 
 
 @torch.no_grad()
-def caption(frame, folder_or_id="Salesforce/blip2-opt-2.7b", device="cpu", dtype=torch.float32):
+def describe_frame(frame, folder_or_id="Salesforce/blip2-opt-2.7b", device="cpu", dtype=torch.float32):
     """One frame, uint8 (H,W,3) RGB, array or tensor -> what BLIP-2 (by local folder or hub id) sees in it, a
     string. Made for a clip's middle frame. ValueError for another kind of frame, or without the model."""
     frame = torch.as_tensor(frame)

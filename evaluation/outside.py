@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-
-import data
-from cameras import read_path
+from data.cameras import read_focal, read_path
+from data.video import read_video
+from plumbing.files import one_line
 
 
 def call(command, cwd=None):
@@ -36,7 +36,7 @@ def call(command, cwd=None):
         done = subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)
     except OSError as error:
-        return None, data.one_line(error)
+        return None, one_line(error)
     lines = done.stdout.decode(errors="replace").strip().splitlines()
     return done.returncode, lines[-1].strip()[:300] if lines else "no output"
 
@@ -63,7 +63,7 @@ def vipe(program="vipe", pipeline="default"):
                 raise ValueError(f"ViPE failed (exit code {code}: {last})")
             try:
                 c2w = read_path(files[0])
-                focal = data.read_focal(files[1], data.read_video(path, frames=1)[0].shape[1:3])
+                focal = read_focal(files[1], read_video(path, frames=1)[0].shape[1:3])
                 return c2w, np.array([*focal, 0.5, 0.5], np.float32)
             except (ValueError, TypeError, EOFError, OSError, KeyError) as error:
                 raise ValueError(f"ViPE wrote no usable cameras ({str(error).replace(folder, '')})") from None

@@ -1,8 +1,6 @@
-"""Camera files of all formats, one reader; and folders of them, to draw training paths from.
-
-What they give is c2w (T, 4, 4) as in trajectories.py, relative to the first camera.
-"""
+"""TODO"""
 import json
+import math
 import os
 import re
 import zipfile
@@ -10,8 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.spatial.transform import Rotation
 
+import trajectories
+from data.video import without_suffix
 from trajectories import PATHS, check, recammaster, relative, resample, scale_motion
 
 
@@ -197,3 +198,63 @@ class PathFolder:
         first = "".join(f"; first: {name}: {reason}" for name, reason in list(self.skipped.items())[:1])
         return (f"{len(self)} camera paths, {len(self.skipped)} skipped"
                 + "".join(f", {n} x {reason}" for reason, n in why.most_common()) + first)
+
+
+# ---- a clip's own cameras ----
+
+def read_focal(file, shape):
+    """(fx/W, fy/H) of the first frame from an .npz's intrinsics, intrinsic or data (ViPE's); None without.
+    (4,) or (T, 4) fx fy cx cy, or matrices (3, 3) or (T, 3, 3); in pixels of the stored video, whose shape is
+    (H, W), or normalised, which is told by fx below 10."""
+    if file.suffix != ".npz" or not file.is_file():
+        return None
+    with np.load(file) as arrays:
+        key = next((key for key in ("intrinsics", "intrinsic", "data") if key in arrays), None)
+        if key is None or key == "data" and file.parent.name != "intrinsics":
+            return None
+        k = np.asarray(arrays[key], dtype=np.float64)
+    fx, fy = k.reshape(-1, 9)[0, [0, 4]] if k.shape[-2:] == (3, 3) else k.reshape(-1, 4)[0, :2]
+    if not (np.isfinite([fx, fy]).all() and min(fx, fy) > 0):
+        raise ValueError(f"{file}: focal lengths {fx:.4g} and {fy:.4g} must be positive")
+    return (fx, fy) if fx < 10 else (fx / shape[1], fy / shape[0])
+
+
+def check_fov(fov):
+    """ValueError unless a field of view, in degrees, is one."""
+    if not 0 < fov < 180:
+        raise ValueError(f"fov: expected degrees between 0 and 180, found {fov:g}")
+
+
+def source_cameras(video, numbers, shape, name, cameras, fov=None):
+    """A clip's cameras -> c2w (T, 4, 4), metres, relative to its first, and normalised intrinsics (4,).
+    video: uint8 (T, H, W, 3), scaled and cropped; numbers (T,): its frames as rows of a camera file
+    shape: (H, W) of the stored video; fov: its horizontal view in degrees, for files without intrinsics
+    cameras: an estimator, videos (1, T, H, W, 3) -> metric c2w (1, T, 4, 4) and intrinsics (1, 4), or a
+        file that cameras.read_path reads (an .npz may hold intrinsics too: read_focal), or a folder that
+        for a clip a/b.mp4 holds a/b.npz, .npy or .json, or ViPE's pose/b.npz and intrinsics/b.npz
+    ValueError with the reason where there are none, too few, or the estimator failed."""
+    if callable(cameras):
+        c2w, intrinsics = cameras(video[None])
+        if not c2w.isfinite().all():
+            raise ValueError("the pose estimator failed on it")
+        c2w, focal = trajectories.check(c2w[0].double().cpu().numpy(), "estimate"), intrinsics[0, :2].tolist()
+    else:
+        stem = Path(cameras) / without_suffix(name)
+        vipe = Path(cameras) / "pose" / f"{stem.name}.npz"
+        files = Path(cameras), Path(f"{stem}.npz"), Path(f"{stem}.npy"), Path(f"{stem}.json"), vipe
+        file = next((f for f in files if split_name(f)[0].is_file()), None)
+        if file is None:
+            raise ValueError(f"no camera file {stem}.npz, .npy or .json, nor {vipe}")
+        c2w = read_path(file)
+        if len(c2w) <= numbers[-1]:
+            raise ValueError(f"{file}: {len(c2w)} cameras, but the clip's last frame is {numbers[-1]}")
+        c2w, (h, w), (height, width) = c2w[numbers], shape, video.shape[1:3]
+        focal = read_focal(file, shape)
+        if focal is None and file.parent.name == "pose":  # ViPE's
+            focal = read_focal(file.parent.parent / "intrinsics" / file.name, shape)
+        if focal is None and fov is None:
+            raise ValueError(f"{file}: no intrinsics; give --fov, the horizontal field of view in degrees")
+        fx, fy = focal or (0.5 / math.tan(math.radians(fov) / 2) * np.array([1, w / h]))  # square pixels
+        scale = max(height / h, width / w)  # as in resize_to_cover
+        focal = fx * w * scale / width, fy * h * scale / height
+    return torch.from_numpy(trajectories.relative(c2w)), torch.tensor([*focal, 0.5, 0.5], dtype=torch.float32)

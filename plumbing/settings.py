@@ -1,4 +1,4 @@
-"""Settings: a dataclass of them, filled from a file of `name = value` lines and from --name=value."""
+"""TODO"""
 import ast
 import dataclasses
 import difflib

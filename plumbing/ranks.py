@@ -1,4 +1,4 @@
-"""What train.py needs of many processes; without them, each function is what it is for one."""
+"""TODO"""
 import ctypes
 import hashlib
 import signal
@@ -86,3 +86,30 @@ def absent(wait=3):
         return [str(rank) for rank in ranks if not store.check([f"came/{rank}"])]
     except dist.DistError:  # the store is gone too
         return []
+
+
+# ---- signals and time ----
+
+class Clock:
+    """Seconds since the last call, by phase; waits for the device, so that no phase is blamed for another."""
+    def __init__(self, device):
+        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+
+    def __call__(self, phase):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[phase], self.last = now - self.last, now
+
+
+class Stop(BaseException):
+    """A signal asked the run to end: the step is abandoned, the last finished one saved."""
+
+
+def deafen():
+    """From here on no signal matters; one that came during a collective is raised here, and dropped."""
+    for signum in 2 * (signal.SIGINT, signal.SIGTERM):
+        try:
+            signal.signal(signum, signal.SIG_IGN)
+        except Stop:
+            pass

@@ -5,15 +5,12 @@ by four, one latent frame each) and every convolution keeps the last frames it s
 chunk. The result is that of the video in one piece; the memory does not depend on the number of frames.
 Inference only. Architecture and weights: Wan2.1 (Wan Team, 2025), `Wan2.1_VAE.pth`.
 """
-import pickle
 import re
-import zipfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
+from pretrained.weights import fill, need, read_weights
 
 # published statistics of the 16 latent channels; the policy sees (mu - mean) / std
 MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -249,59 +246,6 @@ def check(x, name, channels):
 
 
 # ---- loading
-
-
-def first_line(error):
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-def read_weights(path):
-    """State dict of a .safetensors or .pth file, memory-mapped, on the CPU; nothing pickled is executed.
-    FileNotFoundError; ValueError when the file is truncated, foreign, or holds more than tensors."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL [\w.]+|Unsupported operand \d+", str(error))
-        raise ValueError(f"{path}: refused: foreign, or holds pickled code instead of only tensors"
-                         f"{f' ({what[0]})' if what else ''}") from None
-    except Exception as error:  # readers raise anything on bytes that make no sense
-        raise ValueError(f"{path}: truncated, or no checkpoint ({first_line(error)})") from None
-    if not isinstance(state, dict) or not all(type(k) is str and torch.is_tensor(state[k]) for k in state):
-        raise ValueError(f"{path}: holds other things than tensors; expected a dict of names and tensors")
-    return state
-
-
-def need(path, state, what, dims):
-    """ValueError unless the keys of `dims`, from which a shape is read, are there with as many dimensions."""
-    wrong = [k for k in dims if k not in state or state[k].dim() != dims[k]]
-    if wrong:
-        raise ValueError(f"{path}: no {what}: missing or misshapen {', '.join(wrong)}; its first keys are "
-                         f"{', '.join(sorted(state)[:3])}")
-
-
-def fill(model, state, path, device, dtype):
-    """Gives a model built on the meta device its weights, one by one, cast and moved; frozen, in eval mode.
-    ValueError that lists every missing, unexpected and wrongly shaped key."""
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype {dtype}, expected floating point")
-    expected = model.state_dict()
-    wrong = [f"missing {k}" for k in expected if k not in state]
-    for k, v in state.items():
-        if k not in expected:
-            wrong.append(f"unexpected {k}")
-        elif v.shape != expected[k].shape:
-            wrong.append(f"{k} is {tuple(v.shape)}, expected {tuple(expected[k].shape)}")
-        elif not v.is_floating_point():
-            wrong.append(f"{k} is {v.dtype}, expected floating point")
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} keys do not fit {type(model).__name__}: " + "; ".join(wrong))
-    model.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):

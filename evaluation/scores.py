@@ -1,7 +1,4 @@
-"""What the evaluation measures of one video: camera errors here, the rest by programs of others (outside.py).
-
-Scores are kept in files, whole or not at all, and made again where the video is another.
-"""
+"""TODO"""
 import io
 import json
 import math
@@ -11,12 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
-import outside
-import reward_models
+from evaluation import outside
+from pretrained import reward_models
 import trajectories
-from cameras import read_path
-from report import split_case
+from data.cameras import read_path
+from data.video import read_video
+from evaluation.cases import split_case
+from plumbing.checkpoint import differing
+from plumbing.files import digest, read_json, write_file, write_json
+
+PROTOCOL = 1  # of results.json: raised whenever a number would come out differently
 
 
 # ---- cameras ----
@@ -66,7 +67,7 @@ def open_estimator(config, device):
     cameras = reward_models.mapanything(folder, device).cameras
 
     def estimate(path, method=""):
-        c2w, intrinsics = cameras(torch.from_numpy(data.read_video(path)[0])[None].to(device))
+        c2w, intrinsics = cameras(torch.from_numpy(read_video(path)[0])[None].to(device))
         return c2w[0].double().cpu().numpy(), intrinsics[0].float().cpu().numpy()
 
     return estimate
@@ -74,26 +75,46 @@ def open_estimator(config, device):
 
 # ---- kept in files ----
 
-def write_json(path, content):
-    data.write_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
-
-
 def save_poses(path, c2w):
     file = io.BytesIO()
     np.savez_compressed(file, c2w=np.asarray(c2w, np.float64))
-    data.write_file(path, file.getvalue())
+    write_file(path, file.getvalue())
 
 
 def fingerprint(path):
     return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
 
+
+def read_results(path):
+    """results.json; FileNotFoundError, or ValueError where it is damaged or of another protocol."""
+    results = read_json(path)
+    found = results.get("protocol") if isinstance(results, dict) else None
+    if found != PROTOCOL:
+        raise ValueError(f"{path}: protocol {found}, expected {PROTOCOL}: evaluate again to compare")
+    try:
+        scores = [dict(case) for m in results["methods"].values() for case in m["cases"].values()]
+        if not scores or not isinstance(results["settings"]["estimator"], str):
+            raise ValueError("no case, or no estimator")
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error!r})") from None
+    return results
+
+
+def keep_settings(folder, settings):
+    """Make a folder, or go on with one made with the same settings; ValueError naming those that differ."""
+    settings = {"protocol": PROTOCOL, **settings}
+    if not (folder / "settings.json").exists():
+        return write_json(folder / "settings.json", settings)
+    made = read_json(folder / "settings.json")
+    if differ := differing(made, {name: settings.get(name) for name in made}):
+        raise ValueError(f"{folder}: made with {differ}; choose another --out")
+
+
+def checkpoint_digest(path):
+    return digest(path.read_bytes()) if path else ""
+
+
+# ---- every score of a video ----
 
 def score_poses(folder, case, video, estimate, why):
     """Scores of one case, also written to folder/cases/<case>.json; kept if the video is still the same,

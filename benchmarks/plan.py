@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sampler
-import toy
-from clips import DIT, REDIRECTOR
-from data import to_uint8
 from grpo import micro_batches, policy_loss
 from model import Condition, Config, DiT, config_from, read_shapes, trainable
 from sampler import chunks, rollout, schedule, window
-from vae import VAE
+from data.video import to_uint8
+from pretrained.vae import VAE
+from pretrained.weights import DIT, REDIRECTOR
+from toy.rooms import Codec, HEADS, PATCH, TEXT
 
 FUN_CAMERA = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, image_dim=1280, camera_dim=24,
                     roce=True)
@@ -85,9 +85,9 @@ def parts(config):
     folder, frames = Path(config.weights), (config.frames - 1) // 4 + 1
     if config.world == "toy":
         shapes = read_shapes(folder / "toy_codec.safetensors")
-        codec = toy.Codec({key: torch.empty(shape) for key, shape in shapes.items()})
-        return (config_from(read_shapes(folder / "toy_base.safetensors"), toy.HEADS), codec,
-                (16, frames, config.height // toy.PATCH, config.width // toy.PATCH), (1, toy.TEXT))
+        codec = Codec({key: torch.empty(shape) for key, shape in shapes.items()})
+        return (config_from(read_shapes(folder / "toy_base.safetensors"), HEADS), codec,
+                (16, frames, config.height // PATCH, config.width // PATCH), (1, TEXT))
     base, redirector = folder / DIT, folder / REDIRECTOR
     found = base.is_file() and redirector.is_file()
     dit = config_from({**read_shapes(base), **read_shapes(redirector)}) if found else FUN_CAMERA

@@ -1,15 +1,4 @@
-"""What a run keeps in its folder, and how it goes on from there.
-
-    iteration_000010/self_attn.safetensors   the trained weights
-    iteration_000010/optimizer.safetensors   AdamW's moments
-    iteration_000010/state.json              iteration, settings, checksums of the two
-    log.jsonl                                a line for each iteration
-    lock                                     empty; locked while a run goes on
-
-`trained` is name -> parameter, of those that train; `made` all settings, and own rewards' checksums if any.
-"""
-import dataclasses
-import hashlib
+"""TODO"""
 import json
 import os
 import shutil
@@ -21,13 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-import data
+from plumbing.files import digest, write_file
 
 WEIGHTS, MOMENTS = "self_attn.safetensors", "optimizer.safetensors"
-
-
-def digest(content):
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def differing(made, now):
@@ -35,7 +20,7 @@ def differing(made, now):
     return "; ".join(f"{k} = {made.get(k)!r}, now {x!r}" for k, x in now.items() if made.get(k) != x)
 
 
-def claim(out, patience=30):
+def lock_folder(out, patience=30):
     """Keeps a run's folder for this process until it ends in whatever way, or closes what is returned. Waits
     `patience` seconds for a run that is about to end; ValueError where it does not."""
     import fcntl  # not on Windows
@@ -70,7 +55,7 @@ def save_checkpoint(out, iteration, trained, optimizer, made):
     temporary = out / "checkpoint.tmp"  # always the same: a killed run leaves one at most
     shutil.rmtree(temporary, ignore_errors=True)
     for name, content in files.items():
-        data.write_file(temporary / name, content)
+        write_file(temporary / name, content)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     kept = [f for f in sorted(out.glob("iteration_??????")) if f <= final]  # later ones were unreadable
@@ -129,7 +114,7 @@ def open_log(path, iteration):
     interrupted run left."""
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     kept = [line for line in lines if 0 <= iteration_of(line) < iteration]
-    data.write_file(path, "".join(line + "\n" for line in kept).encode())
+    write_file(path, "".join(line + "\n" for line in kept).encode())
     return open(path, "a")
 
 

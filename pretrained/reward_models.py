@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import re
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,30 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import trajectories
-from vae import fill, read_weights
+from pretrained.weights import expect, fill, on_device, read_weights
 
 
 # ---- for all of them ----
-
-@contextmanager
-def on_device(module, device):
-    """Frozen weights that live elsewhere visit the device; none is copied back."""
-    tensors = [] if module is None else [*module.parameters(), *module.buffers()]
-    home = [(tensor, tensor.data) for tensor in tensors if tensor.device != device]
-    try:
-        for tensor, data in home:
-            tensor.data = data.to(device, non_blocking=True)
-        yield
-    finally:
-        for tensor, data in home:
-            tensor.data = data
-
-
-def expect(path, what):
-    """The path, if it is there; else FileNotFoundError that says what was looked for."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; expected for {what} (rewards.py lists all files)")
-    return path
 
 
 def luma(videos):

@@ -1,20 +1,42 @@
-"""Real clips and the published weights, as train.py and evaluate.py use them; the other world is toy.py."""
+"""TODO"""
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import data
 import rewards
 import trajectories
-from cameras import PathFolder
+from data.cameras import PathFolder
+from data.clips import ClipCache
+from data.video import read_video
 from model import Condition, load_dit
-from vae import load_vae
+from pretrained.vae import load_vae
+from pretrained.weights import DIT, REDIRECTOR, VAE_FILE
 
-DIT, REDIRECTOR = "diffusion_pytorch_model.safetensors", "step20000.safetensors"  # as published
+
+@dataclass
+class World:
+    """What the loop needs of a world; shapes are those of one sample."""
+    dit: torch.nn.Module     # the policy
+    codec: object            # .decode(latents (B, 16, F, h, w)) -> video (B, 3, T, H, W) in [-1, 1]
+    shape: tuple             # of a latent: (16, F, h, w)
+    size: int                # number of clips
+    draw: object             # (clip numbers, numpy generators) -> (Condition, Scene), a row per clip
+    negative: object         # (1, L, D) negative prompt's embedding, or None
+    rewards: list
+    reward_weights: dict     # name -> weight
 
 
-# ---- the published weights ----
+def clip_numbers(iteration, count, size, seed):
+    """`count` clip numbers of an iteration: without replacement until all `size` were used, then anew."""
+    at = range(iteration * count, (iteration + 1) * count)
+    epochs = {i // size for i in at}
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in epochs}
+    return [int(orders[i // size][i % size]) for i in at]
+
+
+# ---- real clips under the published policy ----
 
 def open_policy(weights, checkpoint, device):
     """The published DiT with ReDirector's weights and, if any, a checkpoint laid over them."""
@@ -26,27 +48,6 @@ def open_policy(weights, checkpoint, device):
     return load_dit(*files, device=device, dtype=dtype, trained_dtype=torch.float32)  # as it was trained
 
 
-def weights_sizes(weights):
-    """{file: bytes} of the published files; FileNotFoundError for one that is missing."""
-    names = DIT, REDIRECTOR, data.VAE_FILE, data.TEXT_FILE, data.IMAGE_FILE
-    files = [Path(weights) / name for name in names]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{', '.join(missing)}: no such file, expected the published weights")
-    return {f"bytes of {file.name}": file.stat().st_size for file in files}
-
-
-def open_encoders(weights, device):
-    """VAE, text and image encoder from the folder of the published weights."""
-    from encoders import load_image_encoder, load_text_encoder
-    dtype, folder = torch.float32 if device.type == "cpu" else torch.bfloat16, Path(weights)
-    return (load_vae(folder / data.VAE_FILE, device, dtype),
-            load_text_encoder(folder / data.TEXT_FILE, folder / data.TOKENIZER, device, dtype),
-            load_image_encoder(folder / data.IMAGE_FILE, device, dtype))
-
-
-# ---- prepared clips ----
-
 def condition_of(clips, target, config, device):
     """data.Clips and their target paths (C, T, 4, 4) -> Condition, a row per clip."""
     stack = lambda name: torch.stack([getattr(clip, name) for clip in clips]).to(device)
@@ -55,12 +56,12 @@ def condition_of(clips, target, config, device):
     return Condition(stack("text"), stack("image"), stack("latents"), *maps)
 
 
-def open_world(config, device, World):
+def open_clips(config, device):
     """train.World of prepared clips; target paths are drawn from a folder and rescaled (paper Sec. 3.4)."""
-    clips = data.ClipCache(config.clips, frames=config.frames, height=config.height, width=config.width)
+    clips = ClipCache(config.clips, frames=config.frames, height=config.height, width=config.width)
     paths = PathFolder(config.trajectories, config.frames)
     dit = open_policy(config.weights, None, device)
-    codec = load_vae(Path(config.weights) / data.VAE_FILE, device, dit.patch_embedding.weight.dtype)
+    codec = load_vae(Path(config.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
     omega = tuple(np.radians(config.omega))
 
     def draw(numbers, rngs):
@@ -88,4 +89,4 @@ def read_source(clip, config, settings):
     if not Path(clip.video).exists():
         return None
     size, stride = (config.height, config.width), settings.get("stride", 1)
-    return torch.from_numpy(data.read_video(clip.video, config.frames, stride, size)[0])
+    return torch.from_numpy(read_video(clip.video, config.frames, stride, size)[0])

@@ -1,0 +1,216 @@
+"""TODO"""
+import argparse
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from data.cameras import check_fov, source_cameras, split_name
+from data.clips import Clip, INDEX, NEGATIVE, check_settings, read_index, save_clip
+from data.video import find_videos, natural, read_frames, read_video, to_float, without_suffix
+from plumbing.files import one_line, write_file
+from plumbing.ranks import connect, lost_contact
+from pretrained.encoders import (
+    NEGATIVE_PROMPT, describe_frame, load_image_encoder, load_text_encoder)
+from pretrained.reward_models import mapanything
+from pretrained.vae import load_vae
+from pretrained.weights import IMAGE_FILE, TEXT_FILE, TOKENIZER, VAE_FILE
+
+
+def read_captions(path):
+    """CSV with a header -> {file name without its suffix: caption}; rows without a caption are left out.
+    Columns: file_name or videoFile, and text or caption (MultiCamVideo's and Sekai's names)."""
+    try:
+        rows = csv.DictReader(io.StringIO(Path(path).read_bytes().decode("utf-8-sig"), newline=""))
+        columns, rows = rows.fieldnames or [], [(rows.line_num, row) for row in rows]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: expected UTF-8 csv ({one_line(error)})") from None
+    name = next((c for c in columns if c in ("file_name", "videoFile")), None)
+    text = next((c for c in columns if c in ("text", "caption")), None)
+    if name is None or text is None:
+        raise ValueError(f"{path}: needs columns file_name and text (or videoFile and caption), "
+                         f"has {', '.join(columns) or 'none'}")
+    captions = {}
+    for line, row in rows:
+        key, caption = without_suffix(row[name] or ""), (row[text] or "").strip()
+        if caption and captions.setdefault(key, caption) != caption:
+            raise ValueError(f"{path}: line {line}: another caption for {row[name]}")
+    if not captions:
+        raise ValueError(f"{path}: no row with a caption")
+    return captions
+
+
+def find_caption(name, captions):
+    """A clip's caption by its name below the videos folder or by its file name alone, None without a row."""
+    key = without_suffix(name)
+    return captions.get(key, captions.get(key.rpartition("/")[2]))
+
+
+def encode_clip(video, caption, vae, text_encoder, image_encoder):
+    """uint8 (T, H, W, 3) and a caption -> bf16 latents (16, F, h, w), CLIP tokens (257, d), text (512, D)."""
+    x = to_float(video)[None]
+    parts = vae.encode(x), image_encoder(x[:, :, 0]), text_encoder.embed([caption])
+    return [part[0].bfloat16() for part in parts]
+
+
+def up_to_date(path, caption):
+    """Whether a clip was prepared before, with this caption (None: with any)."""
+    try:
+        with safe_open(path, "pt") as file:  # reads the header, which must fit the file's length
+            facts = json.loads((file.metadata() or {})["clip"])
+        return caption in (None, facts["caption"])
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return False
+
+
+def write_index(out, settings, skipped):
+    clips = [f.relative_to(out).as_posix().removesuffix(".safetensors") for f in out.rglob("*.safetensors")]
+    clips = sorted((name for name in clips if name != Path(NEGATIVE).stem), key=natural)
+    index = {"settings": settings, "clips": clips, "skipped": skipped}
+    write_file(out / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
+    return index
+
+
+def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapanything", fov=None,
+            estimator_stride=1, frames=81, height=480, width=832, stride=1, negative_prompt=None):
+    """Encode every video below a folder into a cache that ClipCache reads; returns its index (on rank 0).
+    The arguments are the command's. Under torchrun the clips are shared out over the ranks. A clip that is
+    itself at fault is skipped with the reason; ValueError or OSError for what concerns all, or with no clip.
+    """
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    if world > 1:  # only to share out the clips and to collect what was skipped, which may be days later
+        connect("gloo", timeout=30 * 24 * 3600)
+    videos, out, weights = Path(videos), Path(out), Path(weights)
+    names, texts = find_videos(videos), read_captions(captions) if captions else {}
+    nothing = None if captions or captioner else ""  # with neither, every caption is empty
+    wanted = {name: find_caption(name, texts) or nothing for name in names}
+    if cameras != "mapanything" and not split_name(cameras)[0].exists():
+        raise FileNotFoundError(f"{cameras}: expected mapanything, a camera file or a folder of them")
+    if fov is not None:
+        check_fov(fov)
+    if min(stride, estimator_stride) < 1:
+        raise ValueError(f"stride: expected at least 1, found {min(stride, estimator_stride)}")
+    vae = load_vae(weights / VAE_FILE, device, dtype)
+    if (min(frames, height, width) < 1 or (frames - 1) % vae.time
+            or height % (2 * vae.space) or width % (2 * vae.space)):
+        raise ValueError(f"{frames} frames of {height}x{width}: expected {vae.time}k+1 frames, "
+                         f"height and width divisible by {2 * vae.space}")
+    negative_prompt = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+    settings = dict(frames=frames, height=height, width=width, stride=stride, fov=fov,
+                    cameras=cameras if cameras == "mapanything" else f"files of {Path(cameras).resolve()}",
+                    estimator_stride=estimator_stride, negative_prompt=negative_prompt)
+    for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):  # tells one set of weights from another
+        settings[f"bytes of {file}"] = (weights / file).stat().st_size
+    if index := read_index(out):
+        check_settings(out, index["settings"], settings)
+    text_encoder = load_text_encoder(weights / TEXT_FILE, weights / TOKENIZER, device, dtype)
+    image_encoder = load_image_encoder(weights / IMAGE_FILE, device, dtype)
+    if cameras == "mapanything":
+        cameras = mapanything(weights / "map-anything", device, estimator_stride).cameras
+    box, skipped = [None], {}
+    if rank == 0:
+        for leftover in out.rglob("*.tmp"):  # of a killed run
+            leftover.unlink()
+        write_index(out, settings, {})
+        box = [[name for name in names if not up_to_date(out / f"{name}.safetensors", wanted[name])]]
+        latents = vae.z * (1 + (frames - 1) // vae.time) * (height // vae.space) * (width // vae.space)
+        size = 2 * (latents + 257 * 1280 + 512 * 4096) + 128 * frames
+        print(f"{len(names)} videos, {len(box[0])} to do{'' if nothing is None else ', without captions'}: "
+              f"{frames} frames of {height}x{width}, at most {size / 1e6:.1f} MB each, "
+              f"{len(box[0]) * size / 1e9:.2f} GB together, {shutil.disk_usage(out).free / 1e9:.1f} GB free",
+              flush=True)
+    if world > 1:
+        dist.broadcast_object_list(box)
+    todo = box[0]
+    if rank == 0:
+        write_file(out / NEGATIVE, save({"text": text_encoder.embed([negative_prompt])[0].bfloat16().cpu()}))
+    for name in tqdm(todo[rank::world], desc="prepare", unit="clip", disable=rank > 0):
+        path = videos / name
+        try:
+            text = wanted[name]
+            if text is None and not captioner:
+                raise ValueError(f"no caption in {captions}")
+            video, fps, numbers = read_frames(path, frames, stride, (height, width))
+            stored = read_video(path, frames=1)[0].shape[1:3]
+            video = torch.from_numpy(video).to(device)
+            c2w, intrinsics = source_cameras(video, numbers, stored, name, cameras, fov)
+        except (ValueError, FileNotFoundError) as error:
+            skipped[name] = str(error).removeprefix(f"{path}: ")
+            tqdm.write(f"skipped {name}: {skipped[name]}")
+            continue
+        if text is None:
+            text = describe_frame(video[frames // 2], captioner, device, dtype)
+        encoded = encode_clip(video, text, vae, text_encoder, image_encoder)
+        clip = Clip(name, str(path.resolve()), text, fps, *encoded, c2w, intrinsics)
+        save_clip(out / f"{name}.safetensors", clip)
+    if world > 1:
+        dist.gather_object(skipped, parts := [None] * world if rank == 0 else None)
+        skipped = {name: why for part in parts or () for name, why in part.items()}
+        dist.destroy_process_group()
+    if rank == 0:
+        index = write_index(out, settings, skipped)
+        print(f"{len(todo) - len(skipped)} clips made, {len(names) - len(todo)} were there, "
+              f"{len(skipped)} skipped; {out} holds {len(index['clips'])}")
+        kinds = {name: re.sub(r"\d[\d.]*", "N", why) for name, why in skipped.items()}  # whatever the numbers
+        for kind, count in Counter(kinds.values()).most_common(10):
+            first = next(name for name in kinds if kinds[name] == kind)
+            print(f"  {count} like {first}: {skipped[first]}")
+        if not index["clips"]:
+            raise ValueError(f"{videos}: no usable clip")
+        return index
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    command = parser.add_subparsers(dest="command", metavar="prepare").add_parser(
+        "prepare", help="encode a folder of videos for training", description=prepare.__doc__.split("\n")[0])
+    add = command.add_argument
+    add("--videos", required=True, help="folder of video files, or of folders of images")
+    add("--out", required=True, help="folder for the clips; an interrupted run goes on there")
+    add("--weights", required=True, help="folder of the published Wan2.1-Fun-V1.1-1.3B-Control-Camera files")
+    add("--captions", help="csv with columns file_name, text (or videoFile, caption)")
+    add("--captioner", help="BLIP-2 by folder or hub id, for clips without a caption (their middle frame)")
+    add("--cameras", default="mapanything",
+        help="mapanything (default; in the weights' map-anything), a folder with a/b.npz for a/b.mp4, "
+             "or one file for all")
+    add("--fov", type=float, help="horizontal field of view in degrees, for camera files without intrinsics")
+    add("--estimator-stride", type=int, default=1, help="estimate every n-th camera, interpolate the others")
+    add("--frames", type=int, default=81, help="4k+1 (default 81)")
+    add("--height", type=int, default=480, help="pixels (default 480)")
+    add("--width", type=int, default=832, help="pixels (default 832)")
+    add("--stride", type=int, default=1, help="take every n-th frame")
+    add("--negative-prompt", help="for classifier-free guidance (default: Wan's)")
+    for each in (parser, command):
+        each.error = lambda message: sys.exit(f"data.py: {message}")  # one line, without the usage
+    options = vars(parser.parse_args())
+    if options.pop("command") is None:
+        print(parser.format_help() + "\n" + command.format_help())
+        return
+    try:
+        prepare(**options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: {error}")
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        sys.exit(f"data.py: another rank ended: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: interrupted; the same command goes on from here")
+
+if __name__ == "__main__":
+    main()

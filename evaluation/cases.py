@@ -1,0 +1,74 @@
+"""TODO"""
+import difflib
+import re
+from pathlib import Path
+
+from data.video import VIDEOS, find_videos, without_suffix
+from plumbing.checkpoint import WEIGHTS, find_checkpoint
+
+
+def items(text):
+    """"a, b" -> ["a", "b"]"""
+    return [x.strip() for x in text.split(",") if x.strip()]
+
+
+def listed(text, what, convert):
+    """"1,1.5" -> [1.0, 1.5]; ValueError naming `what` where it is no such list."""
+    try:
+        found = [convert(x) for x in items(text)]
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    if not found:
+        raise ValueError(f"{what}: expected a comma-separated list, found {text!r}")
+    return found
+
+
+def case_name(clip, number, speed):
+    return f"{clip}_camera_{number}_speed_{speed:g}"
+
+
+def split_case(name):
+    """"bear_camera_9_speed_1.5" -> ("bear", 9, 1.5); None for any other name."""
+    match = re.fullmatch(r"(.+)_camera_(\d+)_speed_(\d+(?:\.\d+)?)", name)
+    return (match[1], int(match[2]), float(match[3])) if match and 1 <= int(match[2]) <= 10 else None
+
+
+def find_clips(videos, only=""):
+    """{clip: video, by its name below the folder `videos`}. only: clips, comma-separated or one a line in a
+    text file; ValueError naming those that do not exist."""
+    clips = {}
+    for video in find_videos(videos):
+        clip = without_suffix(video).replace("/", "_")
+        if clips.setdefault(clip, video) != video:
+            raise ValueError(f"{videos}: {clips[clip]} and {video} would both be called {clip}")
+    if not only:
+        return clips
+    wanted = Path(only).read_text().split("\n") if Path(only).is_file() else items(only)
+    wanted = [line.strip() for line in wanted if line.strip()]
+    wanted = [Path(name).stem if name.lower().endswith(VIDEOS) else name for name in wanted]
+    missing = [name for name in wanted if name not in clips]
+    if missing or not wanted:
+        near = difflib.get_close_matches(missing[0], clips, 1) if missing else []
+        raise ValueError(f"clips: {len(missing)} of {len(wanted)} are not in {videos}: "
+                         + ", ".join(missing[:5]) + (f"; did you mean {near[0]}?" if near else ""))
+    return {name: clips[name] for name in wanted}
+
+
+def find_generated(folder):
+    """{case: file} of a folder of videos made elsewhere; ValueError for one that is not named like a case."""
+    cases = {}
+    for name in find_videos(folder):
+        case = split_case(Path(name).stem)
+        if case is None:
+            raise ValueError(f"{folder}: expected <clip>_camera_<1-10>_speed_<s>.mp4, found {name}")
+        cases[case_name(*case)] = Path(folder) / name
+    return cases
+
+
+def find_checkpoints(text):
+    """Comma-separated checkpoints -> {method: file, None for the base}; a run's is <run>-<iteration>."""
+    files = [find_checkpoint(x) for x in items(text)]
+    names = ["-".join(f.resolve().parts[-3:-1]) if f.name == WEIGHTS else f.stem for f in files]
+    if len({*names, "base", "sources", "conditions", "targets"}) < len(names) + 4:
+        raise ValueError(f"ckpt: expected different names, none of them base, found {', '.join(names)}")
+    return {"base": None, **dict(zip(names, files))}

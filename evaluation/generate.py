@@ -1,0 +1,138 @@
+"""TODO"""
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from data.cameras import source_cameras
+from data.clips import Clip
+from data.draw import draw_paths, grid, upscale
+from data.prepare import encode_clip
+from data.video import decode, read_frames, read_video, write_video
+from data.world import condition_of
+from pretrained.encoders import describe_frame
+from sampler import sample, schedule
+
+
+def negative_of(dit, condition, negative, guidance):
+    """The condition with the negative prompt's embedding (1, L, D) in the caption's place, prepared; None
+    without guidance."""
+    if guidance == 1:
+        return None
+    if negative is None:
+        raise ValueError("guidance: this world has no negative prompt, expected 1")
+    text = negative.to(condition.text.device).expand(len(condition), -1, -1)
+    return dit.prepare(dataclasses.replace(condition, text=text))
+
+
+@torch.no_grad()
+def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0, tail=None,
+             rows=1):
+    """Condition of C rows -> uint8 videos (C, T, H, W, 3), by the plain ODE.
+
+    The noise depends on seed and ids (C names) alone, so two models get the same. negative: the negative
+    prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail: sampler.schedule's and
+    rollout's; rows: decode's.
+    """
+    latents = sample(dit, dit.prepare(condition), sigmas=schedule(steps, shift), seed=seed, tail=tail,
+                     shape=tuple(condition.source.shape[1:]), condition_ids=list(ids), guidance=guidance,
+                     negative=negative_of(dit, condition, negative, guidance), device=condition.source.device)
+    return decode(codec, latents, rows)
+
+
+# ---- a clip of one's own ----
+
+@dataclass
+class Generating:
+    """Settings of all that generates videos with the published weights."""
+    weights: str = ""           # folder of the published weights
+    ckpt: str = ""              # beside or in place of ReDirector's: files, checkpoints' or runs' folders
+    cameras: str = ""           # source cameras: a file, or a folder of one for each video; empty: estimated
+    fov: float = 0.0            # horizontal field of view, degrees, where camera files have no intrinsics
+    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id, where captions are not given
+    vipe: str = "vipe"          # ViPE's program
+    vipe_pipeline: str = "default"  # its preset; only_pose where ReDirector's fork is installed
+    height: int = 480           # pixels, a multiple of 16 (ReDirector)
+    width: int = 832            # pixels, a multiple of 16 (ReDirector)
+    steps: int = 50             # denoising steps (ReDirector)
+    shift: float = 5.0          # of the schedule (Wan)
+    guidance: float = 5.0       # classifier-free guidance (ReDirector); 1: off
+    seed: int = 0               # of the noise
+
+
+def read_clip(path, config, stride=1):
+    """A video's largest 4k+1 frames, config.frames at most (0: all), scaled to cover and cropped -> uint8
+    (T, H, W, 3), fps, and the frames' numbers (T,), rows of a camera file."""
+    size = config.height, config.width
+    if size[0] % 16 or size[1] % 16:
+        raise ValueError(f"height and width: expected multiples of 16, found {size[0]} x {size[1]}")
+    try:
+        video, fps, rows = read_frames(path, config.frames or None, stride, size)
+    except ValueError:
+        if not config.frames:
+            raise
+        video, fps, rows = read_frames(path, None, stride, size)  # shorter; if broken, it raises again
+    frames = (len(video) - 1) // 4 * 4 + 1
+    if frames < 5:
+        raise ValueError(f"{path}: too short, {len(video)} frames, expected at least 5")
+    return video[:frames], fps, rows[:frames]
+
+
+def find_cameras(path, name, clip, mp4, config, estimate):
+    """Cameras of a clip as read_clip returns it: c2w (T, 4, 4), metres, relative to the first, and intrinsics
+    (4,). From config.cameras, a file, or a folder that has one for the video called `name`; where that is
+    empty, estimated from `mp4`, the clip as the model sees it."""
+    video, _, rows = clip
+    cameras = config.cameras
+    if not cameras:
+        def cameras(_):
+            c2w, intrinsics = estimate(mp4)
+            if len(c2w) != len(video) or intrinsics is None:
+                raise ValueError(f"source cameras: expected {len(video)} and intrinsics, found {len(c2w)}")
+            return torch.from_numpy(c2w)[None], torch.from_numpy(intrinsics)[None]
+    stored = read_video(path, frames=1)[0].shape[1:3]
+    return source_cameras(video, rows, stored, name, cameras, config.fov or None)
+
+
+def encode(clip, path, caption, cameras, encoders, config, device):
+    """A clip as read_clip returns it, its caption (None: BLIP-2's) and cameras -> data.Clip."""
+    video, fps, _ = clip
+    if caption is None:
+        caption = describe_frame(video[len(video) // 2], config.blip, device, encoders[0].conv1.weight.dtype)
+    latents, image, text = encode_clip(torch.from_numpy(video).to(device), caption, *encoders)
+    return Clip(str(path), str(path), caption, fps, latents, image, text, *cameras)
+
+
+def rerender(dit, codec, clip, target, name, negative, config, device):
+    """A data.Clip filmed along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named `name`."""
+    condition = condition_of([clip], target[None], config, device)
+    return generate(dit, codec, condition, [name], negative, steps=config.steps, shift=config.shift,
+                    guidance=config.guidance, seed=config.seed)[0].cpu().numpy()
+
+
+# ---- what a run shows ----
+
+def demonstration(world, config):
+    """What is shown while training: a function (path) that writes an mp4 of source | base | now for a few
+    conditions, the target path drawn in. The base's videos are sampled here, before any update."""
+    count = 3 if config.world == "toy" else 1
+    rngs = [np.random.default_rng((config.seed, 1 << 32, j)) for j in range(count)]
+    condition, scene = world.draw(list(range(count)), rngs)
+    now = partial(generate, world.dit, world.codec, condition, [f"show {j}" for j in range(count)],
+                  world.negative, steps=config.steps, shift=config.shift, guidance=config.guidance,
+                  seed=config.seed, rows=config.reward_batch)
+    base = now()
+    source = scene.source
+    if source is None:
+        source = decode(world.codec, condition.source, config.reward_batch)
+
+    def show(path):
+        rows = []
+        for j, videos in enumerate(zip(source, base, now())):
+            panels = [upscale(x.cpu().numpy(), max(1, 192 // x.shape[1])) for x in videos]
+            panels = [panels[0]] + [draw_paths(x, [scene.c2w[j].cpu().numpy()]) for x in panels[1:]]
+            rows.append(grid(panels, ["source", "base", "now"]))
+        write_video(path, np.concatenate(rows, 1), scene.fps)
+    return show

@@ -1,0 +1,72 @@
+"""TODO"""
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.cameras import check_fov, named_path, split_name
+from data.draw import draw_paths, grid
+from data.video import write_video
+from data.world import open_policy
+from evaluation.generate import Generating, encode, find_cameras, read_clip, rerender
+from evaluation.scores import open_estimator
+from plumbing.checkpoint import find_checkpoint
+from plumbing.settings import at_least_1
+from pretrained.encoders import NEGATIVE_PROMPT, load_captioner, open_encoders
+from pretrained.weights import weights_sizes
+
+
+@dataclass
+class Retake(Generating):
+    """python evaluate.py retake CLIP: your own video, filmed anew along another camera path."""
+    clip: str = ""              # video file or folder of images; may be given as a plain argument
+    camera: str = "arc_left"    # ReCamMaster's path by number or name, static, or a camera file
+    speed: float = 1.0          # of the camera path
+    prompt: str = ""            # what the video shows; empty: BLIP-2's caption of the middle frame
+    estimator: str = "mapanything"  # of the clip's cameras: mapanything (in weights), or vipe
+    out: str = "out/retake"     # folder for the videos
+    frames: int = 81            # at most; the largest 4k + 1 that the clip has
+    stride: int = 1             # take every n-th frame
+
+
+def retake(config):
+    """Write <clip>_<camera>_<speed>.mp4 and .._side_by_side.mp4 to config.out; returns the two paths."""
+    if not config.clip or not config.weights:
+        raise ValueError("retake: expected a clip and --weights=FOLDER")
+    at_least_1(config, "frames", "height", "width", "stride", "steps")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = Path(config.clip)
+    read = read_clip(path, config, config.stride)  # what can be refused is refused before big files are read
+    video, fps, _ = read
+    if config.fov:
+        check_fov(config.fov)
+    target = named_path(config.camera, len(video), config.speed)
+    checkpoint = find_checkpoint(config.ckpt) if config.ckpt else None
+    weights_sizes(config.weights)  # all there?
+    if config.cameras and not split_name(config.cameras)[0].is_file():
+        raise FileNotFoundError(f"{config.cameras}: no such camera file")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source.mp4"
+        write_video(source, video, fps)
+        estimate = None if config.cameras else open_estimator(config, device)
+        cameras = find_cameras(path, path.name, read, source, config, estimate)
+    del estimate
+    encoders = open_encoders(config.weights, device)
+    clip = encode(read, path, config.prompt or None, cameras, encoders, config, device)
+    codec, negative = encoders[0], encoders[1].embed([NEGATIVE_PROMPT])
+    del encoders
+    load_captioner.cache_clear()  # makes room
+    dit = open_policy(config.weights, checkpoint, device)
+    title = f"{config.camera}, speed {config.speed:g}"
+    print(f"{len(video)} frames of {config.height} x {config.width}, {title}: {clip.caption}")
+    new = rerender(dit, codec, clip, target, path.stem, negative, config, device)
+    name = re.sub(r"\.\w+(?=#|$)", "", Path(config.camera).name).replace("#", "_")  # of paths.json#cam03 too
+    file = Path(config.out) / f"{path.stem}_{name}_{config.speed:g}.mp4"
+    beside = file.with_name(f"{file.stem}_side_by_side.mp4")
+    write_video(file, new, fps)
+    drawn = draw_paths(new, [clip.c2w.numpy(), target])  # white: the source's, orange: the new cameras
+    write_video(beside, grid([video, drawn], ["source", title]), fps)
+    print(f"{file}\n{beside}")
+    return file, beside

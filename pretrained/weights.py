@@ -1,0 +1,104 @@
+"""TODO"""
+import pickle
+import re
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"  # as published
+IMAGE_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+TOKENIZER = "google/umt5-xxl"
+DIT, REDIRECTOR = "diffusion_pytorch_model.safetensors", "step20000.safetensors"  # as published
+
+
+# ---- a folder of published files ----
+
+def weights_sizes(weights):
+    """{file: bytes} of the published files; FileNotFoundError for one that is missing."""
+    names = DIT, REDIRECTOR, VAE_FILE, TEXT_FILE, IMAGE_FILE
+    files = [Path(weights) / name for name in names]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{', '.join(missing)}: no such file, expected the published weights")
+    return {f"bytes of {file.name}": file.stat().st_size for file in files}
+
+
+def expect(path, what):
+    """The path, if it is there; else FileNotFoundError that says what was looked for."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; expected for {what} (rewards.py lists all files)")
+    return path
+
+
+# ---- one file ----
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def read_weights(path):
+    """State dict of a .safetensors or .pth file, memory-mapped, on the CPU; nothing pickled is executed.
+    FileNotFoundError; ValueError when the file is truncated, foreign, or holds more than tensors."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL [\w.]+|Unsupported operand \d+", str(error))
+        raise ValueError(f"{path}: refused: foreign, or holds pickled code instead of only tensors"
+                         f"{f' ({what[0]})' if what else ''}") from None
+    except Exception as error:  # readers raise anything on bytes that make no sense
+        raise ValueError(f"{path}: truncated, or no checkpoint ({first_line(error)})") from None
+    if not isinstance(state, dict) or not all(type(k) is str and torch.is_tensor(state[k]) for k in state):
+        raise ValueError(f"{path}: holds other things than tensors; expected a dict of names and tensors")
+    return state
+
+
+def need(path, state, what, dims):
+    """ValueError unless the keys of `dims`, from which a shape is read, are there with as many dimensions."""
+    wrong = [k for k in dims if k not in state or state[k].dim() != dims[k]]
+    if wrong:
+        raise ValueError(f"{path}: no {what}: missing or misshapen {', '.join(wrong)}; its first keys are "
+                         f"{', '.join(sorted(state)[:3])}")
+
+
+def fill(model, state, path, device, dtype):
+    """Gives a model built on the meta device its weights, one by one, cast and moved; frozen, in eval mode.
+    ValueError that lists every missing, unexpected and wrongly shaped key."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype {dtype}, expected floating point")
+    expected = model.state_dict()
+    wrong = [f"missing {k}" for k in expected if k not in state]
+    for k, v in state.items():
+        if k not in expected:
+            wrong.append(f"unexpected {k}")
+        elif v.shape != expected[k].shape:
+            wrong.append(f"{k} is {tuple(v.shape)}, expected {tuple(expected[k].shape)}")
+        elif not v.is_floating_point():
+            wrong.append(f"{k} is {v.dtype}, expected floating point")
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} keys do not fit {type(model).__name__}: " + "; ".join(wrong))
+    model.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+# ---- where models live ----
+
+@contextmanager
+def on_device(module, device):
+    """Frozen weights that live elsewhere visit the device; none is copied back."""
+    tensors = [] if module is None else [*module.parameters(), *module.buffers()]
+    home = [(tensor, tensor.data) for tensor in tensors if tensor.device != device]
+    try:
+        for tensor, data in home:
+            tensor.data = data.to(device, non_blocking=True)
+        yield
+    finally:
+        for tensor, data in home:
+            tensor.data = data
