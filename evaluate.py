@@ -19,10 +19,6 @@ metres without alignment. An estimate of n frames is compared with the path of n
 ReDirector does it (some methods make 49 frames at most). Deviations: VBench's scores are means over videos of
 each video's score, to have intervals and pairs.
 """
-import dataclasses
-import difflib
-import inspect
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -34,13 +30,11 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import trajectories
-from model import load_dit
-from trajectories import path_number
-from evaluation import report
 from data.clips import NEGATIVE, load_clip, save_clip
 from data.prepare import find_caption, read_captions
 from data.video import write_video
 from data.world import open_policy
+from evaluation import report
 from evaluation.cases import (
     case_name, find_checkpoints, find_clips, find_generated, items, listed, split_case)
 from evaluation.generate import Generating, encode, find_cameras, read_clip, rerender
@@ -51,17 +45,18 @@ from evaluation.scores import (
     score_poses, score_vbench)
 from evaluation.toy import Toy, evaluate_toy
 from plumbing.files import read_json, write_file
-from plumbing.ranks import connect, lost_contact
-from plumbing.settings import at_least_1, parse
+from plumbing.ranks import connect
+from plumbing.settings import at_least_1, run_command
 from pretrained.encoders import NEGATIVE_PROMPT, load_captioner, open_encoders
 from pretrained.vae import load_vae
 from pretrained.weights import VAE_FILE, weights_sizes
+from trajectories import path_number
 
 
 # ---- the paper's protocol ----
 
 @dataclass
-class Config(Generating):
+class Evaluate(Generating):
     """python evaluate.py: the paper's protocol, for videos made here (ckpt: several, by commas) or elsewhere.
     """
     videos: str = ""            # folder of source videos, or of folders of images (DAVIS/JPEGImages/480p)
@@ -259,33 +254,9 @@ def compare(config):
 
 
 COMMANDS = {  # name -> settings, what it does, and the setting that may be given plainly
-    "evaluate": (Config, evaluate, None), "toy": (Toy, evaluate_toy, None),
+    "evaluate": (Evaluate, evaluate, None), "toy": (Toy, evaluate_toy, None),
     "compare": (Compare, compare, "results"), "retake": (Retake, retake, "clip")}
 
 
-def main(argv):
-    name, argv = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("evaluate", argv)
-    settings, run, first = COMMANDS[name]
-    if "--help" in argv or "-h" in argv or not argv and name != "toy":
-        kinds = [kind for kind in settings.__mro__ if dataclasses.is_dataclass(kind)]
-        return print(__doc__, *(inspect.getsource(kind).partition("\n")[2] for kind in kinds), sep="\n")
-    plain, flags = ([a for a in argv if a.startswith("--") == flag] for flag in (False, True))
-    if plain and first:
-        flags.append(f"--{first}={','.join(plain)}")
-    elif plain:
-        near = difflib.get_close_matches(plain[0], COMMANDS, 1)
-        raise ValueError(f"no command {plain[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    run(parse(settings, flags))
-
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        sys.exit(f"evaluate.py: another rank ended: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: interrupted; the same command goes on from here")
+    run_command("evaluate.py", __doc__, COMMANDS, sys.argv[1:] or ["--help"])

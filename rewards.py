@@ -18,7 +18,7 @@ The last four need no model and know nothing of the scene: blurred, blinking, ov
 videos lose, but a video that wins them is not therefore good. Use them with small weights or, weight 0, as
 alarms for reward hacking.
 
-The others ask published models (reward_models.py), whose files are looked for in one folder, `weights`, each
+The others ask published models (pretrained/reward_models.py), whose files are looked for in one folder, `weights`, each
 only if its reward is named:
   trans, rot   map-anything/{config.json, model.safetensors}, and the mapanything package
   vq, mq, ta   VideoReward/{model_config.json, checkpoint-<step>/model.pth}, or in the place of model.pth
@@ -228,7 +228,7 @@ def _from_file(path, function):
     return reward
 
 
-def load(spec, weights="weights", device="cpu", dtype=None, park=False, estimator=None, schedule="linear",
+def load(spec, weights="toy/weights", device="cpu", dtype=None, park=False, estimator=None, schedule="linear",
          stride=1, grey_mq=False, hpsv3_prompt=None, hpsv3_stride=1):
     """"trans=1,rot=1,my.py:f=0.5" -> (reward callables, name -> weight); weight 0: logged, not trained on.
 

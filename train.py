@@ -3,8 +3,7 @@
     python train.py                                   the toy world, on a laptop (config/toy.py)
     python train.py config/toy.py --seed=1 --out=out/seed1
     torchrun --nproc-per-node=8 train.py config/geo_align.py --weights=... --clips=... --trajectories=...
-    python train.py config/geo_align.py --dry-run     what that would cost (plan.py); WORLD_SIZE=8 before it:
-                                                      on each of 8 ranks
+    python -m benchmarks.plan config/geo_align.py --ranks=8   what that would cost, on each of 8 cards
 
 The same command again resumes from --out. Exit codes: 0 done, 1 bad input or failed run (one line says why),
 75 stopped by SIGTERM or SIGINT after writing a checkpoint (torchrun then ends with 1 and a traceback).
@@ -30,18 +29,18 @@ from tqdm import tqdm
 
 import rewards
 import trajectories
-from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
-from model import trainable
-from sampler import rollout, sample, schedule, window
 from data.video import decode
 from data.world import clip_numbers, open_clips
 from evaluation.generate import demonstration, negative_of
 from evaluation.toy import Toy, evaluate_toy
+from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
+from model import trainable
 from plumbing.checkpoint import lock_folder, open_log, resume, save_checkpoint
 from plumbing.files import digest
 from plumbing.ranks import (
     Clock, Stop, absent, assert_ranks_agree, connect, deafen, gather, lost_contact, reduce)
 from plumbing.settings import parse
+from sampler import rollout, schedule, window
 from toy.world import open_toy
 
 
@@ -50,9 +49,9 @@ class Config:
     """One comment per field: what it is, its unit, where its default comes from."""
     # the world
     world: str = "toy"                 # "toy": rooms, shipped weights; "clips": real, published models
-    weights: str = "weights"           # folder of the official files (clips) or of the toy's
-    clips: str = ""                    # folder that `python data.py prepare` wrote
-    trajectories: str = ""             # folder of camera paths, of any format that cameras.py reads
+    weights: str = "toy/weights"       # folder of the official files (clips) or of the toy's
+    clips: str = ""                    # folder that `python -m data.prepare` wrote
+    trajectories: str = ""             # folder of camera paths, of any format that data/cameras reads
     frames: int = 81                   # video length, 4k + 1 (ReDirector; paper's missing)
     height: int = 480                  # pixels (ReDirector)
     width: int = 832                   # pixels (ReDirector)
@@ -148,13 +147,10 @@ def check(config, ranks, folders=True):
 def main(argv):
     if "--help" in argv or "-h" in argv:
         return print(__doc__, inspect.getsource(Config), sep="\n")
-    dry = "--dry-run" in argv
     default = str(Path(__file__).parent / "config/toy.py")
-    config = parse(Config, [a for a in argv if a != "--dry-run"], default)
+    config = parse(Config, argv, default)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check(config, ranks, folders=not dry)
-    if dry:
-        return rank or print(plan.report(config, ranks))
+    check(config, ranks)
     if ":" in config.rewards and not any(arg.startswith("--rewards=") for arg in argv):
         raise ValueError(f"rewards: code of one's own runs only when named by --rewards=: {config.rewards}")
     half, signals = False, []  # whether between an update and its log line; what was received

@@ -1,13 +1,13 @@
-"""Benchmarks, one table each; the figures are in BENCHMARKS.md.
+"""Benchmarks, one table each; the figures are in README.md here.
 
-    python bench.py network      forward, forward + backward with checkpointing; beside the official code
+    python -m benchmarks.bench network      forward, forward + backward with checkpointing; beside the official code
                                  with --official=REDIRECTOR_CHECKOUT
-    python bench.py compilation  graphs made while window, caption and condition change
-    python bench.py iteration    evaluations on paper and in seconds: every member alone against ours
-    python bench.py memory       peak per phase against --dry-run's estimate; a soak of toy iterations
-    python bench.py scaling      one and two gloo ranks; points at which the host waits for the device
-    python bench.py share        VAE decode and Pluecker packing
-    python bench.py curves       the toy's learning curve, fast loop against every member alone, over seeds
+    python -m benchmarks.bench compilation  graphs made while window, caption and condition change
+    python -m benchmarks.bench iteration    evaluations on paper and in seconds: every member alone against ours
+    python -m benchmarks.bench memory       peak per phase against --dry-run's estimate; a soak of toy iterations
+    python -m benchmarks.bench scaling      one and two gloo ranks; points at which the host waits for the device
+    python -m benchmarks.bench share        VAE decode and Pluecker packing
+    python -m benchmarks.bench curves       the toy's learning curve, fast loop against every member alone, over seeds
 
 --json=FILE keeps the rows. Weights are random. Sizes and --dtype default to the published ones on a GPU, to
 small ones and float32 on a CPU. Seconds are the best of --repeat; on a CPU with one thread they are seconds
@@ -35,17 +35,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import plan
+from benchmarks import plan
 import train
 import trajectories
-import vae
+from pretrained import vae
 from grpo import micro_batches, policy_loss
 from model import Condition, Config, DiT, trainable
 from sampler import rollout, schedule
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = torch.device("cuda" if CUDA else "cpu"), torch.bfloat16 if CUDA else torch.float32
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = {}
 
 

@@ -1,11 +1,15 @@
-"""What a run will cost, before it starts: `python train.py CONFIG --dry-run`. Needs neither data nor weights.
+"""What a run will cost, before it starts: `python -m benchmarks.plan CONFIG --ranks=8`.
+
+Needs neither data nor weights.
 
 Network evaluations are counted, memory is measured: the run's own functions on tensors without contents
 (torch's meta device), adding up what is alive. A kernel's own scratch space and the allocator's losses are
 not seen.
 """
 import dataclasses
+import sys
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,12 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sampler
+import train
+from data.video import to_uint8
 from grpo import micro_batches, policy_loss
 from model import Condition, Config, DiT, config_from, read_shapes, trainable
-from sampler import chunks, rollout, schedule, window
-from data.video import to_uint8
+from plumbing.settings import run_command
 from pretrained.vae import VAE
 from pretrained.weights import DIT, REDIRECTOR
+from sampler import chunks, rollout, schedule, window
 from toy.rooms import Codec, HEADS, PATCH, TEXT
 
 FUN_CAMERA = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, image_dim=1280, camera_dim=24,
@@ -184,7 +190,7 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
 
 
 def report(config, ranks=1):
-    """The dry run's text."""
+    """What the command prints."""
     with torch.device("meta"):
         dit_config, _, shape, _ = parts(config)
         dit = DiT(dit_config)
@@ -220,3 +226,19 @@ def report(config, ranks=1):
         " stays": f"{sizes(stay)}; together {size(sum(stay.values()))}",
         " peaks": f"{sizes(peaks)}; each with what stays"}
     return "\n".join(f"{name:<12} {line}" for name, line in lines.items())
+
+
+@dataclass
+class Plan(train.Config):
+    """`python -m benchmarks.plan`: a run's settings, and on how many cards."""
+    ranks: int = 1                     # processes, one on each card
+
+
+def plan(config):
+    """Print what the run would cost."""
+    train.check(config, config.ranks, folders=False)
+    print(report(config, config.ranks))
+
+
+if __name__ == "__main__":
+    run_command("benchmarks.plan", __doc__, {"plan": (Plan, plan, None)}, sys.argv[1:] or ["--help"])

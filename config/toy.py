@@ -1,6 +1,6 @@
 """The main job on a laptop: the paper's experiment in miniature (two minutes on two free cores)."""
 world = "toy"
-weights = "weights"
+weights = "toy/weights"
 frames = 5
 height = 24
 width = 40

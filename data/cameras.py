@@ -1,4 +1,7 @@
-"""TODO"""
+"""Camera files of all formats, one reader; folders of them, to draw training paths from; a clip's own cameras.
+
+What they give is c2w (T, 4, 4) as in trajectories.py, relative to the first camera.
+"""
 import json
 import math
 import os

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The cache of conditioning clips that training reads: one safetensors file a clip, and an index."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ def load_clip(path):
 
 
 class ClipCache:
-    """What `python data.py prepare` wrote: cache[i] reads clip i as a Clip.
+    """What `python -m data.prepare` wrote: cache[i] reads clip i as a Clip.
     names: the clips' names; settings: what they were made with; negative: (512, 4096), the negative prompt's
     embedding. expected: settings that must agree, as in ClipCache(folder, frames=81, height=480, width=832).
     FileNotFoundError where there is none; ValueError where it is empty, damaged or made with other settings.
@@ -72,7 +72,7 @@ class ClipCache:
         self.folder = Path(folder)
         index = read_index(self.folder)
         if index is None:
-            raise FileNotFoundError(f"{folder}: no {INDEX}: expected clips made by python data.py prepare")
+            raise FileNotFoundError(f"{folder}: no {INDEX}: expected clips made by python -m data.prepare")
         self.settings, self.names = index["settings"], index["clips"]
         check_settings(folder, self.settings, expected)
         if not self.names:

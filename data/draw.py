@@ -1,4 +1,4 @@
-"""TODO"""
+"""Pictures for people: captions, videos side by side, and a map of camera paths."""
 import base64
 import textwrap
 

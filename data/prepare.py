@@ -1,5 +1,4 @@
-"""TODO"""
-import argparse
+"""Encodes a folder of videos for training: `python -m data.prepare`."""
 import csv
 import io
 import json
@@ -8,6 +7,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ from data.cameras import check_fov, source_cameras, split_name
 from data.clips import Clip, INDEX, NEGATIVE, check_settings, read_index, save_clip
 from data.video import find_videos, natural, read_frames, read_video, to_float, without_suffix
 from plumbing.files import one_line, write_file
-from plumbing.ranks import connect, lost_contact
+from plumbing.ranks import connect
+from plumbing.settings import run_command
 from pretrained.encoders import (
     NEGATIVE_PROMPT, describe_frame, load_image_encoder, load_text_encoder)
 from pretrained.reward_models import mapanything
@@ -82,37 +83,59 @@ def write_index(out, settings, skipped):
     return index
 
 
-def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapanything", fov=None,
-            estimator_stride=1, frames=81, height=480, width=832, stride=1, negative_prompt=None):
-    """Encode every video below a folder into a cache that ClipCache reads; returns its index (on rank 0).
-    The arguments are the command's. Under torchrun the clips are shared out over the ranks. A clip that is
-    itself at fault is skipped with the reason; ValueError or OSError for what concerns all, or with no clip.
-    """
+@dataclass
+class Prepare:
+    """`python -m data.prepare`"""
+    videos: str = ""                  # folder of video files, or of folders of images
+    out: str = ""                     # folder for the clips; an interrupted run goes on there
+    weights: str = ""                 # folder of the published Wan2.1-Fun-V1.1-1.3B-Control-Camera files
+    captions: str = ""                # csv with columns file_name, text (or videoFile, caption)
+    captioner: str = ""               # BLIP-2 by folder or hub id, for clips without a caption (middle frame)
+    cameras: str = "mapanything"      # mapanything (in the weights' map-anything), a folder with a/b.npz for
+                                      # a/b.mp4, or one file for all
+    fov: float = 0.0                  # horizontal field of view, degrees, for camera files without intrinsics
+    estimator_stride: int = 1         # estimate every n-th camera, interpolate the others
+    frames: int = 81                  # 4k + 1
+    height: int = 480                 # pixels
+    width: int = 832                  # pixels
+    stride: int = 1                   # take every n-th frame
+    negative_prompt: str = NEGATIVE_PROMPT  # for classifier-free guidance (Wan's)
 
+
+def prepare(config):
+    """Encode every video below a folder into a cache that ClipCache reads; returns its index (on rank 0).
+
+    Under torchrun the clips are shared out over the ranks. A clip that is itself at fault is skipped with
+    the reason; ValueError or OSError for what concerns all, or where no clip is left.
+    """
+    for name in ("videos", "out", "weights"):
+        if not getattr(config, name):
+            raise ValueError(f"--{name}=FOLDER is needed")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     if world > 1:  # only to share out the clips and to collect what was skipped, which may be days later
         connect("gloo", timeout=30 * 24 * 3600)
-    videos, out, weights = Path(videos), Path(out), Path(weights)
-    names, texts = find_videos(videos), read_captions(captions) if captions else {}
-    nothing = None if captions or captioner else ""  # with neither, every caption is empty
+    videos, out, weights = Path(config.videos), Path(config.out), Path(config.weights)
+    frames, height, width = config.frames, config.height, config.width
+    cameras, fov = config.cameras, config.fov or None
+    names, texts = find_videos(videos), read_captions(config.captions) if config.captions else {}
+    nothing = None if config.captions or config.captioner else ""  # with neither, every caption is empty
     wanted = {name: find_caption(name, texts) or nothing for name in names}
     if cameras != "mapanything" and not split_name(cameras)[0].exists():
         raise FileNotFoundError(f"{cameras}: expected mapanything, a camera file or a folder of them")
-    if fov is not None:
+    if fov:
         check_fov(fov)
-    if min(stride, estimator_stride) < 1:
-        raise ValueError(f"stride: expected at least 1, found {min(stride, estimator_stride)}")
+    if min(config.stride, config.estimator_stride) < 1:
+        raise ValueError(f"stride: expected at least 1, found {min(config.stride, config.estimator_stride)}")
     vae = load_vae(weights / VAE_FILE, device, dtype)
     if (min(frames, height, width) < 1 or (frames - 1) % vae.time
             or height % (2 * vae.space) or width % (2 * vae.space)):
         raise ValueError(f"{frames} frames of {height}x{width}: expected {vae.time}k+1 frames, "
                          f"height and width divisible by {2 * vae.space}")
-    negative_prompt = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-    settings = dict(frames=frames, height=height, width=width, stride=stride, fov=fov,
+    settings = dict(frames=frames, height=height, width=width, stride=config.stride, fov=fov,
                     cameras=cameras if cameras == "mapanything" else f"files of {Path(cameras).resolve()}",
-                    estimator_stride=estimator_stride, negative_prompt=negative_prompt)
+                    estimator_stride=config.estimator_stride, negative_prompt=config.negative_prompt)
     for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):  # tells one set of weights from another
         settings[f"bytes of {file}"] = (weights / file).stat().st_size
     if index := read_index(out):
@@ -120,7 +143,7 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
     text_encoder = load_text_encoder(weights / TEXT_FILE, weights / TOKENIZER, device, dtype)
     image_encoder = load_image_encoder(weights / IMAGE_FILE, device, dtype)
     if cameras == "mapanything":
-        cameras = mapanything(weights / "map-anything", device, estimator_stride).cameras
+        cameras = mapanything(weights / "map-anything", device, config.estimator_stride).cameras
     box, skipped = [None], {}
     if rank == 0:
         for leftover in out.rglob("*.tmp"):  # of a killed run
@@ -137,14 +160,14 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
         dist.broadcast_object_list(box)
     todo = box[0]
     if rank == 0:
-        write_file(out / NEGATIVE, save({"text": text_encoder.embed([negative_prompt])[0].bfloat16().cpu()}))
+        write_file(out / NEGATIVE, save({"text": text_encoder.embed([config.negative_prompt])[0].bfloat16().cpu()}))
     for name in tqdm(todo[rank::world], desc="prepare", unit="clip", disable=rank > 0):
         path = videos / name
         try:
             text = wanted[name]
-            if text is None and not captioner:
-                raise ValueError(f"no caption in {captions}")
-            video, fps, numbers = read_frames(path, frames, stride, (height, width))
+            if text is None and not config.captioner:
+                raise ValueError(f"no caption in {config.captions}")
+            video, fps, numbers = read_frames(path, frames, config.stride, (height, width))
             stored = read_video(path, frames=1)[0].shape[1:3]
             video = torch.from_numpy(video).to(device)
             c2w, intrinsics = source_cameras(video, numbers, stored, name, cameras, fov)
@@ -153,7 +176,7 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
             tqdm.write(f"skipped {name}: {skipped[name]}")
             continue
         if text is None:
-            text = describe_frame(video[frames // 2], captioner, device, dtype)
+            text = describe_frame(video[frames // 2], config.captioner, device, dtype)
         encoded = encode_clip(video, text, vae, text_encoder, image_encoder)
         clip = Clip(name, str(path.resolve()), text, fps, *encoded, c2w, intrinsics)
         save_clip(out / f"{name}.safetensors", clip)
@@ -174,43 +197,5 @@ def prepare(videos, out, weights, captions=None, captioner=None, cameras="mapany
         return index
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        prog="data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    command = parser.add_subparsers(dest="command", metavar="prepare").add_parser(
-        "prepare", help="encode a folder of videos for training", description=prepare.__doc__.split("\n")[0])
-    add = command.add_argument
-    add("--videos", required=True, help="folder of video files, or of folders of images")
-    add("--out", required=True, help="folder for the clips; an interrupted run goes on there")
-    add("--weights", required=True, help="folder of the published Wan2.1-Fun-V1.1-1.3B-Control-Camera files")
-    add("--captions", help="csv with columns file_name, text (or videoFile, caption)")
-    add("--captioner", help="BLIP-2 by folder or hub id, for clips without a caption (their middle frame)")
-    add("--cameras", default="mapanything",
-        help="mapanything (default; in the weights' map-anything), a folder with a/b.npz for a/b.mp4, "
-             "or one file for all")
-    add("--fov", type=float, help="horizontal field of view in degrees, for camera files without intrinsics")
-    add("--estimator-stride", type=int, default=1, help="estimate every n-th camera, interpolate the others")
-    add("--frames", type=int, default=81, help="4k+1 (default 81)")
-    add("--height", type=int, default=480, help="pixels (default 480)")
-    add("--width", type=int, default=832, help="pixels (default 832)")
-    add("--stride", type=int, default=1, help="take every n-th frame")
-    add("--negative-prompt", help="for classifier-free guidance (default: Wan's)")
-    for each in (parser, command):
-        each.error = lambda message: sys.exit(f"data.py: {message}")  # one line, without the usage
-    options = vars(parser.parse_args())
-    if options.pop("command") is None:
-        print(parser.format_help() + "\n" + command.format_help())
-        return
-    try:
-        prepare(**options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"data.py: {error}")
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        sys.exit(f"data.py: another rank ended: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        sys.exit("data.py: interrupted; the same command goes on from here")
-
 if __name__ == "__main__":
-    main()
+    run_command("data.prepare", __doc__, {"prepare": (Prepare, prepare, None)}, sys.argv[1:] or ["--help"])

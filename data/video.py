@@ -1,4 +1,12 @@
-"""TODO"""
+"""Videos in and out.
+
+    from data.video import read_video, write_video
+    video, fps = read_video("clip.mp4", frames=81, size=(480, 832))  # uint8 (81, 480, 832, 3)
+    write_video("copy.mp4", video, fps)
+
+Videos are uint8 (T, H, W, 3) RGB here and wherever a reward or a file sees them. The codec takes float
+(B, 3, T, H, W) in [-1, 1] (to_float, to_uint8).
+"""
 import io
 import re
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What a run trains on: a World, and the one of real clips under the published policy. The other is toy/world.py."""
 from dataclasses import dataclass
 from pathlib import Path
 

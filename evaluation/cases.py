@@ -1,4 +1,4 @@
-"""TODO"""
+"""Which cases an evaluation has: clips, paths, speeds, checkpoints, and videos made elsewhere."""
 import difflib
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TODO"""
+"""From a condition to videos, by the plain ODE: for evaluations, for `retake`, and the samples of a run."""
 import dataclasses
 from dataclasses import dataclass
 from functools import partial

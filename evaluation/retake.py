@@ -1,4 +1,4 @@
-"""TODO"""
+"""A video of your own, re-rendered along another camera path: `python evaluate.py retake`."""
 import re
 import tempfile
 from dataclasses import dataclass

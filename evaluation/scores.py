@@ -1,4 +1,7 @@
-"""TODO"""
+"""What the evaluation measures of one video: camera errors here, the rest by programs of others (outside.py).
+
+Scores are kept in files, whole or not at all, and made again where the video is another.
+"""
 import io
 import json
 import math
@@ -8,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation import outside
-from pretrained import reward_models
 import trajectories
 from data.cameras import read_path
 from data.video import read_video
+from evaluation import outside
 from evaluation.cases import split_case
 from plumbing.checkpoint import differing
 from plumbing.files import digest, read_json, write_file, write_json
+from pretrained import reward_models
 
 PROTOCOL = 1  # of results.json: raised whenever a number would come out differently
 

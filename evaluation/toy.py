@@ -1,4 +1,4 @@
-"""TODO"""
+"""The evaluation in the toy world: `python evaluate.py toy`."""
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from evaluation import report
 import trajectories
 from data.draw import upscale
 from data.video import to_float, write_video
+from evaluation import report
 from evaluation.cases import case_name, find_checkpoints, listed
 from evaluation.generate import generate
 from evaluation.report import finish
@@ -26,7 +26,7 @@ from toy.world import held_out, open_weights
 class Toy:
     """python evaluate.py toy: the paper's Tables 1 and 2 in the toy world."""
     ckpt: str = ""              # to compare with the base: files, checkpoints' or runs' folders, by commas
-    weights: str = "weights"    # folder of the shipped base, codec and estimator
+    weights: str = "toy/weights"    # folder of the shipped base, codec and estimator
     out: str = "out/toy_evaluation"  # folder for all that is made; goes on there
     rooms: int = 8              # held-out rooms, ten paths each
     speeds: str = "1,1.5,2"     # of the paths (paper)

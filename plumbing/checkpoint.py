@@ -1,4 +1,13 @@
-"""TODO"""
+"""What a run keeps in its folder, and how it goes on from there.
+
+    iteration_000010/self_attn.safetensors   the trained weights
+    iteration_000010/optimizer.safetensors   AdamW's moments
+    iteration_000010/state.json              iteration, settings, checksums of the two
+    log.jsonl                                a line for each iteration
+    lock                                     empty; locked while a run goes on
+
+`trained` is name -> parameter, of those that train; `made` all settings, and own rewards' checksums if any.
+"""
 import json
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Files: written whole or not at all, digests of them, and errors in one line."""
 import hashlib
 import json
 import os

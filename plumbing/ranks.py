@@ -1,4 +1,4 @@
-"""TODO"""
+"""Many processes, signals and the clock. With one process, each function is what it is for one."""
 import ctypes
 import hashlib
 import signal

@@ -1,8 +1,16 @@
-"""TODO"""
+"""Settings of every command: a dataclass, filled from a file of `name = value` lines and from --name=value.
+
+A program has one or more commands, each a dataclass of settings and a function of it:
+    run_command("evaluate.py", __doc__, {"evaluate": (Evaluate, evaluate, None), ...}, sys.argv[1:])
+"""
 import ast
 import dataclasses
 import difflib
+import inspect
+import sys
 from pathlib import Path
+
+from plumbing.ranks import lost_contact
 
 
 def convert(kind, value, where):
@@ -69,3 +77,54 @@ def at_least_1(config, *names):
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: expected at least 1, found {getattr(config, name)}")
+
+
+# ---- commands ----
+
+def help_text(doc, settings):
+    """A program's docstring, then a command's settings with their comments, inherited ones too."""
+    kinds = [kind for kind in settings.__mro__ if dataclasses.is_dataclass(kind)]
+    sources = [inspect.getsource(kind).partition("class ")[2].partition("\n")[2] for kind in kinds]
+    return "\n".join([doc, *sources])
+
+
+def choose_command(commands, argv):
+    """([command name] ... of argv, its settings): (settings, function). ValueError for an unknown name.
+
+    commands: name -> (dataclass of settings, function of them, the setting that may be given plainly: as an
+    argument without --name=, or None). The first is meant where argv names none.
+    """
+    named = bool(argv) and argv[0] in commands
+    name = argv[0] if named else next(iter(commands))
+    settings, function, plain_name = commands[name]
+    plain = []
+    flags = []
+    for argument in argv[1:] if named else argv:
+        is_flag = argument.startswith("--") or argument.endswith(".py")  # a .py file holds settings
+        (flags if is_flag else plain).append(argument)
+    if plain and plain_name:
+        flags.append(f"--{plain_name}={','.join(plain)}")
+    elif plain:
+        near = difflib.get_close_matches(plain[0], commands, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; expected {', '.join(commands)}"
+        raise ValueError(f"no command {plain[0]!r}{hint}")
+    return parse(settings, flags), function
+
+
+def run_command(program, doc, commands, argv):
+    """Run what argv asks for. Bad input ends with one line and exit code 1, --help with the settings."""
+    if "--help" in argv or "-h" in argv:
+        named = next((a for a in argv if a in commands), next(iter(commands)))
+        print(help_text(doc, commands[named][0]))
+        return
+    try:
+        settings, function = choose_command(commands, argv)
+        function(settings)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{program}: {error}")
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        sys.exit(f"{program}: another rank ended: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit(f"{program}: interrupted; the same command goes on from here")

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 from pretrained.vae import load_vae
 from pretrained.weights import (
     IMAGE_FILE, TEXT_FILE, TOKENIZER, VAE_FILE, fill, first_line, need, read_weights)
@@ -93,6 +92,7 @@ def load_text_encoder(path, tokenizer_folder=None, device="cpu", dtype=torch.flo
     on token ids and mask, with `.embed(prompts)`. tokenizer_folder: if not given, `google/umt5-xxl` beside
     the file, if there. FileNotFoundError; ValueError: the file is no such encoder or the folder no tokenizer.
     """
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel  # slow to import
     tokenizer, folder = None, Path(tokenizer_folder or Path(path).parent / "google/umt5-xxl")
     if tokenizer_folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder (the tokenizer's)")
@@ -157,6 +157,7 @@ def load_image_encoder(path, device="cpu", dtype=torch.float32, num_heads=None):
     """Official `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, or the same keys in safetensors ->
     ImageEncoder, a callable on images; only the `visual.` part is read. num_heads: only where the head size
     isn't 80. FileNotFoundError; ValueError when the file is no such encoder."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel  # slow to import
     official = read_weights(path)
     need(path, official, "CLIP image tower", {"visual.patch_embedding.weight": 4, "visual.pos_embedding": 3,
          "visual.transformer.0.mlp.0.weight": 2})

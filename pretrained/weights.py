@@ -1,4 +1,4 @@
-"""TODO"""
+"""The published files: their names; reading, checking and filling of weights; where models live between uses."""
 import pickle
 import re
 import zipfile

@@ -7,7 +7,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 from test_trajectories import PUBLISHED, pose, walk
 
-import cameras
+from data import cameras
 import trajectories as tr
 
 

@@ -14,8 +14,10 @@ import rewards
 import sampler
 import train
 import trajectories
-import vae
+from pretrained import vae
 from grpo import advantages, group_std, micro_batches, policy_loss, summary
+from data.video import decode
+from evaluation.generate import negative_of
 from model import Condition, Config, DiT, trainable
 from sampler import compress, rollout, schedule
 
@@ -48,12 +50,12 @@ def test_phases_stay_on_the_device_and_read_no_value(tail, guidance):
         condition = Condition(text, image, torch.empty(C, *shape, device=device), maps, maps.clone())
         with torch.no_grad():
             prepared = dit.prepare(condition)
-            negative = train.negative_of(dit, condition, torch.empty(1, 512, 4096), guidance)
+            negative = negative_of(dit, condition, torch.empty(1, 512, 4096), guidance)
 
         # rollout, decode
         sampled = rollout(dit, prepared, G, (2, 3), sigmas=sigmas, shape=shape, seed=0, condition_ids=[0, 1],
                           tail=tail, negative=negative, guidance=guidance, micro_batch=2, device=device)
-        videos = train.decode(codec, sampled.latents.flatten(0, 1), 2)
+        videos = decode(codec, sampled.latents.flatten(0, 1), 2)
         assert videos.shape == (C * G, frames, height, width, 3) and videos.device == device
 
         # rewards, advantages

@@ -15,13 +15,21 @@ import pytest
 import torch
 from conftest import ROOT
 
-import data
-import encoders
+from pretrained import encoders
 import model
 import tiny_weights
 import trajectories
-import vae
-from clips import open_policy
+from pretrained import vae
+from data.cameras import source_cameras
+from data.clips import ClipCache, INDEX, NEGATIVE, load_clip, read_index
+from data.draw import draw_paths, grid, text_mask, upscale
+from data.prepare import find_caption, main, prepare, read_captions
+from data.video import (
+    FOLDER_FPS, open_video, read_frames, read_video, resize_to_cover, rgb, to_float,
+    to_uint8, write_video)
+from data.world import open_policy
+from plumbing.files import write_file
+from pretrained.weights import IMAGE_FILE, TEXT_FILE, VAE_FILE
 
 SOLID = [(200, 30, 40), (20, 180, 60), (40, 60, 220), (230, 220, 30)]
 
@@ -55,17 +63,17 @@ def brightness(video):
                                            ("webm", "libvpx-vp9")])
 def test_containers(tmp_path, suffix, codec):
     write_at(tmp_path / f"a.{suffix}", clip(), range(20), codec, rate=30)
-    video, fps = data.read_video(tmp_path / f"a.{suffix}")
+    video, fps = read_video(tmp_path / f"a.{suffix}")
     assert video.shape == (20, 48, 64, 3) and abs(fps - 30) < 1e-6 and brightness(video) == list(range(20))
-    video, fps = data.read_video(tmp_path / f"a.{suffix}", frames=5, stride=3, start=4)
+    video, fps = read_video(tmp_path / f"a.{suffix}", frames=5, stride=3, start=4)
     assert brightness(video) == [4, 7, 10, 13, 16] and abs(fps - 10) < 1e-6
 
 
 def test_round_trip_keeps_colours_and_rate(tmp_path):
     bars = np.array(SOLID, np.uint8)[None, None].repeat(12, 2)  # (1, 1, 48, 3)
     video = np.tile(bars, (9, 32, 1, 1))
-    data.write_video(tmp_path / "a.mp4", video, 23.976)
-    back, fps = data.read_video(tmp_path / "a.mp4")
+    write_video(tmp_path / "a.mp4", video, 23.976)
+    back, fps = read_video(tmp_path / "a.mp4")
     assert abs(fps - 24000 / 1001) < 1e-3 and back.shape == video.shape
     centres = np.arange(4) * 12 + 6
     assert np.abs(back[:, 16, centres].astype(int) - video[:, 16, centres]).max() <= 4
@@ -73,8 +81,8 @@ def test_round_trip_keeps_colours_and_rate(tmp_path):
 
 def test_odd_sizes_are_padded(tmp_path):
     video = clip(5, 33, 47)
-    data.write_video(tmp_path / "a.mp4", video, 24)
-    back, _ = data.read_video(tmp_path / "a.mp4")
+    write_video(tmp_path / "a.mp4", video, 24)
+    back, _ = read_video(tmp_path / "a.mp4")
     assert back.shape == (5, 34, 48, 3)
     assert np.abs(back[:, :33, :47].astype(int) - video).mean() < 3
 
@@ -86,7 +94,7 @@ def test_same_frames_give_the_same_bytes(tmp_path, size):
     written = set()
     for garbage in range(0, 260, 13):  # what new memory holds (M_PERTURB, -6), as another past would leave it
         mallopt(-6, garbage)
-        data.write_video(tmp_path / "a.mp4", video, 24)
+        write_video(tmp_path / "a.mp4", video, 24)
         written.add((tmp_path / "a.mp4").read_bytes())
     mallopt(-6, 0)
     assert len(written) == 1
@@ -94,14 +102,14 @@ def test_same_frames_give_the_same_bytes(tmp_path, size):
 
 @pytest.mark.parametrize("degrees, corner", [(90, (0, -1)), (180, (-1, -1)), (270, (-1, 0))])
 def test_rotation_metadata(tmp_path, degrees, corner):
-    data.write_video(tmp_path / "a.mp4", clip(3), 24)
+    write_video(tmp_path / "a.mp4", clip(3), 24)
     content = bytearray((tmp_path / "a.mp4").read_bytes())
     at = content.find(b"tkhd") + 44  # the track's display matrix (version 0 header), 16.16 fixed point
     matrix = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]  # clockwise
     a, b, c, d = (65536 * x for x in matrix)
     content[at:at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     (tmp_path / "r.mp4").write_bytes(content)
-    video, _ = data.read_video(tmp_path / "r.mp4")
+    video, _ = read_video(tmp_path / "r.mp4")
     assert video.shape == ((3, 48, 64, 3) if degrees == 180 else (3, 64, 48, 3))
     bright = [(y, x) for y in (0, -1) for x in (0, -1) if video[0, y, x].min() > 200]
     assert bright == [corner]  # the white corner, from the top left, turned clockwise
@@ -111,7 +119,7 @@ def test_variable_rate_keeps_speed(tmp_path):
     # 10 frames 33 ms apart, then 10 frames 100 ms apart: the second half must take 3 times as long
     times = [33 * k for k in range(10)] + [297 + 100 * k for k in range(1, 11)]
     write_at(tmp_path / "a.mkv", clip(), times)
-    video, fps, numbers = data.read_frames(tmp_path / "a.mkv")
+    video, fps, numbers = read_frames(tmp_path / "a.mkv")
     seen = np.array(brightness(video))
     assert (seen == numbers).all()  # what is said to be shown is shown
     shown_at = np.array(times)[seen] / 1000
@@ -130,42 +138,42 @@ def test_image_folder(tmp_path):
             stream.height, stream.width, stream.pix_fmt = 48, 64, "rgb24"
             container.mux(stream.encode(image))
         os.rename(folder / "tmp.png", folder / f"frame{k}.png")
-    video, fps = data.read_video(folder)
-    assert (video == clip(12)).all() and fps == data.FOLDER_FPS
+    video, fps = read_video(folder)
+    assert (video == clip(12)).all() and fps == FOLDER_FPS
     (folder / "frame3.png").write_bytes(b"no image")
-    assert len(data.read_video(folder, frames=3)[0]) == 3  # what is not needed is not read
+    assert len(read_video(folder, frames=3)[0]) == 3  # what is not needed is not read
     with pytest.raises(ValueError, match="frame3.png: unreadable"):
-        data.read_video(folder)
+        read_video(folder)
     with pytest.raises(ValueError, match="without images"):
         (tmp_path / "empty").mkdir()
-        data.read_video(tmp_path / "empty")
+        read_video(tmp_path / "empty")
 
 
 def test_resize_covers_and_crops_the_centre():
     ramp = np.linspace(0, 255, 128)[None, :, None].repeat(40, 0).repeat(3, 2).round().astype(np.uint8)
-    out = data.resize_to_cover(ramp, (20, 20))  # scaled by 1/2 to (20, 64), then columns 22..41
+    out = resize_to_cover(ramp, (20, 20))  # scaled by 1/2 to (20, 64), then columns 22..41
     expected = np.linspace(0, 255, 128).reshape(64, 2).mean(1)[22:42]
     assert out.shape == (20, 20, 3) and np.abs(out[10, :, 0] - expected).max() <= 1.5
-    assert data.resize_to_cover(ramp, (80, 60)).shape == (80, 60, 3)
+    assert resize_to_cover(ramp, (80, 60)).shape == (80, 60, 3)
     checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, 2)
-    small = data.resize_to_cover(checks, (16, 16)).astype(int)
+    small = resize_to_cover(checks, (16, 16)).astype(int)
     assert np.abs(small - 127).max() <= 2  # antialiased: no moire
 
 
 def test_resize_agrees_with_pillow():
     image = pytest.importorskip("PIL.Image", reason="Pillow, which ReDirector resizes with, is not installed")
     frame = np.random.default_rng(0).integers(0, 256, (90, 161, 3), dtype=np.uint8)
-    out = data.resize_to_cover(frame, (60, 96)).astype(int)
+    out = resize_to_cover(frame, (60, 96)).astype(int)
     pillow = np.asarray(image.fromarray(frame).resize((107, 60), image.BILINEAR))[:, 6:102]  # round(5.5) is 6
     assert np.abs(out - pillow).max() <= 1
 
 
 def test_float_and_back():
     video = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3).repeat(5, 0)
-    x = data.to_float(video)
+    x = to_float(video)
     assert x.shape == (3, 5, 16, 16) and x.min() == -1 and x.max() == 1
-    assert (data.to_uint8(x).numpy() == video).all()
-    assert data.to_uint8(torch.full((2, 3, 5, 4, 6), 7.0)).shape == (2, 5, 4, 6, 3)
+    assert (to_uint8(x).numpy() == video).all()
+    assert to_uint8(torch.full((2, 3, 5, 4, 6), 7.0)).shape == (2, 5, 4, 6, 3)
 
 
 # --- bad input: one line naming the file
@@ -183,7 +191,7 @@ def audio_only(path):
 def bad_videos(folder):
     """name -> what is wrong with the file of that name, all written to folder."""
     noise = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), dtype=np.uint8)
-    data.write_video(folder / "whole.mp4", noise, 24)
+    write_video(folder / "whole.mp4", noise, 24)
     content = (folder / "whole.mp4").read_bytes()
     (folder / "truncated.mp4").write_bytes(content[:-600])  # the index, at the end, is gone
     with av.open(str(folder / "index_first.mp4"), "w", options={"movflags": "faststart"}) as container:
@@ -199,7 +207,7 @@ def bad_videos(folder):
     (folder / "cut.mkv").write_bytes(content[:len(content) // 2])
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("this is not a video\n" * 50)
-    data.write_video(folder / "short.mp4", noise[:8], 24)
+    write_video(folder / "short.mp4", noise[:8], 24)
     audio_only(folder / "sound.mp4")
     for name in ("whole.mp4", "index_first.mp4", "whole.mkv"):
         (folder / name).unlink()
@@ -211,25 +219,25 @@ def bad_videos(folder):
 def test_bad_videos(tmp_path):
     for name, reason in bad_videos(tmp_path).items():
         with pytest.raises(ValueError, match=reason) as error:
-            data.read_video(tmp_path / name, frames=33)
+            read_video(tmp_path / name, frames=33)
         assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
     for name in ("cut.mp4", "cut.mkv"):  # also when all frames are asked for ...
         with pytest.raises(ValueError, match="truncated"):
-            data.read_video(tmp_path / name)
-        assert len(data.read_video(tmp_path / name, frames=3)[0]) == 3  # ... not if the damage lies beyond
+            read_video(tmp_path / name)
+        assert len(read_video(tmp_path / name, frames=3)[0]) == 3  # ... not if the damage lies beyond
     with pytest.raises(FileNotFoundError, match="nowhere.mp4"):
-        data.read_video(tmp_path / "nowhere.mp4")
+        read_video(tmp_path / "nowhere.mp4")
     with pytest.raises(ValueError, match="uint8"):
-        data.write_video(tmp_path / "out.mp4", np.zeros((3, 8, 8, 3)), 24)
+        write_video(tmp_path / "out.mp4", np.zeros((3, 8, 8, 3)), 24)
 
 
 def test_decoding_stops_early(tmp_path, monkeypatch):
     write_at(tmp_path / "a.mp4", clip().repeat(20, 0), range(400), rate=24)
     shown = []
-    monkeypatch.setattr(data, "rgb", lambda frame, rgb=data.rgb: shown.append(frame.time) or rgb(frame))
-    data.read_video(tmp_path / "a.mp4", frames=4, stride=2)
+    monkeypatch.setattr(data, "rgb", lambda frame, rgb=rgb: shown.append(frame.time) or rgb(frame))
+    read_video(tmp_path / "a.mp4", frames=4, stride=2)
     assert np.allclose(np.array(shown) * 24, [0, 2, 4, 6])  # frames between are not converted
-    fps, ticks = data.open_video(tmp_path / "a.mp4")
+    fps, ticks = open_video(tmp_path / "a.mp4")
     next(ticks)
     ticks.close()  # closes the file: no decoder is left behind
     assert list(ticks) == []
@@ -245,9 +253,9 @@ def full_disk(room):
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):
-    data.write_file(tmp_path / "a.bin", b"old")
+    write_file(tmp_path / "a.bin", b"old")
     with full_disk(100_000), pytest.raises(OSError, match="500000 bytes.*a.bin"):
-        data.write_file(tmp_path / "a.bin", b"x" * 500_000)
+        write_file(tmp_path / "a.bin", b"x" * 500_000)
     assert os.listdir(tmp_path) == ["a.bin"] and (tmp_path / "a.bin").read_bytes() == b"old"
 
 
@@ -255,36 +263,36 @@ def test_failed_write_keeps_the_old_file(tmp_path):
 
 
 def test_glyphs_differ():
-    glyphs = {data.text_mask(chr(c)).tobytes() for c in range(32, 127)}
-    assert len(glyphs) == 95 and not data.text_mask(" ").any()
-    assert (data.text_mask("é") == data.text_mask("?")).all()
-    assert data.text_mask("ab", 2).shape == (16, 24)
+    glyphs = {text_mask(chr(c)).tobytes() for c in range(32, 127)}
+    assert len(glyphs) == 95 and not text_mask(" ").any()
+    assert (text_mask("é") == text_mask("?")).all()
+    assert text_mask("ab", 2).shape == (16, 24)
 
 
 def test_grid():
     a, b = clip(5), clip(3)
-    out = data.grid([a, b], ["left", "a caption that is much too long for one line"], scale=2)
+    out = grid([a, b], ["left", "a caption that is much too long for one line"], scale=2)
     strip = out.shape[1] - 96
     assert out.shape == (5, strip + 96, 2 * 128 + 4, 3) and strip >= 20
-    assert (out[:, strip:, :128] == data.upscale(a, 2)).all()
+    assert (out[:, strip:, :128] == upscale(a, 2)).all()
     right = out[:, strip:, 132:]
-    assert (right[:3] == data.upscale(b, 2)).all() and (right[3:] == right[2]).all()
+    assert (right[:3] == upscale(b, 2)).all() and (right[3:] == right[2]).all()
     assert (out[:, :strip].max() == 235) and (out[0, :strip] == out[4, :strip]).all()
     with pytest.raises(ValueError, match="2 videos, 1 labels"):
-        data.grid([a, b], ["left"])
+        grid([a, b], ["left"])
 
 
 def test_paths_are_drawn_where_the_cameras_are():
     c2w = np.tile(np.eye(4), (9, 1, 1))
     c2w[:, 0, 3] = np.linspace(0, 1, 9)  # one metre to the right
     video = np.zeros((9, 150, 200, 3), np.uint8)
-    out = data.draw_paths(video, [c2w])
+    out = draw_paths(video, [c2w])
     assert out.shape == video.shape and not video.any()
     assert not out[:, :100].any() and not out[:, :, :150].any()  # only the lower right third is drawn on
     rows = out[:, -25:-15, -50:].sum((1, 3)).astype(float) ** 4  # (9, 50)
     x = [np.average(np.arange(50), weights=row) for row in rows]
     assert (np.diff(x) > 1).all()  # moves to the right
-    up = data.draw_paths(video, [np.tile(np.eye(4), (9, 1, 1))])[0, -50:, -50:].astype(int).sum(-1)
+    up = draw_paths(video, [np.tile(np.eye(4), (9, 1, 1))])[0, -50:, -50:].astype(int).sum(-1)
     assert up[:24, 24:26].sum() > 2 * up[27:40, 24:26].sum()  # looks forward: upwards
 
 
@@ -307,7 +315,7 @@ def source(tmp_path_factory):
     for i, name in enumerate(names):
         (folder / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "cameras" / name).parent.mkdir(parents=True, exist_ok=True)
-        data.write_video(folder / "videos" / f"{name}.mp4", np.roll(clip(12), i, 0), 24)
+        write_video(folder / "videos" / f"{name}.mp4", np.roll(clip(12), i, 0), 24)
         np.savez(folder / "cameras" / f"{name}.npz", c2w=path_of(12, i), intrinsics=[50.0, 60.0, 32.0, 24.0])
     rows = [f"{name}.mp4,a caption for clip {i}" for i, name in enumerate(names)]
     (folder / "captions.csv").write_text("\n".join(["file_name,text", *rows]))
@@ -319,7 +327,7 @@ def path_of(frames, i):
 
 
 def prepare(source, weights, out, **options):
-    return data.prepare(source / "videos", out, weights, source / "captions.csv",
+    return prepare(source / "videos", out, weights, source / "captions.csv",
                         cameras=str(source / "cameras"), **SETTINGS | options)
 
 
@@ -341,15 +349,15 @@ def clips(folder):
 
 
 def test_clips_hold_what_the_models_say(source, weights, cache):
-    clips = data.ClipCache(cache, **SETTINGS)
+    clips = ClipCache(cache, **SETTINGS)
     assert clips.names == ["a.mp4", "b.mp4", "street/a.mp4", "street/night 1.mp4"] and len(clips) == 4
     one = clips[3]
     assert one.name == "street/night 1.mp4" and one.caption == "a caption for clip 3" and one.fps == 24
-    video, _ = data.read_video(one.video, 9, 1, (32, 48))
-    x = data.to_float(video)[None]
-    codec = vae.load_vae(weights / data.VAE_FILE)
-    text = encoders.load_text_encoder(weights / data.TEXT_FILE)
-    image = encoders.load_image_encoder(weights / data.IMAGE_FILE)
+    video, _ = read_video(one.video, 9, 1, (32, 48))
+    x = to_float(video)[None]
+    codec = vae.load_vae(weights / VAE_FILE)
+    text = encoders.load_text_encoder(weights / TEXT_FILE)
+    image = encoders.load_image_encoder(weights / IMAGE_FILE)
     assert torch.equal(one.latents, codec.encode(x)[0].bfloat16()) and one.latents.shape == (16, 3, 4, 6)
     assert torch.equal(one.text, text.embed([one.caption])[0].bfloat16()) and one.text.shape[0] == 512
     assert torch.equal(one.image, image(x[:, :, 0])[0].bfloat16()) and one.image.shape[0] == 257
@@ -362,7 +370,7 @@ def test_clips_hold_what_the_models_say(source, weights, cache):
 
 
 def test_the_policy_takes_a_clip(weights, cache):
-    clip = data.ClipCache(cache)[0]
+    clip = ClipCache(cache)[0]
     dit = model.load_dit(weights / tiny_weights.DIT, weights / tiny_weights.REDIRECTOR)
     maps = trajectories.camera_maps(clip.c2w[None], clip.intrinsics[None], 32, 48)
     condition = model.Condition(*(x[None].float() for x in (clip.text, clip.image, clip.latents)), maps, maps)
@@ -381,38 +389,38 @@ def test_what_was_trained_is_opened_as_it_was_trained(weights):
 def test_an_estimator_gives_the_cameras():
     video, world = torch.zeros(9, 32, 48, 3, dtype=torch.uint8), torch.from_numpy(path_of(9, 3))[None]
     estimator = lambda videos: (world, torch.tensor([[0.7, 0.8, 0.4, 0.4]]))
-    c2w, intrinsics = data.source_cameras(video, None, (48, 64), "a", estimator)
+    c2w, intrinsics = source_cameras(video, None, (48, 64), "a", estimator)
     assert np.allclose(c2w, trajectories.relative(world[0]))
     assert intrinsics.tolist() == pytest.approx([0.7, 0.8, 0.5, 0.5])
     with pytest.raises(ValueError, match="failed"):
-        data.source_cameras(video, None, (48, 64), "a", lambda videos: (world * float("nan"), None))
+        source_cameras(video, None, (48, 64), "a", lambda videos: (world * float("nan"), None))
 
 
 def test_cameras_follow_the_frames_taken(tmp_path):
     np.savez(tmp_path / "a.npz", c2w=path_of(20, 2))
     video, numbers = torch.zeros(9, 32, 48, 3, dtype=torch.uint8), np.arange(3, 20, 2)
     # a 90 degree view of 64x48 has a focal length of half its width: 32 pixels, or 24 at 48x36
-    c2w, intrinsics = data.source_cameras(video, numbers, (48, 64), "a.mp4", tmp_path, fov=90)
+    c2w, intrinsics = source_cameras(video, numbers, (48, 64), "a.mp4", tmp_path, fov=90)
     assert np.allclose(c2w, trajectories.relative(path_of(20, 2)[3::2]))
     assert intrinsics.tolist() == pytest.approx([24 / 48, 24 / 32, 0.5, 0.5])
     with pytest.raises(ValueError, match="--fov"):
-        data.source_cameras(video, numbers, (48, 64), "a.mp4", tmp_path)
+        source_cameras(video, numbers, (48, 64), "a.mp4", tmp_path)
     with pytest.raises(ValueError, match="a.npz: 20 cameras, but the clip's last frame is 20"):
-        data.source_cameras(video, numbers + 1, (48, 64), "a.mp4", tmp_path, fov=60)
+        source_cameras(video, numbers + 1, (48, 64), "a.mp4", tmp_path, fov=60)
     for folder, array in (("pose", path_of(9, 1)), ("intrinsics", np.tile([32.0, 32, 32, 24], (9, 1)))):
         (tmp_path / folder).mkdir()  # as ViPE writes them
         np.savez(tmp_path / folder / "v.npz", data=array, inds=np.arange(9))
-    c2w, intrinsics = data.source_cameras(video, np.arange(9), (48, 64), "clips/v.mp4", tmp_path)
+    c2w, intrinsics = source_cameras(video, np.arange(9), (48, 64), "clips/v.mp4", tmp_path)
     assert np.allclose(c2w, trajectories.relative(path_of(9, 1)))
     assert intrinsics.tolist() == pytest.approx([0.5, 0.75, 0.5, 0.5])
-    c2w, intrinsics = data.source_cameras(video, np.arange(9), (48, 64), "any.mp4", tmp_path / "pose/v.npz")
+    c2w, intrinsics = source_cameras(video, np.arange(9), (48, 64), "any.mp4", tmp_path / "pose/v.npz")
     assert np.allclose(c2w, trajectories.relative(path_of(9, 1))) and intrinsics[0] == 0.5
     np.save(tmp_path / "a.npy", path_of(9, 3))  # a file is taken as it is named, whatever lies beside it
-    c2w, _ = data.source_cameras(video, np.arange(9), (48, 64), "b.mp4", tmp_path / "a.npy", fov=90)
+    c2w, _ = source_cameras(video, np.arange(9), (48, 64), "b.mp4", tmp_path / "a.npy", fov=90)
     assert np.allclose(c2w, trajectories.relative(path_of(9, 3)))
     for name, seed in (("walk_0.5", 0), ("walk_0.6", 1)):  # folders of images: .5 is no suffix
         np.save(tmp_path / f"{name}.npy", path_of(9, seed))
-    c2w, _ = data.source_cameras(video, np.arange(9), (48, 64), "walk_0.6", tmp_path, fov=90)
+    c2w, _ = source_cameras(video, np.arange(9), (48, 64), "walk_0.6", tmp_path, fov=90)
     assert np.allclose(c2w, trajectories.relative(path_of(9, 1)))
 
 
@@ -435,7 +443,7 @@ def test_bad_clips_are_skipped_with_the_reason(source, weights, tmp_path):
     for name, reason in reasons.items():
         assert reason in index["skipped"][name] and "\n" not in index["skipped"][name]
     assert "a.mp4" in index["clips"] and not set(index["clips"]) & set(reasons)
-    assert data.read_index(tmp_path / "out") == index
+    assert read_index(tmp_path / "out") == index
 
 
 def test_other_settings_are_refused(source, weights, cache):
@@ -443,33 +451,33 @@ def test_other_settings_are_refused(source, weights, cache):
     with pytest.raises(ValueError, match="width = 48, wanted 64"):
         prepare(source, weights, cache, width=64)
     with pytest.raises(ValueError, match="cameras = files of .*/cameras, wanted files of .*/a.npz"):
-        data.prepare(source / "videos", cache, weights, cameras=str(source / "cameras/a.npz"), **SETTINGS)
+        prepare(source / "videos", cache, weights, cameras=str(source / "cameras/a.npz"), **SETTINGS)
     with pytest.raises(ValueError, match="frames = 9, wanted 81"):
-        data.ClipCache(cache, frames=81)
+        ClipCache(cache, frames=81)
     with pytest.raises(ValueError, match="4k.1 frames"):
         prepare(source, weights, cache, frames=10)
     with pytest.raises(FileNotFoundError, match="nowhere: expected mapanything, a camera file or a folder"):
-        data.prepare(source / "videos", cache, weights, cameras="nowhere", **SETTINGS)
+        prepare(source / "videos", cache, weights, cameras="nowhere", **SETTINGS)
     with pytest.raises(FileNotFoundError, match="index.json"):
-        data.ClipCache(source)
+        ClipCache(source)
     assert clips(cache) == before
 
 
 def test_captions_file(tmp_path):
     file = tmp_path / "metadata.csv"
     file.write_text('\ufeffvideoFile,caption\nx/a.mp4,"one, two"\nb.mp4,\nc.webm, three \n', encoding="utf-8")
-    captions = data.read_captions(file)
+    captions = read_captions(file)
     assert captions == {"x/a": "one, two", "c": "three"}
-    assert data.find_caption("x/a.mov", captions) == "one, two"
-    assert data.find_caption("b.mp4", captions) is None
-    assert data.find_caption("deep/down/c.webm", captions) == "three"
-    assert data.find_caption("v0.6", {"v0.6": "six", "v0": "none"}) == "six"  # a folder of images
+    assert find_caption("x/a.mov", captions) == "one, two"
+    assert find_caption("b.mp4", captions) is None
+    assert find_caption("deep/down/c.webm", captions) == "three"
+    assert find_caption("v0.6", {"v0.6": "six", "v0": "none"}) == "six"  # a folder of images
     for text, message in (("", "has none"), ("video,words\na,b\n", "has video, words"),
                           ("file_name,text\n", "no row"),
                           ("file_name,text\na.mp4,x\na.mp4,y\n", "line 3: another caption for a.mp4")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
-            data.read_captions(file)
+            read_captions(file)
 
 
 def test_changed_captions_are_encoded_again(source, weights, cache, tmp_path):
@@ -487,19 +495,19 @@ def test_captioner_sees_the_middle_frame(source, weights, tmp_path, monkeypatch)
     seen = lambda frame, *_: f"brightness {frame[-8:, -8:].float().mean() / 10 - 1:.0f}"
     monkeypatch.setattr(encoders, "caption", seen)
     options = dict(captioner="blip2", cameras=str(source / "cameras"), **SETTINGS)
-    data.prepare(source / "videos", tmp_path / "out", weights, source / "captions.csv", **options)
-    assert data.ClipCache(tmp_path / "out")[0].caption == "a caption for clip 0"  # its row
-    data.prepare(source / "videos", tmp_path / "no_file", weights, **options)
-    assert data.ClipCache(tmp_path / "no_file")[0].caption == "brightness 4"  # of 0 to 8
+    prepare(source / "videos", tmp_path / "out", weights, source / "captions.csv", **options)
+    assert ClipCache(tmp_path / "out")[0].caption == "a caption for clip 0"  # its row
+    prepare(source / "videos", tmp_path / "no_file", weights, **options)
+    assert ClipCache(tmp_path / "no_file")[0].caption == "brightness 4"  # of 0 to 8
 
 
 def test_damaged_clip(cache, tmp_path):
     content = (cache / "a.mp4.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[:-10])
     with pytest.raises(ValueError, match="cut.safetensors: truncated"):
-        data.load_clip(tmp_path / "cut.safetensors")
+        load_clip(tmp_path / "cut.safetensors")
     with pytest.raises(ValueError, match="no prepared clip, lacks name"):
-        data.load_clip(cache / data.NEGATIVE)
+        load_clip(cache / NEGATIVE)
 
 
 def test_killed_and_resumed(source, weights, cache, tmp_path):
@@ -521,7 +529,7 @@ data.main()
     out = tmp_path / "out"
     assert {f.suffix for f in out.iterdir()} == {".json", ".safetensors", ".tmp"}
     with pytest.raises(ValueError, match="not finished"):
-        data.ClipCache(out)
+        ClipCache(out)
     first = (out / "a.mp4.safetensors").stat()
     index = prepare(source, weights, out)
     assert len(index["clips"]) == 4 and clips(out) == clips(cache) and not list(out.rglob("*.tmp"))
@@ -531,9 +539,9 @@ data.main()
 def test_full_disk_stops_with_one_line(source, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data.py", *PREPARE[2:], *arguments(source, weights, tmp_path / "out")])
     with full_disk(40_000), pytest.raises(SystemExit, match="data.py: .*too large.*a.mp4.safe") as stop:
-        data.main()  # index and negative prompt fit, no clip does
+        main()  # index and negative prompt fit, no clip does
     assert "\n" not in stop.value.code
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [data.INDEX, data.NEGATIVE]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [INDEX, NEGATIVE]
 
 
 def test_two_ranks_make_what_one_makes(source, weights, cache, tmp_path):
@@ -542,5 +550,5 @@ def test_two_ranks_make_what_one_makes(source, weights, cache, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert clips(tmp_path / "out") == clips(cache)
-    assert data.read_index(tmp_path / "out") == data.read_index(cache)
+    assert read_index(tmp_path / "out") == read_index(cache)
     assert done.stdout.count("4 clips made, 0 were there, 0 skipped") == 1

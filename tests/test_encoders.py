@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import encoders
-from encoders import NEGATIVE_PROMPT, caption, clean, load_image_encoder, load_text_encoder
+from pretrained import encoders
+from pretrained.encoders import (
+    NEGATIVE_PROMPT, clean, describe_frame, load_image_encoder, load_text_encoder)
 
 GOLDEN = Path(__file__).parent / "golden"
 

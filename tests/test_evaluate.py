@@ -13,18 +13,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.spatial.transform import Rotation
 
-import data
 import evaluate
 import model
-import outside
-import report
-import reward_models
-import scores
+from evaluation import outside
+from evaluation import report
+from pretrained import reward_models
+from evaluation import scores
 import tiny_weights
-import toy
 import trajectories
-from evaluate import Config, main, pose_scores
-from report import case_name
+from data.prepare import encode_clip, main
+from data.video import read_video, to_float, to_uint8, write_video
+from evaluation.cases import case_name, find_checkpoints, find_clips, find_generated, listed
+from evaluation.generate import generate
+from evaluation.scores import keep_settings, pose_scores, read_results, save_poses
+from model import Config
+from plumbing.files import write_file
+from toy.poses import judge
+from toy.pretrain import fit_codec
+from toy.rooms import FRAMES, HEADS, TEXT, render, rooms
+from trajectories import path_number
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -92,11 +99,11 @@ def test_poses_that_are_not_finite_have_failed():
 def rendered(stretch):
     """A toy room filmed along arc_left, `stretch` times as far -> cameras the judge finds, and the target
     path."""
-    target = trajectories.rescale(trajectories.recammaster("arc_left", toy.FRAMES), 0.06, np.radians(1.5))
+    target = trajectories.rescale(trajectories.recammaster("arc_left", FRAMES), 0.06, np.radians(1.5))
     path = torch.from_numpy(trajectories.scale_motion(target, stretch, 1)).float()[None]
-    room = toy.rooms(1, 3)
-    video = data.to_float(data.to_uint8(toy.render(room, path)[0])[0])[None]  # as 8-bit video shows it
-    return toy.judge(video, room, torch.from_numpy(target).float()[None])[0][0], target
+    room = rooms(1, 3)
+    video = to_float(to_uint8(render(room, path)[0])[0])[None]  # as 8-bit video shows it
+    return judge(video, room, torch.from_numpy(target).float()[None])[0][0], target
 
 
 def test_known_answer_in_a_rendered_world():
@@ -117,28 +124,28 @@ def test_clips_are_found_by_name(tmp_path):
     for name in ("bear.mp4", "b/cat.MOV", "dog/00000.jpg", "dog/00001.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    clips = evaluate.find_clips(tmp_path)
+    clips = find_clips(tmp_path)
     assert clips == {"b_cat": "b/cat.MOV", "bear": "bear.mp4", "dog": "dog"}
     names = tmp_path / "subset.txt"
     names.write_text("dog\n\nbear.mp4\n")
-    assert list(evaluate.find_clips(tmp_path, str(names))) == ["dog", "bear"]
-    assert list(evaluate.find_clips(tmp_path, "bear, dog")) == ["bear", "dog"]
+    assert list(find_clips(tmp_path, str(names))) == ["dog", "bear"]
+    assert list(find_clips(tmp_path, "bear, dog")) == ["bear", "dog"]
     names.write_text("dog\nbeer\nwolf\n")
     with pytest.raises(ValueError, match="clips: 2 of 3 are not in .*: beer, wolf; did you mean bear?"):
-        evaluate.find_clips(tmp_path, str(names))
+        find_clips(tmp_path, str(names))
     (tmp_path / "b_cat.mp4").touch()
     with pytest.raises(ValueError, match="would both be called b_cat"):
-        evaluate.find_clips(tmp_path)
+        find_clips(tmp_path)
 
 
 def test_videos_made_elsewhere_are_found_by_name(tmp_path):
     for name in ("bear_camera_9_speed_1.0.mp4", "sub/bear_camera_1_speed_1.5.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert set(evaluate.find_generated(tmp_path)) == {"bear_camera_9_speed_1", "bear_camera_1_speed_1.5"}
+    assert set(find_generated(tmp_path)) == {"bear_camera_9_speed_1", "bear_camera_1_speed_1.5"}
     (tmp_path / "bear.mp4").touch()
     with pytest.raises(ValueError, match="expected <clip>_camera_.*found bear.mp4"):
-        evaluate.find_generated(tmp_path)
+        find_generated(tmp_path)
 
 
 def test_checkpoints_are_found(tmp_path):
@@ -147,21 +154,21 @@ def test_checkpoints_are_found(tmp_path):
         (tmp_path / f"run/iteration_{n:06d}/self_attn.safetensors").touch()
     (tmp_path / "mine.safetensors").touch()
     run, first = tmp_path / "run", tmp_path / "run/iteration_000002"
-    found = evaluate.find_checkpoints(f"{run},{first}, {tmp_path / 'mine.safetensors'}")
+    found = find_checkpoints(f"{run},{first}, {tmp_path / 'mine.safetensors'}")
     assert list(found) == ["base", "run-iteration_000010", "run-iteration_000002", "mine"]
     assert found["base"] is None
     assert found["run-iteration_000002"] == first / "self_attn.safetensors"
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        evaluate.find_checkpoints(str(tmp_path))
+        find_checkpoints(str(tmp_path))
     with pytest.raises(ValueError, match="different names"):
-        evaluate.find_checkpoints(f"{run},{run}")
+        find_checkpoints(f"{run},{run}")
 
 
 def test_paths_by_number_or_name():
-    assert evaluate.listed("1, arc_left,10", "paths", evaluate.path_number) == [1, 9, 10]
+    assert listed("1, arc_left,10", "paths", path_number) == [1, 9, 10]
     for text in ("11", "arc_lft", ""):
         with pytest.raises(ValueError, match="paths"):
-            evaluate.listed(text, "paths", evaluate.path_number)
+            listed(text, "paths", path_number)
 
 
 def test_results_of_another_protocol_are_refused(tmp_path):
@@ -170,16 +177,16 @@ def test_results_of_another_protocol_are_refused(tmp_path):
                          ('{"prot', "damaged")):
         file.write_text(content)
         with pytest.raises(ValueError, match=f"results.json: {why}"):
-            evaluate.read_results(file)
+            read_results(file)
     with pytest.raises(FileNotFoundError):
-        evaluate.read_results(tmp_path / "none.json")
+        read_results(tmp_path / "none.json")
 
 
 def test_a_folder_made_with_other_settings_is_refused(tmp_path):
-    evaluate.claim(tmp_path / "a", {"steps": 50, "seed": 0})
-    evaluate.claim(tmp_path / "a", {"steps": 50, "seed": 0})
+    keep_settings(tmp_path / "a", {"steps": 50, "seed": 0})
+    keep_settings(tmp_path / "a", {"steps": 50, "seed": 0})
     with pytest.raises(ValueError, match=r"a: made with steps = 50, now 25; choose another --out"):
-        evaluate.claim(tmp_path / "a", {"steps": 25, "seed": 0})
+        keep_settings(tmp_path / "a", {"steps": 25, "seed": 0})
 
 
 # ---- videos made elsewhere ----
@@ -192,8 +199,8 @@ def noisy(number, frames, speed=1.0, scale=1.0, seed=0):
 
 def put(folder, poses, case, path):
     """A video called `case` in folder and its poses, as an estimator would find them, in poses."""
-    data.write_video(folder / f"{case}.mp4", np.full((len(path), 16, 16, 3), 99, np.uint8), 24)
-    evaluate.save_poses(poses / folder.name / f"{case}.npz", path)
+    write_video(folder / f"{case}.mp4", np.full((len(path), 16, 16, 3), 99, np.uint8), 24)
+    save_poses(poses / folder.name / f"{case}.npz", path)
 
 
 @pytest.fixture
@@ -210,7 +217,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def results(config):
-    return evaluate.read_results(Path(config.out) / "results.json")["methods"]
+    return read_results(Path(config.out) / "results.json")["methods"]
 
 
 def test_scoring_videos_made_elsewhere(elsewhere, capsys):
@@ -254,7 +261,7 @@ def test_finished_cases_are_kept_and_failed_ones_tried_again(elsewhere, monkeypa
 def test_interrupted_scoring_goes_on(elsewhere, monkeypatch):
     """Killed at the k-th file written, for every k, then run again: always the same results."""
     evaluate.evaluate(elsewhere)
-    whole, write = Path("out/results.json").read_text(), data.write_file
+    whole, write = Path("out/results.json").read_text(), write_file
     shutil.rmtree("out")
     count = 0
 
@@ -295,7 +302,7 @@ def test_vbench_and_met3r_in_the_tables(elsewhere, monkeypatch):
     monkeypatch.setattr(outside, "vbench", vbench)
     monkeypatch.setattr(outside, "met3r", met3r)
     Path("poses/B/bear_camera_1_speed_1.npz").write_bytes(b"PK")
-    data.write_video(Path("videos/bear.mp4"), np.zeros((21, 32, 32, 3), np.uint8), 24)
+    write_video(Path("videos/bear.mp4"), np.zeros((21, 32, 32, 3), np.uint8), 24)
     Path("checkout").mkdir()
     Path("checkout/evaluate.py").touch()
     config = dataclasses.replace(elsewhere, videos="videos", redirector="checkout", height=32, width=32)
@@ -374,7 +381,7 @@ def clips(tmp_path_factory):
     save_file(state, folder / "same.safetensors")
     save_file({k: 1.5 * v for k, v in state.items()}, folder / "other.safetensors")
     rng = np.random.default_rng(0)
-    data.write_video(folder / "videos/bear.mp4", rng.integers(0, 255, (8, 40, 32, 3), np.uint8), 24)
+    write_video(folder / "videos/bear.mp4", rng.integers(0, 255, (8, 40, 32, 3), np.uint8), 24)
     (folder / "videos/broken.mp4").write_bytes(b"garbage")
     (folder / "cameras").mkdir()
     intrinsics = np.array([1, 1, 0.5, 0.5])
@@ -382,7 +389,7 @@ def clips(tmp_path_factory):
     (folder / "captions.csv").write_text("file_name,text\nbear.mp4,a bear\nbroken.mp4,nothing\n")
     for method in ("base", "same", "other"):
         for n in (1, 9):
-            evaluate.save_poses(folder / f"poses/{method}/bear_camera_{n}_speed_1.npz", noisy(n, 5))
+            save_poses(folder / f"poses/{method}/bear_camera_{n}_speed_1.npz", noisy(n, 5))
     return folder
 
 
@@ -398,7 +405,7 @@ def protocol(clips, tmp_path, monkeypatch):
 
 def test_protocol(protocol, monkeypatch):
     """Generate, score, go on after an interruption; equal weights make equal videos, other weights do not."""
-    out, written, write = Path(protocol.out), [], data.write_video
+    out, written, write = Path(protocol.out), [], write_video
 
     def stop_once(path, *rest):
         if len(written) == 4:
@@ -416,7 +423,7 @@ def test_protocol(protocol, monkeypatch):
     read = {x: (out / x).read_bytes() for x in videos}
     assert read[videos[0]] == read[videos[2]] and read[videos[1]] == read[videos[3]]
     assert read[videos[0]] != read[videos[4]] and read[videos[0]] != read[videos[1]]
-    assert data.read_video(out / videos[0])[0].shape == (5, 32, 32, 3)
+    assert read_video(out / videos[0])[0].shape == (5, 32, 32, 3)
     methods = results(protocol)
     assert list(methods) == ["base", "same", "other"]
     assert methods["same"]["cases"]["broken_camera_9_speed_1"]["failed"].startswith("source: ")
@@ -426,7 +433,7 @@ def test_protocol(protocol, monkeypatch):
 
 
 def test_settings_are_kept(protocol):
-    evaluate.claim(Path(protocol.out) / "base/videos", {"steps": 50})
+    keep_settings(Path(protocol.out) / "base/videos", {"steps": 50})
     with pytest.raises(ValueError, match="base/videos: made with steps = 50, now 1"):
         evaluate.evaluate(protocol)
 
@@ -447,11 +454,11 @@ def test_noise_depends_on_case_and_seed_alone(clips):
     row = model.Condition(torch.zeros(1, 1, 4), None, torch.zeros(1, 16, 2, 4, 4))
     both = model.Condition.cat([row, row])
     options = dict(steps=1, shift=5.0)
-    together = evaluate.generate(Recorder(), codec, both, ["a", "b"], **options)
-    alone = evaluate.generate(Recorder(), codec, row, ["b"], **options)
+    together = generate(Recorder(), codec, both, ["a", "b"], **options)
+    alone = generate(Recorder(), codec, row, ["b"], **options)
     assert torch.equal(drawn[0][1], drawn[1][0]) and not torch.equal(drawn[0][0], drawn[0][1])
     assert torch.equal(together[1], alone[0]) and together.shape == (2, 2, 4, 4, 3)
-    evaluate.generate(Recorder(), codec, row, ["b"], seed=1, **options)
+    generate(Recorder(), codec, row, ["b"], seed=1, **options)
     assert not torch.equal(drawn[1], drawn[2])
 
 
@@ -462,13 +469,13 @@ def toy_weights(tmp_path, monkeypatch):
     """A small random base and a checkpoint of it; the judge sees every camera go 20 % too far, but for NaN
     once."""
     torch.manual_seed(0)
-    config = model.Config(dim=32 * toy.HEADS, num_heads=toy.HEADS, num_layers=1, ffn_dim=64,
-                          text_dim=toy.TEXT, camera_dim=24, roce=True)
+    config = model.Config(dim=32 * HEADS, num_heads=HEADS, num_layers=1, ffn_dim=64,
+                          text_dim=TEXT, camera_dim=24, roce=True)
     state = model.DiT(config).state_dict()
     save_file(state, tmp_path / "toy_base.safetensors")
     save_file({k: v + 0.1 for k, v in state.items() if ".self_attn." in k}, tmp_path / "tuned.safetensors")
-    base = model.load_dit(tmp_path / "toy_base.safetensors", num_heads=toy.HEADS)
-    codec = toy.fit_codec(toy.render(toy.rooms(2, 0), torch.eye(4).expand(2, toy.FRAMES, 4, 4))[0])
+    base = model.load_dit(tmp_path / "toy_base.safetensors", num_heads=HEADS)
+    codec = fit_codec(render(rooms(2, 0), torch.eye(4).expand(2, FRAMES, 4, 4))[0])
     judged = []
 
     def judge(video, room, guess, codec):
@@ -488,7 +495,7 @@ def test_toy(toy_weights):
     argv = ["toy", f"--weights={folder}", f"--ckpt={folder / 'tuned.safetensors'}", f"--out={folder / 'out'}",
             "--rooms=1", "--steps=1", "--speeds=1,2"]
     main(argv)
-    methods = evaluate.read_results(folder / "out/results.json")["methods"]
+    methods = read_results(folder / "out/results.json")["methods"]
     assert list(methods) == ["base", "tuned"] and [len(m["cases"]) for m in methods.values()] == [20, 20]
     case = methods["tuned"]["cases"]["room0_camera_9_speed_2"]
     assert case["scale"] == pytest.approx(1.2, abs=1e-4) and case["TransErr"] == pytest.approx(0, abs=1e-4)
@@ -511,9 +518,9 @@ def retake(clips, out, *flags):
 
 def test_retake(clips, tmp_path):
     retake(clips, tmp_path, "--camera=arc_left", "--speed=1.5", f"--ckpt={clips / 'other.safetensors'}")
-    new, fps = data.read_video(tmp_path / "bear_arc_left_1.5.mp4")
+    new, fps = read_video(tmp_path / "bear_arc_left_1.5.mp4")
     assert new.shape == (5, 32, 48, 3) and fps == 24  # 8 frames: 5 is the largest 4k + 1
-    both, _ = data.read_video(tmp_path / "bear_arc_left_1.5_side_by_side.mp4")
+    both, _ = read_video(tmp_path / "bear_arc_left_1.5_side_by_side.mp4")
     assert both.shape[2] == 2 * 48 + 4 and len(both) == 5
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -536,7 +543,7 @@ def test_what_is_not_given_is_estimated(clips, tmp_path, monkeypatch):
         seen.append(frame)
         return "a bear, says BLIP-2"
 
-    def encode_clip(*args, original=data.encode_clip):
+    def encode_clip(*args, original=encode_clip):
         seen.append(args[1])
         return original(*args)
 
@@ -548,7 +555,7 @@ def test_what_is_not_given_is_estimated(clips, tmp_path, monkeypatch):
         maps.append(args) or original(*args)))
     main(["retake", str(clips / "videos/bear.mp4"), f"--weights={clips / 'weights'}", "--steps=1",
           "--height=32", "--width=32", f"--out={tmp_path}"])
-    video = data.read_video(clips / "videos/bear.mp4", frames=5, size=(32, 32))[0]
+    video = read_video(clips / "videos/bear.mp4", frames=5, size=(32, 32))[0]
     assert seen[0] == clips / "weights/map-anything" and seen[2] == "a bear, says BLIP-2"
     assert np.array_equal(seen[1], video[2])
     (target, intrinsics, *_), (source, *_) = maps

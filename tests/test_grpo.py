@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import grpo
 from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
+from evaluation.cases import items
 from sampler import rollout, schedule, window
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -46,14 +47,14 @@ def test_advantages_are_eq_5_and_6(C, G, seed):
                for i, (name, scale) in enumerate({"a": 0.01, "b": 3.0, "c": 40.0}.items())}
     weights = {"a": 1.0, "b": 0.3, "c": 2.0}
     expected = torch.zeros(C, G, dtype=torch.float64)
-    for name, reward in rewards.items():
+    for name, reward in items():
         r = reward.double().numpy()
         expected += weights[name] * torch.from_numpy((r - r.mean(1, keepdims=True)) / r.std(1).max())
     got = advantages(rewards, weights, bound=100.0)
     assert got.dtype == torch.float32 and torch.allclose(got.double(), expected, atol=1e-6)
     assert got.mean(1).abs().max() < 1e-6
     close(advantages(rewards, weights, bound=0.7), got.clamp(-0.7, 0.7), 1e-6)
-    moved = {name: 7 * reward.double() - 3 for name, reward in rewards.items()}  # units do not matter
+    moved = {name: 7 * reward.double() - 3 for name, reward in items()}  # units do not matter
     close(advantages(moved, weights, bound=100.0), got, 1e-6)
     if C == 1:
         close(advantages(rewards, weights, normalise="group"), advantages(rewards, weights), 1e-6)
@@ -70,7 +71,7 @@ def test_ranks_that_share_the_maximum_agree_with_one():
     rewards = {"a": normal(6, 4), "b": 10 * normal(6, 4, seed=1)}
     rewards["b"][1, 2] = NAN
     weights = {"a": 1.0, "b": 0.5}
-    parts = [{name: reward[rows] for name, reward in rewards.items()} for rows in (slice(0, 2), slice(2, 6))]
+    parts = [{name: reward[rows] for name, reward in items()} for rows in (slice(0, 2), slice(2, 6))]
     largest = {name: max(float(group_std(part, weights)[name].max()) for part in parts) for name in weights}
     got = torch.cat([advantages(part, weights, largest) for part in parts])
     close(got, advantages(rewards, weights), 1e-6)
@@ -109,8 +110,8 @@ def test_failed_members_are_masked(bad, normalise):
     kept = [0, 1, 2, 4]
     stds = {name: max(float(r[1, kept].double().std(correction=0)),
                       float(r[[0, 2]].double().std(1, correction=0).max()))
-            for name, r in rewards.items()}
-    alone = advantages({name: r[1:2, kept] for name, r in rewards.items()}, weights,
+            for name, r in items()}
+    alone = advantages({name: r[1:2, kept] for name, r in items()}, weights,
                        None if normalise == "group" else stds, normalise)
     close(got[1:2, kept], alone, 1e-6)
     for name, std in group_std(rewards, weights).items():

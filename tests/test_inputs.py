@@ -20,19 +20,23 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save, save_file
 
-import cameras
-import checkpoint
-import configurator
-import data
+from data import cameras
+from plumbing import checkpoint
 import evaluate
 import model
-import report
+from evaluation import report
 import rewards
 import tiny_weights
-import toy
 import train
-import vae
+from pretrained import vae
 from test_data import audio_only, clip, path_of
+from data.clips import ClipCache, INDEX, NEGATIVE, TENSORS, load_clip, read_index
+from data.video import find_videos, write_video
+from evaluation.cases import find_clips
+from evaluation.scores import keep_settings, read_results
+from plumbing.files import digest
+from plumbing.settings import parse
+from pretrained.weights import TEXT_FILE, VAE_FILE, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +45,9 @@ def world(tmp_path_factory):
     w = tmp_path_factory.mktemp("world")
     tiny_weights.write(w / "weights")
     (w / "videos").mkdir()
-    data.write_video(w / "videos/a.mp4", clip(9), 24)
+    write_video(w / "videos/a.mp4", clip(9), 24)
     content = (w / "videos/a.mp4").read_bytes()
-    data.write_video(w / "short.mp4", clip(3), 24)
+    write_video(w / "short.mp4", clip(3), 24)
     (w / "cut.mp4").write_bytes(content[:len(content) // 2])
     (w / "zero.mp4").write_bytes(b"")
     (w / "text.mp4").write_text("no video\n" * 99)
@@ -86,10 +90,10 @@ def world(tmp_path_factory):
     for name, file, content in (
             ("cut_dit", tiny_weights.DIT, base[:-100]), ("zero_dit", tiny_weights.DIT, b""),
             ("other_dit", tiny_weights.DIT, save({"conv.weight": torch.zeros(3)})),
-            ("evil_vae", data.VAE_FILE, pickle.dumps({"conv1.weight": Evil(w)}, protocol=2)),
-            ("cut_vae", data.VAE_FILE, (w / "weights" / data.VAE_FILE).read_bytes()[:5000]),
-            ("other_vae", data.VAE_FILE, None),
-            ("cut_text", data.TEXT_FILE, (w / "weights" / data.TEXT_FILE).read_bytes()[:5000]),
+            ("evil_vae", VAE_FILE, pickle.dumps({"conv1.weight": Evil(w)}, protocol=2)),
+            ("cut_vae", VAE_FILE, (w / "weights" / VAE_FILE).read_bytes()[:5000]),
+            ("other_vae", VAE_FILE, None),
+            ("cut_text", TEXT_FILE, (w / "weights" / TEXT_FILE).read_bytes()[:5000]),
             ("no_redirector", tiny_weights.REDIRECTOR, None)):
         (w / name).mkdir()
         for part in (w / "weights").iterdir():
@@ -97,7 +101,7 @@ def world(tmp_path_factory):
         (w / name / file).unlink()
         if content is not None:
             (w / name / file).write_bytes(content)
-    torch.save({"a": 1}, w / "other_vae" / data.VAE_FILE)
+    torch.save({"a": 1}, w / "other_vae" / VAE_FILE)
     toy = ROOT / "weights"
     for name, file, content in (
             ("toy_cut_base", "toy_base.safetensors", (toy / "toy_base.safetensors").read_bytes()[:-100]),
@@ -119,8 +123,8 @@ def world(tmp_path_factory):
                         ("cut_clip", {"settings": settings, "clips": ["b.mp4"], "skipped": {}})):
         (w / name).mkdir()
         if index is not None:
-            (w / name / data.INDEX).write_text(index if isinstance(index, str) else json.dumps(index))
-        save_file({"text": torch.zeros(512, 32)}, w / name / data.NEGATIVE)
+            (w / name / INDEX).write_text(index if isinstance(index, str) else json.dumps(index))
+        save_file({"text": torch.zeros(512, 32)}, w / name / NEGATIVE)
     (w / "cut_clip/b.mp4.safetensors").write_bytes(base[:500])
     other = w / "other_run/iteration_000002"  # a checkpoint with another learning rate
     other.mkdir(parents=True)
@@ -129,7 +133,7 @@ def world(tmp_path_factory):
         (other / name).write_bytes(content)
     config = vars(train.Config()) | {"lr": 0.5}
     (other / "state.json").write_text(json.dumps({"iteration": 2, "config": config, "digests": {
-        name: checkpoint.digest(content) for name, content in files.items()}}))
+        name: digest(content) for name, content in files.items()}}))
     yield w
     assert not (w / "ran").exists()  # nothing in any of these files was run
 
@@ -409,7 +413,7 @@ def test_fuzzed_config(tmp_path):
     content = (ROOT / "config/toy.py").read_bytes()
 
     def read():
-        config = configurator.parse(train.Config, [str(path)])
+        config = parse(train.Config, [str(path)])
         try:
             train.check(config, 1)
         except ValueError as error:
@@ -433,12 +437,12 @@ def test_fuzzed_cameras(tmp_path, name):
 
 def test_fuzzed_index_results_and_settings(tmp_path):
     index = {"settings": {"frames": 9}, "clips": ["a"], "skipped": {"b": "why"}}
-    fuzz(tmp_path / data.INDEX, json.dumps(index).encode(), lambda: data.read_index(tmp_path), 1000)
+    fuzz(tmp_path / INDEX, json.dumps(index).encode(), lambda: read_index(tmp_path), 1000)
     file = tmp_path / "r.json"
-    fuzz(file, json.dumps(RESULTS).encode(), lambda: evaluate.read_results(file), 1000)
+    fuzz(file, json.dumps(RESULTS).encode(), lambda: read_results(file), 1000)
     settings = {"protocol": 1, "frames": 9, "name": "x"}
     fuzz(tmp_path / "settings.json", json.dumps(settings).encode(),
-         lambda: evaluate.claim(tmp_path, {"frames": 9, "name": "x"}), 1000)
+         lambda: keep_settings(tmp_path, {"frames": 9, "name": "x"}), 1000)
 
 
 def test_fuzzed_safetensors(world, tmp_path):
@@ -448,7 +452,7 @@ def test_fuzzed_safetensors(world, tmp_path):
     small = save({"model.weight": torch.zeros(2, 3), "b": torch.zeros(4)})
     path = tmp_path / "x.safetensors"
     fuzz(path, small, lambda: model.read_shapes(path))
-    fuzz(path, small, lambda: vae.read_weights(path))
+    fuzz(path, small, lambda: read_weights(path))
     fuzz(path, small, lambda: model.load_dit(path), 300)
     pad = content[8:header].replace(b" ", b"")
     for k, mutated in enumerate(mutations(pad, 150)):  # whole files, their keys and shapes mutated
@@ -458,8 +462,8 @@ def test_fuzzed_safetensors(world, tmp_path):
             model.load_dit(path)
             raise ValueError("loaded: the change did not matter")
     facts = {"name": "a", "video": "a.mp4", "caption": "c", "fps": 24.0, "text_length": 5}
-    prepared = save({key: torch.zeros(2, 3) for key in data.TENSORS}, {"clip": json.dumps(facts)})
-    fuzz(path, prepared, lambda: data.load_clip(path))
+    prepared = save({key: torch.zeros(2, 3) for key in TENSORS}, {"clip": json.dumps(facts)})
+    fuzz(path, prepared, lambda: load_clip(path))
 
 
 def test_fuzzed_checkpoint(tmp_path):
@@ -488,11 +492,11 @@ def test_fuzzed_checkpoint(tmp_path):
 
 def test_names_with_dots_stay_inside(world, tmp_path):
     (tmp_path / "v/..a").mkdir(parents=True)
-    data.write_video(tmp_path / "v/..a/..b.mp4", clip(5), 24)
-    assert data.find_videos(tmp_path / "v") == ["..a/..b.mp4"] and evaluate.find_clips(tmp_path / "v") == {
+    write_video(tmp_path / "v/..a/..b.mp4", clip(5), 24)
+    assert find_videos(tmp_path / "v") == ["..a/..b.mp4"] and find_clips(tmp_path / "v") == {
         "..a_..b": "..a/..b.mp4"}  # a clip's name is one path component
     index = {"settings": {}, "clips": ["../secret"], "skipped": {}}
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / data.INDEX).write_text(json.dumps(index))
+    (tmp_path / "cache" / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match="index.json.*'../secret'"):
-        data.ClipCache(tmp_path / "cache")
+        ClipCache(tmp_path / "cache")

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-import data
-import outside
+from evaluation import outside
 import trajectories
+from data.video import write_video
 
 
 def program(path, body):
@@ -23,7 +23,7 @@ def program(path, body):
 def video(tmp_path):
     """A film of 9 frames, 32 x 64."""
     path = tmp_path / "bear_camera_9_speed_1.5.mp4"
-    data.write_video(path, np.full((9, 32, 64, 3), 128, np.uint8), 24)
+    write_video(path, np.full((9, 32, 64, 3), 128, np.uint8), 24)
     return path
 
 

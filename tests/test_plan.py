@@ -8,11 +8,12 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import model
-import plan
-import toy
+from benchmarks import plan
 import train
 from grpo import micro_batches, policy_loss
+from data.video import decode
 from sampler import rollout, schedule
+from toy.rooms import Codec, HEADS, TEXT
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -85,8 +86,8 @@ def test_memory_against_the_loop(settings):
     shape = (16, 3, 6, 10)
     measured = {}
     with plan.Live() as live:
-        dit = model.load_dit(ROOT / "weights/toy_base.safetensors", num_heads=toy.HEADS)
-        codec = toy.Codec(load_file(ROOT / "weights/toy_codec.safetensors"))
+        dit = model.load_dit(ROOT / "weights/toy_base.safetensors", num_heads=HEADS)
+        codec = Codec(load_file(ROOT / "weights/toy_codec.safetensors"))
         dit.checkpoint = config.checkpointing
         parameters = model.trainable(dit)
         live.add(*dit.parameters(), *codec.state.values())
@@ -99,7 +100,7 @@ def test_memory_against_the_loop(settings):
         for iteration in range(2):  # the second is the steady state
             live.peak = live.now
             maps = (C, 24, 3, 48, 80)
-            condition = model.Condition(torch.zeros(C, 1, toy.TEXT), None, torch.randn(C, *shape),
+            condition = model.Condition(torch.zeros(C, 1, TEXT), None, torch.randn(C, *shape),
                                         torch.randn(maps), torch.randn(maps))
             with torch.no_grad():
                 prepared = dit.prepare(condition)
@@ -111,7 +112,7 @@ def test_memory_against_the_loop(settings):
                               micro_batch=rows, negative=negative,
                               guidance=config.guidance)
             measured["rollout"], live.peak = live.peak, live.now
-            videos = train.decode(codec, sampled.latents.flatten(0, 1), config.reward_batch)
+            videos = decode(codec, sampled.latents.flatten(0, 1), config.reward_batch)
             measured["decode"], live.peak = live.peak, live.now
             optimizer.zero_grad()
             for k in range(config.size):

@@ -8,16 +8,17 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-import data
-import report
+from evaluation import report
 import trajectories
-from report import case_name, compare, interval, mean, split_case
+from data.video import read_video, write_video
+from evaluation.cases import case_name, items, split_case
+from evaluation.report import compare, interval, mean
 
 
 def cases(scores, metric="position"):
     """{(clip, path): score or None for a failed case} -> {case: scores}"""
     return {case_name(clip, n, 1.0): {"failed": "no cameras"} if x is None else {metric: x}
-            for (clip, n), x in scores.items()}
+            for (clip, n), x in items()}
 
 
 # ---- names and numbers ----
@@ -204,7 +205,7 @@ def test_page_escapes_and_loads_nothing(tmp_path):
 def test_videos_are_in_the_page(tmp_path):
     """Side by side, in order, at the films' rate; one that cannot be read is named."""
     for name, level in (("source", 40), ("base", 120), ("tuned", 200)):
-        data.write_video(tmp_path / f"{name}.mp4", np.full((5, 32, 48, 3), level, np.uint8), 8)
+        write_video(tmp_path / f"{name}.mp4", np.full((5, 32, 48, 3), level, np.uint8), 8)
     (tmp_path / "broken.mp4").write_bytes(b"x" * 100)
     videos = [(name, tmp_path / f"{name}.mp4") for name in ("source", "base", "broken", "tuned")]
     case = {"title": "c", "videos": videos, "paths": [], "scores": report.table("", [], [])}
@@ -212,17 +213,17 @@ def test_videos_are_in_the_page(tmp_path):
     source = next(attrs["src"] for tag, attrs in parsed.tags if tag == "video")
     assert source.startswith("data:video/mp4;base64,") and "broken.mp4" in "".join(parsed.text)
     (tmp_path / "back.mp4").write_bytes(base64.b64decode(source.split(",")[1]))
-    back, fps = data.read_video(tmp_path / "back.mp4")
+    back, fps = read_video(tmp_path / "back.mp4")
     assert len(back) == 5 and fps == 8 and back.shape[2] == 3 * 48 + 8
     middle = back[2, -16, [24, 76, 128]].mean(-1)
     assert np.abs(middle - [40, 120, 200]).max() < 4
 
 
 def test_large_videos_are_scaled_down(tmp_path):
-    data.write_video(tmp_path / "v.mp4", np.zeros((2, 480, 640, 3), np.uint8), 24)
+    write_video(tmp_path / "v.mp4", np.zeros((2, 480, 640, 3), np.uint8), 24)
     text = report.side_by_side([("v", tmp_path / "v.mp4")])
     (tmp_path / "back.mp4").write_bytes(base64.b64decode(re.search(r"base64,([^\"]*)", text)[1]))
-    assert data.read_video(tmp_path / "back.mp4")[0].shape[2] == 320
+    assert read_video(tmp_path / "back.mp4")[0].shape[2] == 320
 
 
 def points(svg):

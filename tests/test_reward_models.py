@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_rewards import camera_path, scene
 
-import reward_models
+from pretrained import reward_models
 import rewards
 from conftest import ROOT
 from rewards import Scene

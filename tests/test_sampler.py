@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sampler
-from sampler import compress, dpm_step, ode_step, rollout, sample, schedule, sde_step, velocity, window
+from sampler import (
+    compress, dpm_step, ode_step, rollout, sample, schedule, sde_step, velocity, window)
 
 GOLDEN = Path(__file__).parent / "golden"
 CURES = {"tau": {"tau": 0.45}, "t_max": {"tau": None, "t_max": "second"}}  # the second value of the schedule

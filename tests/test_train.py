@@ -14,11 +14,13 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-import checkpoint
-import toy
+from plumbing import checkpoint
 import train
-from configurator import parse
-from train import Config, check, clip_numbers
+from data.world import clip_numbers
+from grpo import policy_loss
+from model import Config
+from plumbing.settings import parse
+from pretrained.vae import check
 
 SMALL = ["--conditions=2", "--members=4", "--sample_every=1000", "--save_every=1", "--rooms=0",
          "--rewards=trans=1,rot=1,sharpness=0.1"]
@@ -361,12 +363,12 @@ def test_one_run_a_folder(main, tmp_path, monkeypatch):
     held = subprocess.Popen([sys.executable, "-c", CLAIM + "; print(1, flush=True); sys.stdin.read()",
                              str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     held.stdout.readline()
-    monkeypatch.setattr(train, "claim", functools.partial(checkpoint.claim, patience=0.5))
+    monkeypatch.setattr(train, "claim", functools.partial(checkpoint.lock_folder, patience=0.5))
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     with pytest.raises(ValueError, match="is writing there; wait for it or choose another --out"):
         main(tmp_path, "--iterations=2")
     assert before == {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    monkeypatch.setattr(train, "claim", checkpoint.claim)
+    monkeypatch.setattr(train, "claim", checkpoint.lock_folder)
     threading.Timer(1, held.kill).start()
     main(tmp_path, "--iterations=2")  # waits for it
     held.communicate()
@@ -388,7 +390,7 @@ def test_the_ratio_of_the_first_update_is_logged(main, tmp_path):
 
 
 def test_non_finite_gradients_change_nothing_and_stop_in_a_row(main, tmp_path, monkeypatch):
-    calls, bad, right = [0], {1}, train.policy_loss  # with one step in the window, one call an iteration
+    calls, bad, right = [0], {1}, policy_loss  # with one step in the window, one call an iteration
 
     def wrong(*args):
         loss, stats = right(*args)

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cameras  # noqa: E402
+from data import cameras  # noqa: E402
 import model  # noqa: E402
 import trajectories  # noqa: E402
-import vae  # noqa: E402
-from data import IMAGE_FILE, TEXT_FILE, TOKENIZER, VAE_FILE  # noqa: E402
+from pretrained import vae  # noqa: E402
+from pretrained.weights import IMAGE_FILE, TEXT_FILE, TOKENIZER, VAE_FILE
 
 DIT = "diffusion_pytorch_model.safetensors"
 REDIRECTOR = "step20000.safetensors"

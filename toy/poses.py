@@ -1,4 +1,4 @@
-"""TODO"""
+"""Where was each frame taken? Two answers from pixels: the reward's estimator and the independent judge."""
 import torch
 import torch.nn.functional as F
 from scipy.spatial.transform import Rotation

@@ -1,8 +1,17 @@
-"""TODO"""
+"""Pretraining: `python -m toy.pretrain` makes the shipped weights.
+
+Procedural rooms are ray-cast with known metric geometry. `python -m toy.pretrain` pretrains a base policy (model.py's
+DiT) on footage of slow scripted paths. Half of its operators fall short of the script, walk on where they
+should stand, and have their white balance off; so the base has two habits, and takes up either. Nothing that
+rewards it looks at colours: the metric reward alone must find out which habit follows the camera. The same
+command trains the metric depth network of a small pose estimator (MapAnything's part); both are shipped in
+weights/. `judge`, the referee, registers a video to the true scene and is never seen by any training.
+"""
 import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +24,7 @@ import model
 import trajectories
 from data.video import to_uint8
 from plumbing.files import write_file
+from plumbing.settings import run_command
 from toy.poses import Estimator, blur
 from toy.rooms import (
     BASE_SPEED, BASE_TURN, Codec, FRAMES, HEADS, SPEED, TEXT, TURN, by_fours, integrate,
@@ -199,11 +209,18 @@ def train_estimator(out, codec, steps=6000, rows=64):
     optimise(parameters, steps, loss_at, out, "toy_estimator", export, "log_depth_error")
 
 
-def describe(folder="weights", n=240):
+@dataclass
+class Describe:
+    """`python -m toy.pretrain describe`"""
+    weights: str = "toy/weights"      # folder of the toy's weights
+    videos: int = 240                 # of unseen rooms
+
+
+def describe(config):
     """Print how far off the estimator is on clean and decoded videos of unseen rooms at test speeds."""
-    _, codec, estimator = open_weights(folder)
-    room = rooms(n, 30_000_000)
-    step, turn = walks(n, torch.Generator().manual_seed(30_000_000))
+    _, codec, estimator = open_weights(config.weights)
+    room = rooms(config.videos, 30_000_000)
+    step, turn = walks(config.videos, torch.Generator().manual_seed(30_000_000))
     for speed in (1.0, 1.5, 2.0):
         c2w = integrate(step * SPEED * speed, turn * TURN * speed)
         motion = c2w[:, :, :3, 3].norm(dim=-1).mean()
@@ -213,15 +230,24 @@ def describe(folder="weights", n=240):
             print(f"speed {speed}, {name} videos: median error {position.median():.3f} m, "
                   f"{torch.rad2deg(rotation.median()):.2f} degrees (mean motion {motion:.3f} m)")
 
-if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1].startswith("-"):
-        sys.exit(f"{__doc__}\nusage: python toy.py [folder to pretrain in] | describe [folder of weights]")
-    if sys.argv[1:2] == ["describe"]:
-        sys.exit(describe(*sys.argv[2:3]))
-    folder = Path(sys.argv[1] if sys.argv[1:] else "out/pretraining")
+
+@dataclass
+class Pretrain:
+    """`python -m toy.pretrain`"""
+    out: str = "out/pretraining"      # folder for the weights and what is needed to resume
+
+
+def pretrain(config):
+    """Make the codec, the estimator's depth network and the base policy in config.out; resumes."""
+    folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     codec = fit_codec(footage(128, 1_000_000)[2].flatten(0, 1))
     write_file(folder / "toy_codec.safetensors", save(codec.state))
     train_estimator(folder, codec)
     pretrain_base(folder, codec)
-    describe(folder)
+    describe(Describe(weights=str(folder)))
+
+
+if __name__ == "__main__":
+    commands = {"pretrain": (Pretrain, pretrain, None), "describe": (Describe, describe, None)}
+    run_command("toy.pretrain", __doc__, commands, sys.argv[1:])

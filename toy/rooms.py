@@ -1,4 +1,4 @@
-"""TODO"""
+"""The toy's rooms: procedural, metric, ray-cast; random camera paths through them; and the codec of their videos."""
 import math
 from dataclasses import dataclass, fields
 

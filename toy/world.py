@@ -1,4 +1,4 @@
-"""TODO"""
+"""The toy as training and evaluation see it: its weights, conditions and scenes."""
 from pathlib import Path
 
 import numpy as np
