@@ -1,6 +1,6 @@
 """Geo-Align's training loop: condition -> rollout -> decode -> rewards -> advantages -> objective -> step.
 
-    python train.py                                   the toy world, on a laptop (config/toy.py)
+    python train.py                                           the toy world, on a laptop (config/toy.py)
     python train.py config/toy.py --seed=1 --out=out/seed1
     torchrun --nproc-per-node=8 train.py config/geo_align.py --weights=... --clips=... --trajectories=...
     python -m benchmarks.plan config/geo_align.py --ranks=8   what that would cost, on each of 8 cards
@@ -8,22 +8,14 @@
 The same command again resumes from --out. Exit codes: 0 done, 1 bad input or failed run (one line says why),
 75 stopped by SIGTERM or SIGINT after writing a checkpoint (torchrun then ends with 1 and a traceback).
 """
-import dataclasses
-import inspect
-import json
 import math
-import os
-import signal
 import sys
-
 from contextlib import nullcontext
 from dataclasses import dataclass
-
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -31,15 +23,15 @@ import rewards
 import trajectories
 from data.video import decode
 from data.world import clip_numbers, open_clips
-from evaluation.generate import demonstration, negative_of
+from evaluation.generate import demonstration, prepare
 from evaluation.toy import Toy, evaluate_toy
 from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
 from model import trainable
-from plumbing.checkpoint import lock_folder, open_log, resume, save_checkpoint
-from plumbing.files import digest
+from plumbing.checkpoint import Run
 from plumbing.ranks import (
-    Clock, Stop, absent, assert_ranks_agree, connect, deafen, gather, lost_contact, reduce)
-from plumbing.settings import parse
+    Clock, Interrupts, Stop, assert_ranks_agree, deafen, end_process, gather, largest, launch, mean,
+    rank_of, say_why)
+from plumbing.settings import help_text, parse
 from sampler import rollout, schedule, window
 from toy.world import open_toy
 
@@ -107,256 +99,299 @@ class Config:
     FREE = ("out", "iterations", "save_every", "keep", "sample_every", "timeout", "max_failures", "max_skips",
             "threads", "park", "reward_batch", "rooms")  # may change on resume
 
+    def check(self, ranks, folders=True):
+        """ValueError where settings cannot work together; `folders`: or where those of the data are missing."""
+        def need(ok, message):
+            if not ok:
+                raise ValueError(message)
+        need(self.world in ("toy", "clips"), f"world: expected toy or clips, found {self.world!r}")
+        fits = self.height % 16 == 0 and self.width % 16 == 0
+        need(fits or self.world == "toy",
+             f"height and width: expected multiples of 16, found {self.height} x {self.width}")
+        need(len(self.v) == 4 and len(self.omega) == 4, "v and omega: expected (lowest, highest, mean, sd)")
+        trajectories.draw_speeds(np.random.default_rng(0), self.v, self.omega)  # refuses bounds out of order
+        may_be_0 = ("first", "micro_batch", "reward_batch", "seed", "rooms", "threads")
+        for name, x in vars(self).items():
+            if type(x) is int:
+                least = 0 if name in may_be_0 else 1
+                need(x >= least, f"{name}: expected at least {least}, found {x}")
+        need(self.frames % 4 == 1, f"frames: expected 4k + 1, found {self.frames}")
+        need(self.normalise in ("max", "group"), f"normalise: expected max or group, found {self.normalise}")
+        need(self.conditions % ranks == 0, f"conditions: {self.conditions} do not divide over {ranks} ranks")
+        need(self.members % self.updates == 0,
+             f"updates: {self.updates} do not divide {self.members} members")
+        need(self.lr > 0 and self.eta > 0, f"lr and eta: expected > 0, found {self.lr} and {self.eta}")
+        for name in ("clip", "grad_clip", "shift"):
+            need(getattr(self, name) > 0, f"{name}: expected > 0, found {getattr(self, name)}")
+        need(self.tau >= 0 and self.tail >= 0, f"tau, tail: expected >= 0, found {self.tau}, {self.tail}")
+        self.window(0)  # refuses one that does not fit
+        if self.world == "clips" and folders:
+            for name in ("clips", "trajectories"):
+                need(getattr(self, name), f"--{name}=FOLDER is needed")
 
-def check(config, ranks, folders=True):
-    """ValueError where settings cannot work together; `folders`: or where those of the data are not named."""
-    def need(ok, message):
-        if not ok:
-            raise ValueError(message)
-    need(config.world in ("toy", "clips"), f"world: expected toy or clips, found {config.world!r}")
-    need(config.height % 16 == 0 and config.width % 16 == 0 or config.world == "toy",
-         f"height and width: expected multiples of 16, found {config.height} x {config.width}")
-    need(len(config.v) == 4 and len(config.omega) == 4, "v and omega: expected (lowest, highest, mean, sd)")
-    trajectories.draw_speeds(np.random.default_rng(0), config.v, config.omega)  # refuses bounds out of order
-    zero = ("first", "micro_batch", "reward_batch", "seed", "rooms", "threads")  # may be 0
-    for name, x in vars(config).items():
-        need(type(x) is not int or x >= (name not in zero),
-             f"{name}: expected at least {int(name not in zero)}, found {x}")
-    need(config.frames % 4 == 1, f"frames: expected 4k + 1, found {config.frames}")
-    need(config.normalise in ("max", "group"), f"normalise: expected max or group, found {config.normalise}")
-    need(config.conditions % ranks == 0, f"conditions: {config.conditions} do not divide over {ranks} ranks")
-    need(config.members % config.updates == 0,
-         f"updates: {config.updates} do not divide {config.members} members")
-    need(config.lr > 0 and config.eta > 0, f"lr and eta: expected > 0, found {config.lr} and {config.eta}")
-    for name in ("clip", "grad_clip", "shift"):
-        need(getattr(config, name) > 0, f"{name}: expected > 0, found {getattr(config, name)}")
-    need(config.tau >= 0 and config.tail >= 0, f"tau, tail: expected >= 0, found {config.tau}, {config.tail}")
-    window(0, config.steps, config.size, config.strategy, config.stride, config.iters_per_window,
-           config.first or None)  # refuses one that does not fit
-    if config.world == "clips" and folders:
-        for name in ("clips", "trajectories"):
-            need(getattr(config, name), f"--{name}=FOLDER is needed")
+    def window(self, iteration):
+        """The steps of an iteration that are stochastic and trained on: a tuple of indices."""
+        return window(iteration, self.steps, self.size, self.strategy, self.stride, self.iters_per_window,
+                      self.first or None, self.seed)
 
-
-
+    def sampling(self, shape, device):
+        """What the rollout is told besides the condition; shape: of a latent."""
+        sigmas = schedule(self.steps, self.shift)
+        return dict(sigmas=sigmas, shape=shape, device=device, seed=self.seed, eta=self.eta,
+                    tau=self.tau or None, t_max=None if self.tau else float(sigmas[1]),
+                    tail=self.tail or None, guidance=self.guidance, micro_batch=self.micro_batch or None,
+                    share_noise=self.share_noise, share_prefix=self.share_prefix)
 
 
 # ---- the loop ----
 
-
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        return print(__doc__, inspect.getsource(Config), sep="\n")
-    default = str(Path(__file__).parent / "config/toy.py")
-    config = parse(Config, argv, default)
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check(config, ranks)
-    if ":" in config.rewards and not any(arg.startswith("--rewards=") for arg in argv):
-        raise ValueError(f"rewards: code of one's own runs only when named by --rewards=: {config.rewards}")
-    half, signals = False, []  # whether between an update and its log line; what was received
+        return print(help_text(__doc__, Config))
+    rank, ranks = rank_of()
+    config = read_config(argv, ranks)
+    interrupts = Interrupts()
+    device = launch(config.world == "clips", config.threads, config.timeout)
 
-    def stop(signum, frame):
-        signals.append(signum)
-        if not half:  # else the iteration is finished first
-            raise Stop
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and config.world == "clips":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if ranks > 1:
-        connect("nccl" if device.type == "cuda" else "gloo", config.timeout)
-    say = print if rank == 0 else lambda *args: None
-
+    # The world: policy, codec, what to draw, what to reward. The trained weights are kept in float32.
     world = {"toy": open_toy, "clips": open_clips}[config.world](config, device)
-    dit, out = world.dit, Path(config.out)
+    dit = world.dit
     dit.checkpoint = config.checkpointing
     parameters = trainable(dit)
     for p in parameters:
-        p.data = p.data.float()  # float32 masters; the frozen rest stays as loaded
-    trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
+        p.data = p.data.float()
     if config.compile:
         dit.compile()
     optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
-    local, G, sigmas = config.conditions // ranks, config.members, schedule(config.steps, config.shift)
-    sampling = dict(sigmas=sigmas, shape=world.shape, eta=config.eta, tau=config.tau or None,
-                    t_max=None if config.tau else float(sigmas[1]), tail=config.tail or None,
-                    guidance=config.guidance, micro_batch=config.micro_batch or None, seed=config.seed,
-                    share_noise=config.share_noise, share_prefix=config.share_prefix, device=device)
 
-    code = {reward.names[0]: digest(reward.code) for reward in world.rewards if hasattr(reward, "code")}
-    made = dataclasses.asdict(config) | ({"code of rewards": code} if code else {})
-    show = demonstration(world, config) if rank == 0 else None  # films the base, before weights are resumed
-    lock = lock_folder(out) if rank == 0 else None  # noqa: F841, held until this process ends
-    if ranks > 1:
-        dist.barrier()  # nobody reads what a run that is ending still writes
-    start = done = saved = resume(out, trained, optimizer, made, config.FREE)
+    # The run: its folder, and how far it came. The base is sampled before a checkpoint replaces its weights.
+    show = demonstration(world, config) if rank == 0 else None
+    trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
+    run = Run(config, trained, optimizer, world.rewards)
     assert_ranks_agree(parameters, "at the start")
-    count = lambda parameters: f"{sum(p.numel() for p in parameters):,}"
-    say(f"{config.conditions} conditions x {G} members = {config.conditions * G} videos an iteration "
-        f"on {ranks} rank(s), {device.type}; {count(parameters)} of {count(dit.parameters())} parameters "
-        f"train; {start} of {config.iterations} iterations done in {out}")
-    log = open_log(out / "log.jsonl", start) if rank == 0 else None
+    describe(config, dit, ranks, device, run)
     policy = dit
     if ranks > 1:
         policy = DistributedDataParallel(dit, None if device.type == "cpu" else [device.index])
-    skipped, warned = 0, set()
+    local = config.conditions // ranks
+    mine = slice(rank * local, (rank + 1) * local)  # this rank's share of an iteration's conditions
+    start = run.done
+    skipped = 0
     try:
         if show and start == 0:
-            show(out / "samples/iteration_000000.mp4")
-        bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, disable=rank > 0,
-                   unit="it")
+            show(run.out / "samples/iteration_000000.mp4")
+        bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, unit="it",
+                   disable=rank > 0)
         for iteration in bar:
             clock = Clock(device)
 
-            # conditions: clips without replacement over all ranks, target paths independently (Sec. 3.4)
-            mine = slice(rank * local, (rank + 1) * local)
+            # Conditions: clips without replacement over all ranks, target paths independently (Sec. 3.4).
             numbers = clip_numbers(iteration, config.conditions, world.size, config.seed)
             rngs = [np.random.default_rng((config.seed, iteration, j)) for j in range(config.conditions)]
             condition, scene = world.draw(numbers[mine], rngs[mine])
-            with torch.no_grad():
-                prepared = dit.prepare(condition)
-                negative = negative_of(dit, condition, world.negative, config.guidance)
+            prepared, negative = prepare(dit, condition, world.negative, config.guidance)
             del condition  # its camera maps are large
             clock("conditions")
 
-            # rollout: G videos per condition, stochastic in the window's steps only (Sec. 3.3)
-            steps = window(iteration, config.steps, config.size, config.strategy, config.stride,
-                           config.iters_per_window, config.first or None, config.seed)
-            sampled = rollout(dit, prepared, G, steps, iteration=iteration, negative=negative,
-                              condition_ids=list(range(config.conditions))[mine], **sampling)
+            # Rollout: G videos of every condition, stochastic in the window's steps only (Sec. 3.3).
+            steps = config.window(iteration)
+            sampled = rollout(dit, prepared, config.members, steps, iteration=iteration, negative=negative,
+                              condition_ids=range(config.conditions)[mine],
+                              **config.sampling(world.shape, device))
             clock("rollout")
-            videos = decode(world.codec, sampled.latents.flatten(0, 1), config.reward_batch)  # C G of them
+            videos = decode(world.codec, sampled.latents.flatten(0, 1), config.reward_batch)
             clock("decode")
 
-            # rewards of every video against its own target (Sec. 3.2), then of all ranks: name -> (C, G)
-            rows = torch.arange(local).repeat_interleave(G).tolist()
-            scores, failures = rewards.score(world.rewards, videos, scene[rows], config.reward_batch or None)
-            why = {name: f"{len(f)} of {len(rows)} videos, {next(iter(f.values()))}"
-                   for name, f in failures.items() if f}
-            for name in why.keys() - warned:
-                tqdm.write(f"warning: reward {name} failed for {why[name]}", sys.stderr)
-            warned |= why.keys()
-            scores = {name: gather(x.view(local, G)) for name, x in scores.items()}
-            failed = ~succeeded(scores, world.reward_weights)
-            if failed.float().mean() > config.max_failures:
-                first = next((f"{name}: {x}" for name, x in why.items()), "on another rank")
-                raise RuntimeError(f"iteration {iteration}: rewards failed for {int(failed.sum())} of "
-                                   f"{failed.numel()} videos ({first})")
+            # Rewards of every video against its own target, then of all ranks: name -> (C, G) (Eq. 3-4).
+            scores, failed = score(world, videos, scene, config, iteration)
             clock("rewards")
 
-            # advantages: normalised by the largest group deviation of all ranks (Eq. 5-6)
-            A_all = advantages(scores, world.reward_weights, normalise=config.normalise)
-            A = A_all[mine]
+            # Advantages: normalised by the largest group deviation of all ranks (Eq. 5-6).
+            A = advantages(scores, world.reward_weights, normalise=config.normalise)
 
-            # objective (Eq. 7) and step; `updates` of them, each on its share of every group's members
-            share = G // config.updates
-            for u in range(config.updates):
-                members = slice(u * share, (u + 1) * share)
-                part = sampled.part(members)
-                total = part.log_prob.numel()  # this rank's share: DDP then averages over ranks
-                batches = [(k, c, m) for k in range(len(steps))
-                           for c, m in micro_batches(part, k, config.micro_batch or None)]
-                statistics = []
+            # The objective (Eq. 7) and a step; `updates` of them, each on its share of every group's members.
+            share = config.members // config.updates
+            for update in range(config.updates):
+                members = slice(update * share, (update + 1) * share)
                 optimizer.zero_grad(set_to_none=True)
-                for k, c, m in batches:
-                    last = (k, c, m) == batches[-1]
-                    with nullcontext() if last or ranks == 1 else policy.no_sync():
-                        loss, s = policy_loss(policy, part, k, A[:, members], total, c, m, config.clip,
-                                              config.reweight)
-                        loss.backward()
-                    statistics.append(s)
-                stats = summary(statistics)
-                mean = reduce(torch.stack([stats["loss"], stats["clip_fraction"]])) / ranks
-                if u == 0:  # before weights change, the update must repeat the rollout's numerics
-                    error = float(reduce(stats["ratio_error"], dist.ReduceOp.MAX))
-                if iteration == start and u == 0:
-                    if not math.isfinite(error):
-                        raise RuntimeError("on-policy ratio: not a number, so conditions or weights hold one")
-                    if error > config.clip:
-                        raise RuntimeError(f"on-policy ratio is off by {error:.1e}, more than the clip range "
-                                           f"{config.clip:.1e}: rollout and update run different numerics")
-                    say(f"on-policy ratio 1 + {error:.0e}, as it should be")
+                stats = gradients(policy, sampled.part(members), A[mine, members], config)
+                if update == 0:  # the weights are still those of the rollout
+                    ratio_error = float(largest(stats["ratio_error"]))
+                    check_on_policy(ratio_error, config.clip, iteration == start, rank)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
                 skipped = 0 if norm.isfinite() else skipped + 1
-                if skipped >= config.max_skips:
-                    raise RuntimeError(f"iteration {iteration}: gradient norm {float(norm)}, "
-                                       f"{skipped} updates skipped in a row")
-                half = True
+                check_divergence(skipped, config.max_skips, norm, iteration)
+                interrupts.hold()  # from the first step to the log's line, a signal waits
                 if not skipped:
                     optimizer.step()
-                if iteration == start and u == 0:
+                if iteration == start and update == 0:
                     assert_ranks_agree(parameters, "after the first update")
             clock("update")
-            done = iteration + 1
-            record = {"iteration": iteration, "window": list(steps), "failed": int(failed.sum()),
-                      "skipped": skipped, "ratio_error": error, "grad_norm": float(norm),
-                      "evaluations": sampled.evaluations, "loss": float(mean[0]),
-                      "clip_fraction": float(mean[1]), "advantage_std": float(A_all.std())}
-            for name, x in scores.items():
-                ok = x[x.isfinite()]
-                record |= {f"reward/{name}": float(ok.mean()) if len(ok) else None,  # JSON knows no NaN
-                           f"spread/{name}": float(group_std({name: x}, {name: 1})[name].mean()),
-                           f"failed/{name}": x.numel() - len(ok)}
-            record |= {f"seconds/{phase}": round(s, 4) for phase, s in clock.seconds.items()}
-            if rank == 0:
-                try:
-                    log.write(json.dumps(record) + "\n")
-                    log.flush()
-                except OSError as e:
-                    raise OSError(e.errno, e.strerror, log.name) from None
-                shown = [f"{name}={x[x.isfinite()].mean():.4f}" for name, x in scores.items()]
-                shown += [f"|r-1|={error:.0e} clip={record['clip_fraction']:.2f} grad={float(norm):.2g}"]
-                bar.set_postfix_str(" ".join(shown + [f"{p}={s:.2f}s" for p, s in clock.seconds.items()]))
-            half = False
-            if signals:
-                raise Stop
-            del prepared, negative, sampled, part, videos  # or they stay while the next are made
-            if done % config.save_every == 0 or done == config.iterations:
+
+            # One line for the log, then whatever is due.
+            record = {"iteration": iteration, "window": list(steps), "failed": failed, "skipped": skipped,
+                      "ratio_error": ratio_error, "grad_norm": float(norm),
+                      "evaluations": sampled.evaluations, **on_all_ranks(stats),
+                      "advantage_std": float(A.std()), **statistics(scores)}
+            run.log(record | {f"seconds/{phase}": round(s, 4) for phase, s in clock.seconds.items()})
+            tell(bar, record, clock)
+            interrupts.release()
+            del prepared, negative, sampled, videos  # or they stay while the next are made
+            is_last = run.done == config.iterations
+            if run.done % config.save_every == 0 or is_last:
                 assert_ranks_agree(parameters, f"iteration {iteration}")
-                if rank == 0:
-                    save_checkpoint(out, done, trained, optimizer, made)
-                    saved = done
-            if show and (done % config.sample_every == 0 or done == config.iterations):
-                show(out / f"samples/iteration_{done:06d}.mp4")
+                run.save()
+            if show and (run.done % config.sample_every == 0 or is_last):
+                show(run.out / f"samples/iteration_{run.done:06d}.mp4")
         if rank == 0 and config.world == "toy" and config.rooms:
-            evaluate_toy(Toy(
-                str(out), config.weights, str(out / "evaluation"), config.rooms, "1", steps=config.steps,
-                shift=config.shift, log=str(out / "log.jsonl")))
-        if ranks > 1:
-            dist.destroy_process_group()
-    except Stop:
+            evaluate_toy(Toy(ckpt=config.out, weights=config.weights, out=str(run.out / "evaluation"),
+                             rooms=config.rooms, steps=config.steps, shift=config.shift,
+                             log=str(run.out / "log.jsonl")))
+    except BaseException:
         deafen()
-        if rank == 0:
-            if done > saved:
-                save_checkpoint(out, done, trained, optimizer, made)
-            print(f"\nstopped after {done} iterations, saved; the same command goes on", file=sys.stderr)
-        os._exit(75)  # other ranks may wait in a collective that this one has left
-    except RuntimeError as e:
-        deafen()
-        if rank == 0 and lost_contact(e) and not half and done > saved:  # this rank is whole
-            save_checkpoint(out, done, trained, optimizer, made)
+        if not interrupts.held:  # between updates the weights are those of a whole iteration
+            run.save_rest()
         raise
+
+
+# ---- the steps of the loop that need more than a line ----
+
+def score(world, videos, scene, config, iteration):
+    """This rank's rewards, and all ranks': name -> (conditions, members), and how many videos failed.
+
+    videos: uint8 (C G, T, H, W, 3) of C conditions on this rank; scene: C rows. RuntimeError where more than
+    config.max_failures of all ranks' videos failed.
+    """
+    rows = torch.arange(len(videos) // config.members).repeat_interleave(config.members).tolist()
+    scores, failures = rewards.score(world.rewards, videos, scene[rows], config.reward_batch or None)
+    scores = {name: gather(x.view(-1, config.members)) for name, x in scores.items()}
+    failed = ~succeeded(scores, world.reward_weights)  # (C, G) of all ranks
+    reasons = warn_of_failures(failures, len(videos))
+    if failed.float().mean() > config.max_failures:
+        first = reasons[0] if reasons else "on another rank"
+        raise RuntimeError(f"iteration {iteration}: rewards failed for {int(failed.sum())} of "
+                           f"{failed.numel()} videos ({first})")
+    return scores, int(failed.sum())
+
+
+def gradients(policy, sampled, A, config):
+    """Adds up the gradients of Eq. 7 over window steps and micro-batches -> its statistics.
+
+    A: (C, G) advantages of this rank's conditions. Ranks exchange gradients in the last backward pass only;
+    DDP then averages them.
+    """
+    batches = []
+    for k in range(len(sampled.steps)):
+        batches += [(k, c, m) for c, m in micro_batches(sampled, k, config.micro_batch or None)]
+    found = []
+    for k, c, m in batches:
+        is_last = (k, c, m) == batches[-1]
+        alone = not isinstance(policy, DistributedDataParallel)
+        with nullcontext() if is_last or alone else policy.no_sync():
+            loss, stats = policy_loss(policy, sampled, k, A, sampled.log_prob.numel(), c, m, config.clip,
+                                      config.reweight)
+            loss.backward()
+        found.append(stats)
+    return summary(found)
+
+
+def check_on_policy(error, clip, is_first, rank):
+    """Before weights change, an update must repeat the rollout's numerics: r = 1. Checked at every start."""
+    if not is_first:
+        return
+    if not math.isfinite(error):
+        raise RuntimeError("on-policy ratio: not a number, so conditions or weights hold one")
+    if error > clip:
+        raise RuntimeError(f"on-policy ratio is off by {error:.1e}, more than the clip range "
+                           f"{clip:.1e}: rollout and update run different numerics")
+    if rank == 0:
+        print(f"on-policy ratio 1 + {error:.0e}, as it should be")
+
+
+def check_divergence(skipped, max_skips, norm, iteration):
+    """An update with gradients that are no numbers is skipped; RuntimeError after max_skips in a row."""
+    if skipped >= max_skips:
+        raise RuntimeError(f"iteration {iteration}: gradient norm {float(norm)}, "
+                           f"{skipped} updates skipped in a row")
+
+
+# ---- what a run says ----
+
+def describe(config, dit, ranks, device, run):
+    """Prints the run's size on rank 0."""
+    if not run.writes:
+        return
+    trained = sum(p.numel() for p in trainable(dit))
+    every = sum(p.numel() for p in dit.parameters())
+    print(f"{config.conditions} conditions x {config.members} members = "
+          f"{config.conditions * config.members} videos an iteration on {ranks} rank(s), {device.type}; "
+          f"{trained:,} of {every:,} parameters train; "
+          f"{run.done} of {config.iterations} iterations done in {run.out}")
+
+
+WARNED = set()  # of rewards that failed once: each is named once
+
+
+def warn_of_failures(failures, count):
+    """Names each failing reward once, with its first reason -> what was or could be said of each."""
+    reasons = []
+    for name, failed in failures.items():
+        if not failed:
+            continue
+        first = next(iter(failed.values()))
+        reasons.append(f"{name}: {len(failed)} of {count} videos, {first}")
+        if name not in WARNED:
+            tqdm.write(f"warning: reward {name} failed for {len(failed)} of {count} videos, {first}",
+                       sys.stderr)
+            WARNED.add(name)
+    return reasons
+
+
+def on_all_ranks(stats):
+    """The objective's loss and share of clipped ratios, as means over ranks."""
+    loss, clipped = mean(torch.stack([stats["loss"], stats["clip_fraction"]])).tolist()
+    return {"loss": loss, "clip_fraction": clipped}
+
+
+def statistics(scores):
+    """For the log: each reward's mean (None where all failed: JSON knows no NaN), its mean deviation inside
+    a group, and how many videos failed."""
+    record = {}
+    for name, x in scores.items():
+        ok = x[x.isfinite()]
+        record[f"reward/{name}"] = float(ok.mean()) if len(ok) else None
+        record[f"spread/{name}"] = float(group_std({name: x}, {name: 1})[name].mean())
+        record[f"failed/{name}"] = x.numel() - len(ok)
+    return record
+
+
+def tell(bar, record, clock):
+    """The progress bar's words: rewards, how far from on-policy, gradient norm, seconds by phase."""
+    words = [f"{name.removeprefix('reward/')}={x:.4f}" for name, x in record.items()
+             if name.startswith("reward/") and x is not None]
+    words.append(f"|r-1|={record['ratio_error']:.0e} clip={record['clip_fraction']:.2f} "
+                 f"grad={record['grad_norm']:.2g}")
+    words += [f"{phase}={s:.2f}s" for phase, s in clock.seconds.items()]
+    bar.set_postfix_str(" ".join(words))
+
+
+# ---- settings and the end of the process ----
+
+def read_config(argv, ranks):
+    """The settings that argv and its config file make; ValueError where they cannot work."""
+    config = parse(Config, argv, str(Path(__file__).parent / "config/toy.py"))
+    config.check(ranks)
+    if ":" in config.rewards and not any(arg.startswith("--rewards=") for arg in argv):
+        raise ValueError(f"rewards: code of one's own runs only when named by --rewards=: {config.rewards}")
+    return config
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            sys.stdout.flush()
-            os._exit(0)  # the communication's threads may abort an interpreter that ends by itself
+        end_process(0)
     except Stop:
-        os._exit(75)  # before the first iteration
-    except (ValueError, OSError, RuntimeError) as e:
-        deafen()  # torchrun sends a signal while this still finds out who is gone
-        if os.environ.get("DEBUG"):
-            raise
-        known = dist.is_initialized() and dist.is_torchelastic_launched()
-        gone = absent() if known and lost_contact(e) else []
-        why = f"rank {', '.join(gone)} ended or hangs: " if gone else ""
-        print(f"error: {why}{str(e).splitlines()[0]}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(1)
+        end_process(75)  # other ranks may wait in a collective that this one has left
+    except (ValueError, OSError, RuntimeError) as error:
+        say_why(error)
+        end_process(1)

@@ -236,7 +236,7 @@ class Plan(train.Config):
 
 def plan(config):
     """Print what the run would cost."""
-    train.check(config, config.ranks, folders=False)
+    config.check(config.ranks, folders=False)
     print(report(config, config.ranks))
 
 

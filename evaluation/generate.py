@@ -16,15 +16,20 @@ from pretrained.encoders import describe_frame
 from sampler import sample, schedule
 
 
-def negative_of(dit, condition, negative, guidance):
-    """The condition with the negative prompt's embedding (1, L, D) in the caption's place, prepared; None
-    without guidance."""
+@torch.no_grad()
+def prepare(dit, condition, negative, guidance):
+    """The parts of a forward pass that depend on neither x nor t, of a Condition and of its negative.
+
+    negative: the negative prompt's embedding (1, L, D), which takes the caption's place; without guidance
+    (guidance 1) the second is None. ValueError where guidance is asked for and there is no negative prompt.
+    """
+    prepared = dit.prepare(condition)
     if guidance == 1:
-        return None
+        return prepared, None
     if negative is None:
         raise ValueError("guidance: this world has no negative prompt, expected 1")
     text = negative.to(condition.text.device).expand(len(condition), -1, -1)
-    return dit.prepare(dataclasses.replace(condition, text=text))
+    return prepared, dit.prepare(dataclasses.replace(condition, text=text))
 
 
 @torch.no_grad()
@@ -36,9 +41,10 @@ def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidanc
     prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail: sampler.schedule's and
     rollout's; rows: decode's.
     """
-    latents = sample(dit, dit.prepare(condition), sigmas=schedule(steps, shift), seed=seed, tail=tail,
+    prepared, negative = prepare(dit, condition, negative, guidance)
+    latents = sample(dit, prepared, sigmas=schedule(steps, shift), seed=seed, tail=tail,
                      shape=tuple(condition.source.shape[1:]), condition_ids=list(ids), guidance=guidance,
-                     negative=negative_of(dit, condition, negative, guidance), device=condition.source.device)
+                     negative=negative, device=condition.source.device)
     return decode(codec, latents, rows)
 
 

@@ -8,6 +8,7 @@
 
 `trained` is name -> parameter, of those that train; `made` all settings, and own rewards' checksums if any.
 """
+import dataclasses
 import json
 import os
 import shutil
@@ -16,10 +17,12 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from plumbing.files import digest, write_file
+from plumbing.ranks import rank_of
 
 WEIGHTS, MOMENTS = "self_attn.safetensors", "optimizer.safetensors"
 
@@ -149,3 +152,53 @@ def find_checkpoint(path):
             return file
         print(f"warning: {file}: skipped, its checksum is not state.json's", file=sys.stderr)
     raise ValueError(f"{path}: no checkpoint that is whole")
+
+
+class Run:
+    """A run's folder, from before its checkpoints are read until the process ends. Only rank 0 writes there.
+
+    config: its settings, with FREE, the names of those that may change on resume; trained: name -> parameter;
+    rewards: those with a `code` attribute, a user's own, may not change either.
+    out: the folder; done: iterations whose updates the weights hold; saved: iterations of the last checkpoint.
+    """
+
+    def __init__(self, config, trained, optimizer, rewards):
+        self.out = Path(config.out)
+        self.trained = trained
+        self.optimizer = optimizer
+        self.made = dataclasses.asdict(config)
+        code = {reward.names[0]: digest(reward.code) for reward in rewards if hasattr(reward, "code")}
+        if code:
+            self.made["code of rewards"] = code
+        self.writes = rank_of()[0] == 0
+        self.lock = lock_folder(self.out) if self.writes else None  # held until this process ends
+        if dist.is_initialized():
+            dist.barrier()  # nobody reads what a run that is ending still writes
+        self.done = resume(self.out, trained, optimizer, self.made, config.FREE)
+        self.saved = self.done
+        self.file = open_log(self.out / "log.jsonl", self.done) if self.writes else None
+
+    def log(self, record):
+        """An iteration is done: its line in log.jsonl."""
+        self.done = record["iteration"] + 1
+        if not self.writes:
+            return
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.file.name) from None
+
+    def save(self):
+        """A checkpoint of what is done."""
+        if self.writes:
+            save_checkpoint(self.out, self.done, self.trained, self.optimizer, self.made)
+        self.saved = self.done
+
+    def save_rest(self):
+        """Before the run ends in whatever way: a checkpoint of what is done and not yet saved."""
+        if self.writes and self.done > self.saved:
+            self.save()
+        if self.writes and self.done:
+            print(f"\nstopped after {self.done} iterations, saved; the same command goes on",
+                  file=sys.stderr)

@@ -1,6 +1,7 @@
 """Many processes, signals and the clock. With one process, each function is what it is for one."""
 import ctypes
 import hashlib
+import os
 import signal
 import sys
 import time
@@ -42,10 +43,36 @@ def connect(backend, timeout):
                             timeout=timedelta(seconds=timeout))
 
 
-def reduce(tensor, op=dist.ReduceOp.SUM):
-    """All ranks' sum (or max) of a tensor; the tensor itself where there is one process."""
+def rank_of():
+    """(this process's rank, number of ranks), as torchrun names them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def launch(on_gpu, threads, timeout):
+    """This rank's device, and the meeting of all ranks; threads: of the CPU (0: torch's choice)."""
+    device = torch.device("cpu")
+    if on_gpu and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    if rank_of()[1] > 1:
+        connect("nccl" if device.type == "cuda" else "gloo", timeout)
+    return device
+
+
+def mean(tensor):
+    """All ranks' mean of a tensor; the tensor itself where there is one process."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, op)
+        dist.all_reduce(tensor)
+        tensor = tensor / dist.get_world_size()
+    return tensor
+
+
+def largest(tensor):
+    """All ranks' elementwise maximum of a tensor; the tensor itself where there is one process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
@@ -106,10 +133,58 @@ class Stop(BaseException):
     """A signal asked the run to end: the step is abandoned, the last finished one saved."""
 
 
+class Interrupts:
+    """SIGINT and SIGTERM raise Stop, but between `hold` and `release` they wait for the release.
+
+    held: whether a half-done update is going on, so that the weights are of no iteration.
+    """
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.held = False
+        self.waiting = False
+        for signum in self.SIGNALS:
+            signal.signal(signum, self._hear)
+
+    def _hear(self, signum, frame):
+        self.waiting = True
+        if not self.held:
+            raise Stop
+
+    def hold(self):
+        self.held = True
+
+    def release(self):
+        self.held = False
+        if self.waiting:
+            raise Stop
+
+
 def deafen():
     """From here on no signal matters; one that came during a collective is raised here, and dropped."""
-    for signum in 2 * (signal.SIGINT, signal.SIGTERM):
+    for signum in 2 * Interrupts.SIGNALS:
         try:
             signal.signal(signum, signal.SIG_IGN)
         except Stop:
             pass
+
+
+# ---- the end of a process ----
+
+def say_why(error):
+    """One line for an error that ends the run; with DEBUG set, its traceback instead."""
+    deafen()  # torchrun sends a signal while this still finds out who is gone
+    if os.environ.get("DEBUG"):
+        raise error
+    known = dist.is_initialized() and dist.is_torchelastic_launched()
+    gone = absent() if known and lost_contact(error) else []
+    why = f"rank {', '.join(gone)} ended or hangs: " if gone else ""
+    print(f"error: {why}{str(error).splitlines()[0]}", file=sys.stderr)
+
+
+def end_process(code):
+    """Exit at once where the communication's threads, or ranks that wait, would keep the process or abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code or rank_of()[1] > 1:
+        os._exit(code)
