@@ -347,8 +347,8 @@ def test_caption(tmp_path):
     resize = BlipImageProcessor(size={"height": 28, "width": 28})
     Blip2Processor(resize, tokenizer, num_query_tokens=4).save_pretrained(tmp_path)
     frame = torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8)
-    assert set(caption(frame, tmp_path).split()) == {"cat"}
-    assert caption(frame.numpy(), str(tmp_path)) == caption(frame, tmp_path)
+    assert set(describe_frame(frame, tmp_path).split()) == {"cat"}
+    assert describe_frame(frame.numpy(), str(tmp_path)) == describe_frame(frame, tmp_path)
     encoders.load_captioner.cache_clear()
 
 
@@ -361,7 +361,7 @@ def test_caption_without_model(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     frame = torch.zeros(4, 4, 3, dtype=torch.uint8)
     for where in str(tmp_path), "someone/blip2", str(tmp_path / "none"):
-        one_line(lambda path: caption(frame, path), where, "no BLIP-2")
+        one_line(lambda path: describe_frame(frame, path), where, "no BLIP-2")
     for bad in torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, 3):
         with pytest.raises(ValueError, match="frame"):
-            caption(bad, tmp_path)
+            describe_frame(bad, tmp_path)

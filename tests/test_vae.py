@@ -10,8 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from data.video import decode
-from evaluation.generate import encode
 from pretrained.vae import MEAN, STD, VAE, load_vae
 
 
@@ -44,9 +42,9 @@ def far(a, b):
 
 def test_golden():
     vae, io = load_vae(GOLDEN / "vae_weights.safetensors"), load_file(GOLDEN / "vae_io.safetensors")
-    assert far(encode(io["video"]), io["latents"]) < 1e-4
+    assert far(vae.encode(io["video"]), io["latents"]) < 1e-4
     # the recorded reconstruction is not clamped yet
-    assert far(decode(io["latents"]), io["reconstruction"].clamp(-1, 1)) < 1e-4
+    assert far(vae.decode(io["latents"]), io["reconstruction"].clamp(-1, 1)) < 1e-4
 
 
 def diffusers_key(key):
@@ -97,11 +95,11 @@ def test_full_size_has_diffusers_parameters():
 
 
 def test_shapes_and_clamp(vae):
-    z = encode(video(9, 16, 24, batch=2))
+    z = vae.encode(video(9, 16, 24, batch=2))
     assert z.shape == (2, 16, 3, 2, 3) and z.dtype == torch.float32
-    x = decode(100 * z)
+    x = vae.decode(100 * z)
     assert x.shape == (2, 3, 9, 16, 24) and x.abs().max() == 1
-    assert decode(z[:, :, :1]).shape == (2, 3, 1, 16, 24)
+    assert vae.decode(z[:, :, :1]).shape == (2, 3, 1, 16, 24)
 
 
 @pytest.mark.parametrize("widths, blocks, temporal, space, time",
@@ -109,38 +107,38 @@ def test_shapes_and_clamp(vae):
 def test_reads_its_shape(tmp_path, widths, blocks, temporal, space, time):
     save_file(weights(1, widths, blocks, temporal), tmp_path / "vae.safetensors")
     vae = load_vae(tmp_path / "vae.safetensors")
-    z = encode(video(2 * time + 1, 4 * space, 6 * space))
-    assert z.shape == (1, 16, 3, 4, 6) and decode(z).shape == (1, 3, 2 * time + 1, 4 * space, 6 * space)
+    z = vae.encode(video(2 * time + 1, 4 * space, 6 * space))
+    assert z.shape == (1, 16, 3, 4, 6) and vae.decode(z).shape == (1, 3, 2 * time + 1, 4 * space, 6 * space)
 
 
 def test_common_prefix(vae):
     x = video(17)
-    z = encode(x)
-    y = decode(z)
+    z = vae.encode(x)
+    y = vae.decode(z)
     for k in range(4):
-        assert far(encode(x[:, :, : 4 * k + 1]), z[:, :, : k + 1]) < 1e-5
-        assert far(decode(z[:, :, : k + 1]), y[:, :, : 4 * k + 1]) < 1e-5
+        assert far(vae.encode(x[:, :, : 4 * k + 1]), z[:, :, : k + 1]) < 1e-5
+        assert far(vae.decode(z[:, :, : k + 1]), y[:, :, : 4 * k + 1]) < 1e-5
 
 
 def test_latents_see_no_later_frame(vae):
     x = video(13)
-    z = encode(x)
+    z = vae.encode(x)
     for frame in 1, 4, 5, 12:
         changed = x.clone()
         changed[:, :, frame:] = -x[:, :, frame:]
         first = (frame + 3) // 4  # the latent frame that holds it
-        difference = (encode(changed) - z).abs().amax((0, 1, 3, 4))
+        difference = (vae.encode(changed) - z).abs().amax((0, 1, 3, 4))
         assert difference[:first].max() == 0 and difference[first] > 1e-3
 
 
 def test_chunked_equals_whole(vae):
     x = video(17, batch=2)
-    z = encode(x)
-    y = decode(z)
+    z = vae.encode(x)
+    y = vae.decode(z)
     try:
         for vae.chunk in 2, 3, 100:
-            assert far(encode(x), z) < 1e-5
-            assert far(decode(z), y) < 1e-5
+            assert far(vae.encode(x), z) < 1e-5
+            assert far(vae.decode(z), y) < 1e-5
     finally:
         vae.chunk = 1
     assert [piece.shape[2] for piece in vae.decode_chunks(z)] == [1, 4, 4, 4, 4]
@@ -149,9 +147,9 @@ def test_chunked_equals_whole(vae):
 
 def test_batch_rows_are_independent(vae):
     x = torch.cat([video(5, seed=1), video(5, seed=2)])
-    z = encode(x)
-    assert far(z[1:], encode(x[1:])) < 1e-5
-    assert far(decode(z)[1:], decode(z[1:])) < 1e-5
+    z = vae.encode(x)
+    assert far(z[1:], vae.encode(x[1:])) < 1e-5
+    assert far(vae.decode(z)[1:], vae.decode(z[1:])) < 1e-5
 
 
 class Peak(TorchDispatchMode):
@@ -177,7 +175,7 @@ def test_memory_does_not_grow_with_frames(vae):
     for frames in 9, 25:
         x = video(frames, 32, 32)
         with Peak(x, *vae.parameters()) as encode:
-            z = encode(x)
+            z = vae.encode(x)
         with Peak(z, *vae.parameters()) as decode:
             for piece in vae.decode_chunks(z):
                 del piece
@@ -186,7 +184,7 @@ def test_memory_does_not_grow_with_frames(vae):
         assert long < 1.02 * short
     vae.chunk = 100
     with Peak(z, *vae.parameters()) as whole:
-        decode(z)
+        vae.decode(z)
     vae.chunk = 1
     assert whole.peak > 2 * peaks[25][1]
 
@@ -199,8 +197,8 @@ def test_bfloat16(tmp_path, vae):
     half = load_vae(tmp_path / "vae.safetensors", dtype=torch.bfloat16)
     assert {(p.dtype, p.requires_grad) for p in half.parameters()} == {(torch.bfloat16, False)}
     x = video(5)
-    z = encode(x)
-    for exact, rough in (z, half.encode(x)), (decode(z), half.decode(z)):
+    z = vae.encode(x)
+    for exact, rough in (z, half.encode(x)), (vae.decode(z), half.decode(z)):
         assert rough.dtype == torch.float32 and (rough - exact).norm() < 0.04 * exact.norm()
     # results come in the input's dtype
     assert half.encode(x.bfloat16()).dtype == half.decode(z.bfloat16()).dtype == torch.bfloat16
@@ -209,7 +207,7 @@ def test_bfloat16(tmp_path, vae):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pth(tmp_path, vae, legacy):
     torch.save(weights(), tmp_path / "vae.pth", _use_new_zipfile_serialization=not legacy)
-    assert torch.equal(load_vae(str(tmp_path / "vae.pth")).encode(video(5)), encode(video(5)))
+    assert torch.equal(load_vae(str(tmp_path / "vae.pth")).encode(video(5)), vae.encode(video(5)))
 
 
 def one_line(path, *words, error=ValueError):
@@ -286,9 +284,9 @@ def test_bad_input_before_any_work(vae, monkeypatch):
                       (x[:0], "(B, 3,"), (x.byte(), "torch.uint8"), ((x + 1) * 127, "[-1, 1]"),
                       (x * float("nan"), "[-1, 1]")]:
         with pytest.raises(ValueError, match=re.escape(word)):
-            encode(bad)
+            vae.encode(bad)
     for bad, word in [(z[:, :4], "(B, 16,"), (z[0], "(B, 16,"), (z[:, :, :0], "(B, 16,"), (z.int(), "int32")]:
         with pytest.raises(ValueError, match=re.escape(word)):
-            decode(bad)
+            vae.decode(bad)
     with pytest.raises(ValueError, match="torch.int8"):
         load_vae(GOLDEN / "vae_weights.safetensors", dtype=torch.int8)

@@ -1,0 +1,278 @@
+"""A clip's cameras and captions, and the cache: the whole of `prepare` on tiny random weights."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_video import bad_videos, clip, full_disk
+
+import data.prepare
+import model
+import tiny_weights
+import trajectories
+from data.cameras import source_cameras
+from data.clips import ClipCache, INDEX, NEGATIVE, load_clip, read_index
+from data.prepare import Prepare, find_caption, prepare, read_captions
+from data.video import read_video, to_float, write_video
+from data.world import open_policy
+from pretrained import encoders, vae
+from pretrained.weights import IMAGE_FILE, TEXT_FILE, VAE_FILE
+
+SETTINGS = dict(frames=9, height=32, width=48)
+PREPARE = [sys.executable, "-m", "data.prepare", "--frames=9", "--height=32", "--width=48"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return tiny_weights.write(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Four videos below one folder, captions and cameras (with intrinsics in pixels) for each."""
+    folder = tmp_path_factory.mktemp("source")
+    names = ["a", "b", "street/a", "street/night 1"]
+    for i, name in enumerate(names):
+        (folder / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "cameras" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_video(folder / "videos" / f"{name}.mp4", np.roll(clip(12), i, 0), 24)
+        np.savez(folder / "cameras" / f"{name}.npz", c2w=path_of(12, i), intrinsics=[50.0, 60.0, 32.0, 24.0])
+    rows = [f"{name}.mp4,a caption for clip {i}" for i, name in enumerate(names)]
+    (folder / "captions.csv").write_text("\n".join(["file_name,text", *rows]))
+    return folder
+
+
+def path_of(frames, i):
+    return trajectories.resample(trajectories.recammaster(i + 7, 81), frames)
+
+
+def run(source, weights, out, **options):
+    """`prepare` on a folder like `source`'s -> index."""
+    paths = dict(videos=source / "videos", captions=source / "captions.csv", cameras=source / "cameras",
+                 out=out, weights=weights)
+    options = {name: str(x) if isinstance(x, Path) else x for name, x in (paths | SETTINGS | options).items()}
+    return prepare(Prepare(**options))
+
+
+def arguments(source, weights, out):
+    return [f"--videos={source}/videos", f"--captions={source}/captions.csv", f"--out={out}",
+            f"--weights={weights}", f"--cameras={source}/cameras"]
+
+
+@pytest.fixture(scope="module")
+def cache(source, weights, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cache") / "new"
+    run(source, weights, out)
+    return out
+
+
+def clips(folder):
+    """Bytes of each clip of a cache."""
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*.safetensors")}
+
+
+def test_clips_hold_what_the_models_say(source, weights, cache):
+    clips = ClipCache(cache, **SETTINGS)
+    assert clips.names == ["a.mp4", "b.mp4", "street/a.mp4", "street/night 1.mp4"] and len(clips) == 4
+    one = clips[3]
+    assert one.name == "street/night 1.mp4" and one.caption == "a caption for clip 3" and one.fps == 24
+    video, _ = read_video(one.video, 9, 1, (32, 48))
+    x = to_float(video)[None]
+    codec = vae.load_vae(weights / VAE_FILE)
+    text = encoders.load_text_encoder(weights / TEXT_FILE)
+    image = encoders.load_image_encoder(weights / IMAGE_FILE)
+    assert torch.equal(one.latents, codec.encode(x)[0].bfloat16()) and one.latents.shape == (16, 3, 4, 6)
+    assert torch.equal(one.text, text.embed([one.caption])[0].bfloat16()) and one.text.shape[0] == 512
+    assert torch.equal(one.image, image(x[:, :, 0])[0].bfloat16()) and one.image.shape[0] == 257
+    assert torch.equal(clips.negative, text.embed([encoders.NEGATIVE_PROMPT])[0].bfloat16())
+    assert one.c2w.dtype == torch.float64
+    assert np.allclose(one.c2w, trajectories.relative(path_of(12, 3)[:9]), atol=1e-12)
+    # 64x48 to 48x36 to 48x32: the width is kept, of the height 32 of 36 rows
+    assert torch.allclose(one.intrinsics, torch.tensor([50 / 64, 60 / 48 * 36 / 32, 0.5, 0.5]))
+    assert (cache / "a.mp4.safetensors").stat().st_size < 150_000  # the text's zeros are not stored
+
+
+def test_the_policy_takes_a_clip(weights, cache):
+    clip = ClipCache(cache)[0]
+    dit = model.load_dit(weights / tiny_weights.DIT, weights / tiny_weights.REDIRECTOR)
+    maps = trajectories.camera_maps(clip.c2w[None], clip.intrinsics[None], 32, 48)
+    condition = model.Condition(*(x[None].float() for x in (clip.text, clip.image, clip.latents)), maps, maps)
+    noise = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    v = dit(noise, torch.tensor(0.5), condition)
+    assert v.shape == (1, 16, 3, 4, 6) and v.isfinite().all() and 0.05 < v.std() < 20
+
+
+def test_what_was_trained_is_opened_as_it_was_trained(weights):
+    """In float32 beside bfloat16, which would round a small change of a norm's gain, about 1, away."""
+    dit = open_policy(weights, None, torch.device("meta"))  # no CPU, so as on a GPU
+    assert {p.dtype for name, p in dit.named_parameters() if ".self_attn." in name} == {torch.float32}
+    assert {p.dtype for name, p in dit.named_parameters() if ".self_attn." not in name} == {torch.bfloat16}
+
+
+def test_an_estimator_gives_the_cameras():
+    video, world = torch.zeros(9, 32, 48, 3, dtype=torch.uint8), torch.from_numpy(path_of(9, 3))[None]
+    estimator = lambda videos: (world, torch.tensor([[0.7, 0.8, 0.4, 0.4]]))
+    c2w, intrinsics = source_cameras(video, None, (48, 64), "a", estimator)
+    assert np.allclose(c2w, trajectories.relative(world[0]))
+    assert intrinsics.tolist() == pytest.approx([0.7, 0.8, 0.5, 0.5])
+    with pytest.raises(ValueError, match="failed"):
+        source_cameras(video, None, (48, 64), "a", lambda videos: (world * float("nan"), None))
+
+
+def test_cameras_follow_the_frames_taken(tmp_path):
+    np.savez(tmp_path / "a.npz", c2w=path_of(20, 2))
+    video, numbers = torch.zeros(9, 32, 48, 3, dtype=torch.uint8), np.arange(3, 20, 2)
+    # a 90 degree view of 64x48 has a focal length of half its width: 32 pixels, or 24 at 48x36
+    c2w, intrinsics = source_cameras(video, numbers, (48, 64), "a.mp4", tmp_path, fov=90)
+    assert np.allclose(c2w, trajectories.relative(path_of(20, 2)[3::2]))
+    assert intrinsics.tolist() == pytest.approx([24 / 48, 24 / 32, 0.5, 0.5])
+    with pytest.raises(ValueError, match="--fov"):
+        source_cameras(video, numbers, (48, 64), "a.mp4", tmp_path)
+    with pytest.raises(ValueError, match="a.npz: 20 cameras, but the clip's last frame is 20"):
+        source_cameras(video, numbers + 1, (48, 64), "a.mp4", tmp_path, fov=60)
+    for folder, array in (("pose", path_of(9, 1)), ("intrinsics", np.tile([32.0, 32, 32, 24], (9, 1)))):
+        (tmp_path / folder).mkdir()  # as ViPE writes them
+        np.savez(tmp_path / folder / "v.npz", data=array, inds=np.arange(9))
+    c2w, intrinsics = source_cameras(video, np.arange(9), (48, 64), "clips/v.mp4", tmp_path)
+    assert np.allclose(c2w, trajectories.relative(path_of(9, 1)))
+    assert intrinsics.tolist() == pytest.approx([0.5, 0.75, 0.5, 0.5])
+    c2w, intrinsics = source_cameras(video, np.arange(9), (48, 64), "any.mp4", tmp_path / "pose/v.npz")
+    assert np.allclose(c2w, trajectories.relative(path_of(9, 1))) and intrinsics[0] == 0.5
+    np.save(tmp_path / "a.npy", path_of(9, 3))  # a file is taken as it is named, whatever lies beside it
+    c2w, _ = source_cameras(video, np.arange(9), (48, 64), "b.mp4", tmp_path / "a.npy", fov=90)
+    assert np.allclose(c2w, trajectories.relative(path_of(9, 3)))
+    for name, seed in (("walk_0.5", 0), ("walk_0.6", 1)):  # folders of images: .5 is no suffix
+        np.save(tmp_path / f"{name}.npy", path_of(9, seed))
+    c2w, _ = source_cameras(video, np.arange(9), (48, 64), "walk_0.6", tmp_path, fov=90)
+    assert np.allclose(c2w, trajectories.relative(path_of(9, 1)))
+
+
+def test_bad_clips_are_skipped_with_the_reason(source, weights, tmp_path):
+    shutil.copytree(source, tmp_path / "s")
+    videos = tmp_path / "s/videos"
+    reasons = bad_videos(videos)
+    for name in reasons:
+        shutil.copy(source / "cameras/a.npz", (tmp_path / "s/cameras" / name).with_suffix(".npz"))
+    rows = ["file_name,text", *(f"{name},text" for name in (*reasons, "a.mp4", "b.mp4", "street/a.mp4"))]
+    (tmp_path / "s/captions.csv").write_text("\n".join(rows))
+    np.save(tmp_path / "s/cameras/b.npy", path_of(5, 1))
+    (tmp_path / "s/cameras/b.npz").unlink()
+    (tmp_path / "s/cameras/street/a.npz").unlink()
+    reasons |= {"street/night 1.mp4": "no caption", "b.mp4": "b.npy: 5 cameras",
+                "street/a.mp4": "no camera file", "short.mp4": "too short, 8 frames, 9 needed"}
+    del reasons["cut.mp4"], reasons["cut.mkv"]  # their first 9 frames are whole
+    index = run(tmp_path / "s", weights, tmp_path / "out")
+    assert set(index["skipped"]) >= set(reasons)
+    for name, reason in reasons.items():
+        assert reason in index["skipped"][name] and "\n" not in index["skipped"][name]
+    assert "a.mp4" in index["clips"] and not set(index["clips"]) & set(reasons)
+    assert read_index(tmp_path / "out") == index
+
+
+def test_other_settings_are_refused(source, weights, cache):
+    before = clips(cache)
+    with pytest.raises(ValueError, match="width = 48, wanted 64"):
+        run(source, weights, cache, width=64)
+    with pytest.raises(ValueError, match="cameras = files of .*/cameras, wanted files of .*/a.npz"):
+        run(source, weights, cache, captions="", cameras=str(source / "cameras/a.npz"))
+    with pytest.raises(ValueError, match="frames = 9, wanted 81"):
+        ClipCache(cache, frames=81)
+    with pytest.raises(ValueError, match="4k.1 frames"):
+        run(source, weights, cache, frames=10)
+    with pytest.raises(FileNotFoundError, match="nowhere: expected mapanything, a camera file or a folder"):
+        run(source, weights, cache, captions="", cameras="nowhere")
+    with pytest.raises(FileNotFoundError, match="index.json"):
+        ClipCache(source)
+    assert clips(cache) == before
+
+
+def test_captions_file(tmp_path):
+    file = tmp_path / "metadata.csv"
+    file.write_text('\ufeffvideoFile,caption\nx/a.mp4,"one, two"\nb.mp4,\nc.webm, three \n', encoding="utf-8")
+    captions = read_captions(file)
+    assert captions == {"x/a": "one, two", "c": "three"}
+    assert find_caption("x/a.mov", captions) == "one, two"
+    assert find_caption("b.mp4", captions) is None
+    assert find_caption("deep/down/c.webm", captions) == "three"
+    assert find_caption("v0.6", {"v0.6": "six", "v0": "none"}) == "six"  # a folder of images
+    for text, message in (("", "has none"), ("video,words\na,b\n", "has video, words"),
+                          ("file_name,text\n", "no row"),
+                          ("file_name,text\na.mp4,x\na.mp4,y\n", "line 3: another caption for a.mp4")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_captions(file)
+
+
+def test_changed_captions_are_encoded_again(source, weights, cache, tmp_path):
+    out = shutil.copytree(cache, tmp_path / "out")
+    before, captions = clips(out), (source / "captions.csv").read_text()
+    for name in ("videos", "cameras"):
+        (tmp_path / name).symlink_to(source / name)
+    (tmp_path / "captions.csv").write_text(captions.replace("for clip 1", "of another kind"))
+    run(tmp_path, weights, out)
+    after = clips(out)
+    assert [name for name in after if after[name] != before[name]] == ["b.mp4.safetensors"]
+
+
+def test_captioner_sees_the_middle_frame(source, weights, tmp_path, monkeypatch):
+    seen = lambda frame, *_: f"brightness {frame[-8:, -8:].float().mean() / 10 - 1:.0f}"
+    monkeypatch.setattr(data.prepare, "describe_frame", seen)
+    run(source, weights, tmp_path / "out", captioner="blip2")
+    assert ClipCache(tmp_path / "out")[0].caption == "a caption for clip 0"  # its row
+    run(source, weights, tmp_path / "no_file", captioner="blip2", captions="")
+    assert ClipCache(tmp_path / "no_file")[0].caption == "brightness 4"  # of 0 to 8
+
+
+def test_damaged_clip(cache, tmp_path):
+    content = (cache / "a.mp4.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:-10])
+    with pytest.raises(ValueError, match="cut.safetensors: truncated"):
+        load_clip(tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match="no prepared clip, lacks name"):
+        load_clip(cache / NEGATIVE)
+
+
+def test_killed_and_resumed(source, weights, cache, tmp_path):
+    # killed at the very worst moment, the second clip's bytes written but not yet in place
+    program = f"""
+import os, signal
+fsync, calls = os.fsync, []
+def kill(file):
+    name = os.readlink(f"/proc/self/fd/{{file}}")
+    if "b.mp4" in name: os.kill(os.getpid(), signal.SIGKILL)
+    fsync(file)
+os.fsync = kill
+import sys; from data import prepare; from plumbing.settings import parse
+prepare.prepare(parse(prepare.Prepare, sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", program, *PREPARE[3:], *arguments(source, weights, tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == -9, done.stderr
+    out = tmp_path / "out"
+    assert {f.suffix for f in out.iterdir()} == {".json", ".safetensors", ".tmp"}
+    with pytest.raises(ValueError, match="not finished"):
+        ClipCache(out)
+    first = (out / "a.mp4.safetensors").stat()
+    index = run(source, weights, out)
+    assert len(index["clips"]) == 4 and clips(out) == clips(cache) and not list(out.rglob("*.tmp"))
+    assert (out / "a.mp4.safetensors").stat().st_mtime_ns == first.st_mtime_ns  # not made again
+
+
+def test_full_disk_stops(source, weights, tmp_path):
+    with full_disk(40_000), pytest.raises(OSError, match="too large.*a.mp4.safe"):
+        run(source, weights, tmp_path / "out")  # index and negative prompt fit, no clip does
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [INDEX, NEGATIVE]
+
+
+def test_two_ranks_make_what_one_makes(source, weights, cache, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               *PREPARE[1:], *arguments(source, weights, tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert clips(tmp_path / "out") == clips(cache)
+    assert read_index(tmp_path / "out") == read_index(cache)
+    assert done.stdout.count("4 clips made, 0 were there, 0 skipped") == 1
