@@ -176,7 +176,8 @@ def main(argv):
     local = config.conditions // ranks
     mine = slice(rank * local, (rank + 1) * local)  # this rank's share of an iteration's conditions
     start = run.done
-    skipped = 0
+    skipped = 0     # updates in a row whose gradients were no numbers
+    warned = set()  # rewards whose failure was named
     try:
         if show and start == 0:
             show(run.out / "samples/iteration_000000.mp4")
@@ -203,7 +204,7 @@ def main(argv):
             clock("decode")
 
             # Rewards of every video against its own target, then of all ranks: name -> (C, G) (Eq. 3-4).
-            scores, failed = score(world, videos, scene, config, iteration)
+            scores, failed = score(world, videos, scene, config, iteration, warned)
             clock("rewards")
 
             # Advantages: normalised by the largest group deviation of all ranks (Eq. 5-6).
@@ -256,7 +257,7 @@ def main(argv):
 
 # ---- the steps of the loop that need more than a line ----
 
-def score(world, videos, scene, config, iteration):
+def score(world, videos, scene, config, iteration, warned):
     """This rank's rewards, and all ranks': name -> (conditions, members), and how many videos failed.
 
     videos: uint8 (C G, T, H, W, 3) of C conditions on this rank; scene: C rows. RuntimeError where more than
@@ -266,7 +267,7 @@ def score(world, videos, scene, config, iteration):
     scores, failures = rewards.score(world.rewards, videos, scene[rows], config.reward_batch or None)
     scores = {name: gather(x.view(-1, config.members)) for name, x in scores.items()}
     failed = ~succeeded(scores, world.reward_weights)  # (C, G) of all ranks
-    reasons = warn_of_failures(failures, len(videos))
+    reasons = warn_of_failures(failures, len(videos), warned)
     if failed.float().mean() > config.max_failures:
         first = reasons[0] if reasons else "on another rank"
         raise RuntimeError(f"iteration {iteration}: rewards failed for {int(failed.sum())} of "
@@ -329,21 +330,18 @@ def describe(config, dit, ranks, device, run):
           f"{run.done} of {config.iterations} iterations done in {run.out}")
 
 
-WARNED = set()  # of rewards that failed once: each is named once
-
-
-def warn_of_failures(failures, count):
-    """Names each failing reward once, with its first reason -> what was or could be said of each."""
+def warn_of_failures(failures, count, warned):
+    """Names each failing reward that is not in `warned`, with its first reason -> what can be said of each."""
     reasons = []
     for name, failed in failures.items():
         if not failed:
             continue
         first = next(iter(failed.values()))
-        reasons.append(f"{name}: {len(failed)} of {count} videos, {first}")
-        if name not in WARNED:
-            tqdm.write(f"warning: reward {name} failed for {len(failed)} of {count} videos, {first}",
-                       sys.stderr)
-            WARNED.add(name)
+        what = f"{len(failed)} of {count} videos, {first}"
+        reasons.append(f"{name}: {what}")
+        if name not in warned:
+            tqdm.write(f"warning: reward {name} failed for {what}", sys.stderr)
+            warned.add(name)
     return reasons
 
 

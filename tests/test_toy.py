@@ -8,6 +8,7 @@ from conftest import ROOT
 import trajectories
 from sampler import sample, schedule
 from toy.poses import judge
+from toy import pretrain
 from toy.pretrain import CARELESS, CARELESS_TINT, DRIFT, LAG, fit_codec, footage
 from toy.rooms import (
     Codec, EYE, FRAMES, HEIGHT, INTRINSICS, SPEED, TURN, WIDTH, integrate, rays, render,
@@ -17,7 +18,7 @@ from toy.world import held_out, open_weights
 
 @pytest.fixture(scope="module")
 def shipped():
-    return open_weights(ROOT / "weights")
+    return open_weights(ROOT / "toy/weights")
 
 
 def filmed(n, speed, seed=5):
@@ -70,7 +71,7 @@ def test_integrate_is_the_exponential_of_its_turns():
 
 
 def test_careful_footage_is_the_script(monkeypatch):
-    monkeypatch.setattr(toy, "CARELESS", 0.0)
+    monkeypatch.setattr(pretrain, "CARELESS", 0.0)
     source, source_path, takes, scripts = footage(4, 3)
     assert torch.equal(render(rooms(4, 3), scripts[:, 1])[0], takes[:, 1])
     assert torch.equal(render(rooms(4, 3), source_path)[0], source)
@@ -79,7 +80,7 @@ def test_careful_footage_is_the_script(monkeypatch):
 def test_careless_footage_falls_short_and_is_tinted(monkeypatch):
     """Every step is LAG short of the script, or goes forward, ever faster, where that stands still; red and
     blue are off; the source is neither."""
-    monkeypatch.setattr(toy, "CARELESS", 1.0)
+    monkeypatch.setattr(pretrain, "CARELESS", 1.0)
     filmed = []
     draw = lambda room, c2w: (filmed.append(c2w), render(room, c2w))[1]
     source, source_path, takes, scripts = footage(6, 3, draw)
@@ -92,7 +93,7 @@ def test_careless_footage_falls_short_and_is_tinted(monkeypatch):
     expected = (1 - LAG) * step(scripts) + forward * stands[:, None, None]
     assert (step(true[:, 1:]) - expected).abs().max() < 1e-6
     tint = CARELESS_TINT
-    monkeypatch.setattr(toy, "CARELESS_TINT", torch.zeros(3))
+    monkeypatch.setattr(pretrain, "CARELESS_TINT", torch.zeros(3))
     off = (takes - footage(6, 3)[2]).mean((0, 1, 3, 4, 5))
     assert off.tolist() == pytest.approx(tint.tolist(), abs=1e-5)
 

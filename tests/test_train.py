@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from plumbing import checkpoint
 import train
+from train import Config
 from data.world import clip_numbers
+from toy import world as toy_world
+from evaluation import toy as toy_evaluation
 from grpo import policy_loss
-from model import Config
 from plumbing.settings import parse
-from pretrained.vae import check
 
 SMALL = ["--conditions=2", "--members=4", "--sample_every=1000", "--save_every=1", "--rooms=0",
          "--rewards=trans=1,rot=1,sharpness=0.1"]
@@ -95,7 +96,7 @@ def test_settings_that_cannot_work(settings, message):
     for name, value in settings.items():
         setattr(config, name, value)
     with pytest.raises(ValueError, match=message):
-        check(config, 2)
+        config.check(2)
 
 
 def test_every_clip_once_an_epoch():
@@ -223,7 +224,7 @@ def test_other_settings_are_refused(straight):
 
 MEET = """
 import os, sys, time, torch, torch.distributed as dist
-from distributed import connect
+from plumbing.ranks import connect
 rank, meeting, missing = int(os.environ["RANK"]), int(sys.argv[1]), int(sys.argv[2])
 time.sleep(meeting if rank == 0 else 0)  # who is early must not take what the last meeting left in the store
 if rank != missing:
@@ -273,13 +274,10 @@ torch.optim.AdamW.step = astray
 
 @pytest.fixture
 def main(monkeypatch):
-    """train.main in a small world; os._exit only raises, signals are put back."""
-    def leave(code):
-        raise SystemExit(code)
+    """train.main in a small world; signals are put back."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(toy, "TRAIN_ROOMS", 4)
-    always = [*SMALL, "--keep=9", f"--weights={ROOT / 'weights'}"]
+    monkeypatch.setattr(toy_world, "TRAIN_ROOMS", 4)
+    always = [*SMALL, "--keep=9", f"--weights={ROOT / 'toy/weights'}"]
     yield lambda out, *args: train.main([*always, f"--out={out}", *args])
     for s, handler in handlers.items():
         signal.signal(s, handler)
@@ -344,7 +342,7 @@ def test_an_edited_reward_does_not_resume(main, tmp_path):
     assert [record["iteration"] for record in log_of(out)] == [0, 1, 2]
 
 
-CLAIM = "import checkpoint, pathlib, sys; held = checkpoint.claim(pathlib.Path(sys.argv[1]), 0)"
+CLAIM = "import pathlib, sys; from plumbing import checkpoint; held = checkpoint.lock_folder(pathlib.Path(sys.argv[1]), 0)"
 
 
 def test_one_run_a_folder(main, tmp_path, monkeypatch):
@@ -355,20 +353,20 @@ def test_one_run_a_folder(main, tmp_path, monkeypatch):
         other = subprocess.run([sys.executable, "-c", CLAIM, tmp_path], cwd=ROOT, stderr=subprocess.PIPE)
         refused.append(b"another run is writing there; wait for it or" in other.stderr)
         return real(*args, **options)
-    import evaluate
-    for module, name in ((train, "resume"), (train, "save_checkpoint"), (evaluate, "finish")):
+    for module, name in ((checkpoint, "resume"), (checkpoint, "save_checkpoint"), (toy_evaluation, "finish")):
         monkeypatch.setattr(module, name, functools.partial(probe, getattr(module, name)))
     main(tmp_path, "--iterations=1", "--rooms=1")
     assert refused == [True] * 3
     held = subprocess.Popen([sys.executable, "-c", CLAIM + "; print(1, flush=True); sys.stdin.read()",
                              str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     held.stdout.readline()
-    monkeypatch.setattr(train, "claim", functools.partial(checkpoint.lock_folder, patience=0.5))
+    lock = checkpoint.lock_folder
+    monkeypatch.setattr(checkpoint, "lock_folder", functools.partial(lock, patience=0.5))
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     with pytest.raises(ValueError, match="is writing there; wait for it or choose another --out"):
         main(tmp_path, "--iterations=2")
     assert before == {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    monkeypatch.setattr(train, "claim", checkpoint.lock_folder)
+    monkeypatch.setattr(checkpoint, "lock_folder", lock)
     threading.Timer(1, held.kill).start()
     main(tmp_path, "--iterations=2")  # waits for it
     held.communicate()
@@ -410,7 +408,6 @@ def test_non_finite_gradients_change_nothing_and_stop_in_a_row(main, tmp_path, m
 
 def test_a_signal_never_saves_half_an_update(main, straight, tmp_path, monkeypatch):
     monkeypatch.undo()  # with all rooms, as in `straight`
-    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
     step, count = torch.optim.AdamW.step, []
 
     def interrupted(self, *args):
@@ -419,10 +416,10 @@ def test_a_signal_never_saves_half_an_update(main, straight, tmp_path, monkeypat
         if len(count) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
-    with pytest.raises(SystemExit) as leaving:
-        main(tmp_path, "--iterations=3", "--save_every=100", f"--weights=weights")
-    assert leaving.value.code == 75 and [f.name for f in tmp_path.glob("iteration_*")] == ["iteration_000002"]
-    main(tmp_path, "--iterations=3", "--save_every=100", f"--weights=weights")
+    with pytest.raises(train.Stop):
+        main(tmp_path, "--iterations=3", "--save_every=100", "--weights=toy/weights")
+    assert [f.name for f in tmp_path.glob("iteration_*")] == ["iteration_000002"]
+    main(tmp_path, "--iterations=3", "--save_every=100", "--weights=toy/weights")
     one, two = weights(straight[0]), weights(tmp_path)
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert [record["iteration"] for record in log_of(tmp_path)][-1] == 2
