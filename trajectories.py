@@ -206,6 +206,12 @@ def camera_maps(c2w, intrinsics, height, width):
     return maps.mul_((1 + x ** 2 + y ** 2).rsqrt().float()).view(B, 24, -1, height, width)
 
 
+def poses(c2w):
+    """What ReCamMaster takes of c2w (B, T, 4, 4), T = 4k + 1: the first three rows of every fourth frame,
+    row by row (B, F, 12) float32. Metres, relative to the *source's* first camera. (ReCamMaster)"""
+    return torch.as_tensor(c2w)[:, ::4, :3].flatten(2).float()
+
+
 # ---- pose errors
 
 def rotation_angle(A, B):

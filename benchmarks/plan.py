@@ -21,10 +21,10 @@ import sampler
 import train
 from data.video import to_uint8
 from grpo import micro_batches, policy_loss
-from model import Condition, Config, DiT, config_from, read_shapes, trainable
+from model import Condition, Config, DiT, config_from, trainable, trains
 from plumbing.settings import run_command
 from pretrained.vae import VAE
-from pretrained.weights import DIT, REDIRECTOR
+from pretrained.weights import DIT, REDIRECTOR, open_tensors
 from sampler import chunks, rollout, schedule, window
 from toy.rooms import Codec, HEADS, PATCH, TEXT
 
@@ -90,13 +90,13 @@ def parts(config):
     there. Codec without contents: to be called under torch.device("meta")."""
     folder, frames = Path(config.weights), (config.frames - 1) // 4 + 1
     if config.world == "toy":
-        shapes = read_shapes(folder / "toy_codec.safetensors")
+        shapes = open_tensors(folder / "toy_codec.safetensors")[0]
         codec = Codec({key: torch.empty(shape) for key, shape in shapes.items()})
-        return (config_from(read_shapes(folder / "toy_base.safetensors"), HEADS), codec,
+        return (config_from(open_tensors(folder / "toy_base.safetensors")[0], HEADS), codec,
                 (16, frames, config.height // PATCH, config.width // PATCH), (1, TEXT))
     base, redirector = folder / DIT, folder / REDIRECTOR
     found = base.is_file() and redirector.is_file()
-    dit = config_from({**read_shapes(base), **read_shapes(redirector)}) if found else FUN_CAMERA
+    dit = config_from({**open_tensors(base)[0], **open_tensors(redirector)[0]}) if found else FUN_CAMERA
     codec = VAE(16, [96, 96, 192, 384, 384], 2, [False, True, True])  # as published
     return dit, codec, (16, frames, config.height // 8, config.width // 8), (512, dit.text_dim)
 
@@ -127,7 +127,7 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
         state = {k: torch.empty(x.shape, dtype=dtype) for k, x in codec.state_dict().items()}
         codec.load_state_dict(state, assign=True)
         del state
-    dit.load_state_dict({k: torch.empty(x.shape, dtype=torch.float32 if ".self_attn." in k else dtype)
+    dit.load_state_dict({k: torch.empty(x.shape, dtype=torch.float32 if trains(k) else dtype)
                          for k, x in dit.state_dict().items()}, assign=True)
     dit.checkpoint, parameters = config.checkpointing, trainable(dit)
     masters = sum(p.nbytes for p in parameters)

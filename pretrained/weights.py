@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"  # as published
@@ -58,6 +59,36 @@ def read_weights(path):
     if not isinstance(state, dict) or not all(type(k) is str and torch.is_tensor(state[k]) for k in state):
         raise ValueError(f"{path}: holds other things than tensors; expected a dict of names and tensors")
     return state
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+
+
+def open_tensors(path):
+    """A DiT's file -> ({key: shape}, function key -> tensor). Safetensors are opened anew for every key:
+    closing the file gives its mapped memory back. .ckpt, .pth and .pt are read by read_weights.
+    FileNotFoundError; ValueError if it is cut off, foreign, or holds other things than floats."""
+    if Path(path).suffix in (".ckpt", ".pth", ".pt"):
+        state = read_weights(path)
+        shapes = {key: tuple(x.shape) for key, x in state.items()}
+        strange = [f"{key} ({x.dtype})" for key, x in state.items() if not x.is_floating_point()]
+        read = state.__getitem__
+    else:
+        try:
+            with safe_open(path, "pt") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}
+                shapes = {key: tuple(x.get_shape()) for key, x in slices.items()}
+                kinds = {key: x.get_dtype() for key, x in slices.items()}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+        strange = [f"{key} ({kind})" for key, kind in kinds.items() if kind not in FLOATS]
+
+        def read(key):
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(key)
+    if strange:
+        raise ValueError(f"{path}: expected types {', '.join(FLOATS)}, found {', '.join(strange)}")
+    return shapes, read
 
 
 def need(path, state, what, dims):

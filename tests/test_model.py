@@ -21,6 +21,11 @@ from model import Condition, Config, DiT, load_dit
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS, IO = GOLDEN / "redirector_weights.safetensors", load_file(GOLDEN / "redirector_io.safetensors")
+RECAM_WEIGHTS = GOLDEN / "recammaster_weights.safetensors"
+RECAM_IO = load_file(GOLDEN / "recammaster_io.safetensors")
+T2V = dict(in_dim=16, image_dim=None, camera_dim=None, roce=False)
+RECAM = {**T2V, "pose_dim": 12}
+BOTH = pytest.mark.parametrize("changes", [{}, RECAM], ids=["ReDirector", "ReCamMaster"])
 WAN = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, image_dim=1280, camera_dim=24, roce=True)
 
 
@@ -32,15 +37,24 @@ def golden_condition(text="context"):
     return Condition(IO[text], IO["clip_feature"], IO["y"], IO["camera_target"], IO["camera_cond"])
 
 
+def recam_condition(text="context"):
+    return Condition(RECAM_IO[text], source=RECAM_IO["y"], camera=RECAM_IO["camera"])
+
+
+GOLDENS = {"redirector": (WEIGHTS, IO, golden_condition),
+           "recammaster": (RECAM_WEIGHTS, RECAM_IO, recam_condition)}
+
+
 def random_condition(dit, b, frames=3, height=4, width=6, seed=0):
     c, g = dit.config, torch.Generator().manual_seed(seed)
     def draw(*shape):
         return torch.randn(b, *shape, generator=g)
     source = (c.out_dim, frames, height, width)
-    camera = c.camera_dim and (c.camera_dim, frames, 8 * height, 8 * width)
+    maps = c.camera_dim and (c.camera_dim, frames, 8 * height, 8 * width)
+    camera = (frames, c.pose_dim) if c.pose_dim else maps
     return Condition(draw(7, c.text_dim), draw(5, c.image_dim) if c.image_dim else None,
                      draw(*source) if dit.takes_source else None, draw(*camera) if camera else None,
-                     draw(*camera) if camera and dit.takes_source else None)
+                     draw(*maps) if maps and dit.takes_source else None)
 
 
 def random_dit(seed=0, **changes):
@@ -76,7 +90,7 @@ def plain(dit, x, t, c, dtype):
         return F.linear(x, s[name + ".weight"], s.get(name + ".bias"))
 
     def rms(x, name):
-        y = model.wide(x)
+        y = model.upcast(x)
         return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype) * s[name + ".weight"]
 
     def norm(x, name=None, eps=1e-6):
@@ -115,29 +129,34 @@ def plain(dit, x, t, c, dtype):
     if c.image is not None:
         image = F.gelu(lin(norm(c.image[0], "img_emb.proj.0", 1e-5), "img_emb.proj.1"))
         image = norm(lin(image, "img_emb.proj.3"), "img_emb.proj.4", 1e-5)
-    tokens, camera = embed(x[0], None if c.camera is None else c.camera[0])
+    maps, poses = (None, c.camera) if cfg.pose_dim else (c.camera, None)
+    tokens, camera = embed(x[0], None if maps is None else maps[0])
     n = len(tokens)
     frames, h, w = x.shape[2], x.shape[3] // 2, x.shape[4] // 2
-    f, i, j = torch.meshgrid(*(torch.arange(k).double() for k in (frames, h, w)), indexing="ij")
+    times = 2 * frames if cfg.pose_dim else frames
+    f, i, j = torch.meshgrid(*(torch.arange(k).double() for k in (times, h, w)), indexing="ij")
     third = 2 * (d // 6)
     rope = torch.cat([position.reshape(-1, 1) * 10000.0 ** (-torch.arange(0, size, 2).double() / size)
                       for position, size in ((f, d - 2 * third), (i, third), (j, third))], 1)[:, None]
     if c.source is not None:
-        source, source_camera = embed(c.source[0], None if c.camera is None else c.source_camera[0])
-        tokens, rope = torch.cat([tokens, source]), torch.cat([rope, rope])
+        source, source_camera = embed(c.source[0], None if maps is None else c.source_camera[0])
+        tokens, rope = torch.cat([tokens, source]), torch.cat([rope, rope])[:2 * n]
         camera = None if camera is None else torch.cat([camera, source_camera])
     for block in range(cfg.num_layers):
         b = f"blocks.{block}."
         a = b + "self_attn."
         shift, scale, gate, shift2, scale2, gate2 = s[b + "modulation"][0] + modulation
         y = norm(tokens) * (1 + scale) + shift
+        if cfg.pose_dim:
+            y = y + lin(poses[0], b + "cam_encoder").repeat_interleave(h * w, 0).repeat(2, 1)
         qk = vo = torch.zeros(1, heads, d // 2)
         if cfg.roce:
             qk, vo = (lin(F.silu(camera), f"{a}rope_phase_{kind}.1").double() for kind in ("qk", "vo"))
             qk, vo = (F.pad(phase.unflatten(-1, (heads, -1)), (d // 2 - third, 0)) for phase in (qk, vo))
         q = turn(rms(lin(y, a + "q"), a + "norm_q"), rope + qk)
         k = turn(rms(lin(y, a + "k"), a + "norm_k"), rope + qk)
-        tokens = tokens + gate * turn(lin(attend(q, k, turn(lin(y, a + "v"), -vo)), a + "o"), vo)
+        y = turn(lin(attend(q, k, turn(lin(y, a + "v"), -vo)), a + "o"), vo)
+        tokens = tokens + gate * (lin(y, b + "projector") if cfg.pose_dim else y)
         a = b + "cross_attn."
         q = rms(lin(norm(tokens, b + "norm3"), a + "q"), a + "norm_q")
         y = attend(q, rms(lin(text, a + "k"), a + "norm_k"), lin(text, a + "v"))
@@ -154,31 +173,41 @@ def plain(dit, x, t, c, dtype):
 
 # ---- recorded numbers ----
 
+@pytest.mark.parametrize("policy", GOLDENS)
 @pytest.mark.parametrize("t", ["1000", "517", "37.5"])
-def test_recorded_velocity(t):
+def test_recorded_velocity(policy, t):
+    weights, io, condition = GOLDENS[policy]
     with torch.no_grad():
-        v = golden_dit()(IO["x"], torch.tensor(float(t) / 1000), golden_condition())
-    assert_close(v, IO[f"velocity_t{t}"], 1e-5)
+        v = load_dit(weights, num_heads=2)(io["x"], torch.tensor(float(t) / 1000), condition())
+    assert_close(v, io[f"velocity_t{t}"], 1e-5)
 
 
-def test_recorded_hidden_states():
-    dit, seen = golden_dit(), {}
+@pytest.mark.parametrize("policy", GOLDENS)
+def test_recorded_hidden_states(policy):
+    weights, io, condition = GOLDENS[policy]
+    dit, seen = load_dit(weights, num_heads=2), {}
     for name, module in dit.named_modules():
         if name.count(".") == 1 and name.startswith("blocks.") or name.endswith(("self_attn", "cross_attn")):
             key = "hidden_block" + name.removeprefix("blocks.")
             module.register_forward_hook(lambda module, inputs, output, key=key: seen.update({key: output}))
     with torch.no_grad():
-        dit(IO["x"], torch.tensor([0.517]), golden_condition())
-        adapter = [dit.control_adapter(IO[name]) for name in ("camera_target", "camera_cond")]
-    assert len(seen) == 6
+        dit(io["x"], torch.tensor([0.517]), condition())
+        assert len(seen) == 6
+        for i, block in enumerate(dit.blocks if policy == "recammaster" else ()):
+            seen[f"hidden_block{i}.cam_encoder"] = block.cam_encoder(io["camera"])
+            seen[f"hidden_block{i}.projector"] = block.projector(seen[f"hidden_block{i}.self_attn"])
+        if policy == "redirector":
+            adapter = [dit.control_adapter(io[name]) for name in ("camera_target", "camera_cond")]
+            assert_close(torch.cat(adapter, 1), io["hidden_adapter"].flatten(2).transpose(1, 2), 1e-5)
     for key, value in seen.items():
-        assert_close(value, IO[key], 1e-5)
-    assert_close(torch.cat(adapter, 1), IO["hidden_adapter"].flatten(2).transpose(1, 2), 1e-5)
+        assert_close(value, io[key], 1e-5)
 
 
-def test_recorded_sample():
-    dit, x = golden_dit(), IO["x"]
-    both = Condition.cat([golden_condition("negative_context"), golden_condition()])
+@pytest.mark.parametrize("policy, tolerance", [("redirector", 1e-4), ("recammaster", 1e-5)])
+def test_recorded_sample(policy, tolerance):
+    weights, io, condition = GOLDENS[policy]
+    dit, x = load_dit(weights, num_heads=2), io["x"]
+    both = Condition.cat([condition("negative_context"), condition()])
     u = torch.linspace(1, 0, 7)
     levels = 5 * u / (1 + 4 * u)
     with torch.no_grad():
@@ -186,12 +215,115 @@ def test_recorded_sample():
         for t, t_next in zip(levels[:-1], levels[1:]):
             negative, positive = dit(torch.cat([x, x]), t, prepared).chunk(2)
             x = x + (t_next - t) * (negative + 5 * (positive - negative))
-    assert_close(x, IO["euler6_cfg5"], 1e-4)
+    assert_close(x, io["euler6_cfg5"], tolerance)
+
+
+# ---- ReCamMaster ----
+
+def test_recammaster_without_cameras_is_wan():
+    """Poses that add nothing and a projector that changes nothing: Wan T2V on twice the frames, exactly."""
+    recam = random_dit(**RECAM)
+    t2v = DiT(dataclasses.replace(recam.config, pose_dim=None))
+    t2v.load_state_dict({k: x for k, x in recam.state_dict().items() if k in t2v.state_dict()})
+    c, x, t = random_condition(recam, 1), torch.randn(1, 16, 3, 4, 6), torch.tensor(0.5)
+    with torch.no_grad():
+        different = recam(x, t, c)
+        for block in recam.blocks:
+            torch.nn.init.zeros_(block.cam_encoder.weight)
+            torch.nn.init.zeros_(block.cam_encoder.bias)
+            torch.nn.init.eye_(block.projector.weight)
+            torch.nn.init.zeros_(block.projector.bias)
+        same, wan = recam(x, t, c), t2v(torch.cat([x, c.source], 2), t, Condition(c.text))[:, :, :3]
+    assert torch.equal(same, wan)
+    assert (different - wan).abs().max() > 0.01
+    fresh = DiT(recam.config).state_dict()  # training may start from there
+    assert not fresh["blocks.1.cam_encoder.weight"].any()
+    assert torch.equal(fresh["blocks.1.projector.weight"], torch.eye(48))
+
+
+def test_recammaster_file_forms(tmp_path):
+    """step20000.ckpt: a plain torch.save of mixed types, tensors only; or the same keys in safetensors."""
+    state = load_file(RECAM_WEIGHTS)
+    mixed = {k: x.float() if "cam_encoder" in k or "projector" in k else x for k, x in state.items()}
+    torch.save(mixed, tmp_path / "step20000.ckpt")
+    args = RECAM_IO["x"], torch.tensor(0.517), recam_condition()
+    dits = [load_dit(file, num_heads=2) for file in (RECAM_WEIGHTS, tmp_path / "step20000.ckpt")]
+    assert all(p.dtype == torch.float32 for dit in dits for p in dit.parameters())
+    assert dits[0].config == dits[1].config and dits[0].config.pose_dim == 12
+    with torch.no_grad():
+        assert torch.equal(dits[0](*args), dits[1](*args))
+    base = {k: x for k, x in state.items() if "cam_encoder" not in k and "projector" not in k}
+    wan = load_dit(saved(tmp_path / "wan.safetensors", base), num_heads=2)
+    assert wan.config == dataclasses.replace(dits[0].config, pose_dim=None) and not wan.takes_source
+    ours = saved(tmp_path / "ours.safetensors", {k: 2 * x for k, x in mixed.items() if model.trains(k)})
+    for file in (tmp_path / "step20000.ckpt", tmp_path / "wan.safetensors"):  # what trains is all it needs
+        for key, x in load_dit(file, ours, num_heads=2).state_dict().items():
+            assert torch.equal(x, state[key].float() * (2 if model.trains(key) else 1))
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("broken, message", [
+    (lambda s: s | {"blocks.0.cam_encoder.weight": torch.zeros(48, 16),
+                    "blocks.1.cam_encoder.weight": torch.zeros(48, 16)}, "16 numbers a frame, ReCam"),
+    (lambda s: s | {"blocks.1.cam_encoder.weight": torch.zeros(48, 16)}, r"is \(48, 16\) in .*\(48, 12\)"),
+    (lambda s: s | {"blocks.0.cam_encoder_src.weight": torch.zeros(48, 12)}, "unexpected blocks.0.cam_enc"),
+    (lambda s: {k: x for k, x in s.items() if k != "blocks.1.projector.bias"}, "missing blocks.1.projector.b"),
+    (lambda s: {k: x for k, x in s.items() if "projector" not in k}, "4 keys do not fit"),
+    (lambda s: s | {"head.head.bias": torch.zeros(64).long()}, r"head.head.bias \(torch.int64\)"),
+    (lambda s: {"state_dict": s}, "other things than tensors"),
+    (lambda s: s | {"code": Bomb()}, "pickled code"),
+    (lambda s: s | {"patch_embedding.weight": torch.zeros(48, 32, 1, 2, 2)}, "needs Wan T2V")])
+def test_recammaster_refusals(tmp_path, capsys, broken, message):
+    file = tmp_path / "step20000.ckpt"
+    torch.save(broken(load_file(RECAM_WEIGHTS)), file)
+    with pytest.raises(ValueError, match=message) as error:
+        load_dit(file, num_heads=2)
+    assert "step20000.ckpt" in str(error.value) and "executed" not in capsys.readouterr().out
+
+
+def test_recammaster_damaged_ckpt(tmp_path):
+    torch.save(load_file(RECAM_WEIGHTS), tmp_path / "whole.ckpt")
+    data = (tmp_path / "whole.ckpt").read_bytes()
+    for name, content in {"cut": data[:-1000], "empty": b"", "noise": b"\x80\x02x" * 99}.items():
+        (tmp_path / f"{name}.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.ckpt"):
+            load_dit(tmp_path / f"{name}.ckpt", num_heads=2)
+    with pytest.raises(FileNotFoundError, match="nowhere.ckpt"):
+        load_dit(tmp_path / "nowhere.ckpt")
+
+
+def test_recammaster_learns_through_its_cameras():
+    """What trains has gradients, the camera encoder's as finite differences say, and nothing else has."""
+    dit = random_dit(**RECAM).double()
+    parameters = model.trainable(dit)
+    x, t = torch.randn(2, 16, 3, 4, 6).double(), torch.tensor([0.9, 0.3]).double()
+    prepared = dit.prepare(random_condition(dit, 2).to(torch.float64))
+    grads = gradients(dit, x, t, prepared)
+    assert len(grads) == len(parameters) == 2 * (8 + 2 + 2 + 2)
+    assert {name.split(".")[2] for name in grads} == {"self_attn", "cam_encoder", "projector"}
+    assert all(g.any() for g in grads.values())
+    for name in ("blocks.0.cam_encoder.weight", "blocks.1.cam_encoder.bias", "blocks.0.projector.weight"):
+        p, step = dit.get_parameter(name), torch.randn_like(grads[name])
+        with torch.no_grad():
+            losses = [dit(x, t, prepared).square().sum()
+                      for move in (1e-5, -2e-5) if p.add_(move * step) is not None]
+        assert float((losses[0] - losses[1]) / 2e-5) == pytest.approx(float((grads[name] * step).sum()), 1e-4)
+
+
+def test_recammaster_poses_stay_exact_in_bfloat16():
+    """Poses are not rounded to bfloat16, which would move a camera at 3 m by millimetres."""
+    dit = load_dit(RECAM_WEIGHTS, num_heads=2, dtype=torch.bfloat16)
+    camera = dit.prepare(recam_condition()).camera
+    assert camera.dtype == torch.float32 and torch.equal(camera, RECAM_IO["camera"])
 
 
 # ---- mathematics ----
 
-@pytest.mark.parametrize("changes", [{}, {"roce": False}, {"in_dim": 16, "camera_dim": None, "roce": False},
+@pytest.mark.parametrize("changes", [{}, RECAM, {"roce": False}, T2V | {"image_dim": 24},
                                      {"image_dim": None, "dim": 64, "num_heads": 1}])
 def test_equals_plain_rewrite_in_float64(changes):
     dit = random_dit(**changes).double()
@@ -202,10 +334,11 @@ def test_equals_plain_rewrite_in_float64(changes):
             assert_close(dit(x, t, condition), plain(dit, x, t, condition, torch.float64), 1e-11)
 
 
-def test_bfloat16_error_no_larger_than_plain():
+@BOTH
+def test_bfloat16_error_no_larger_than_plain(changes):
     ours = theirs = 0
     for seed in range(6):
-        dit = random_dit(seed, num_layers=4).to(torch.bfloat16)
+        dit = random_dit(seed, num_layers=4, **changes).to(torch.bfloat16)
         condition = random_condition(dit, 1, seed=seed).to(torch.bfloat16)
         x, t = torch.randn(1, 16, 3, 4, 6).bfloat16().float(), torch.tensor([0.25 + 0.125 * seed])
         with torch.no_grad():
@@ -268,8 +401,9 @@ def test_new_model_predicts_zero_and_learns():
 
 # ---- batches ----
 
-def test_conditions_broadcast_to_their_rows():
-    dit = random_dit()
+@BOTH
+def test_conditions_broadcast_to_their_rows(changes):
+    dit = random_dit(**changes)
     condition = random_condition(dit, 2)
     x, t = torch.randn(6, 16, 3, 4, 6), torch.rand(6)
     with torch.no_grad():
@@ -280,8 +414,9 @@ def test_conditions_broadcast_to_their_rows():
         assert_close(dit(x, torch.full((6,), 0.4), condition), dit(x, torch.tensor(0.4), condition), 1e-6)
 
 
-def test_prepared_slices_and_joins():
-    dit = random_dit()
+@BOTH
+def test_prepared_slices_and_joins(changes):
+    dit = random_dit(**changes)
     condition, x, t = random_condition(dit, 3), torch.randn(3, 16, 3, 4, 6), torch.tensor(0.5)
     with torch.no_grad():
         prepared, expected = dit.prepare(condition), dit(x, t, condition)
@@ -292,18 +427,19 @@ def test_prepared_slices_and_joins():
         assert_close(dit(x.roll(-1, 0), t, joined), expected.roll(-1, 0), 1e-6)
     assert condition.to(torch.float64).source.dtype == torch.float64
     with pytest.raises(ValueError, match="same parts"):
-        Condition.cat([condition, dataclasses.replace(condition, image=None)])
+        Condition.cat([condition, dataclasses.replace(condition, source=None)])
 
 
-def test_prepared_gives_the_same_gradients():
-    dit = random_dit()
+@BOTH
+def test_prepared_gives_the_same_gradients(changes):
+    dit = random_dit(**changes)
     model.trainable(dit)
     condition, x, t = random_condition(dit, 2), torch.randn(4, 16, 3, 4, 6), torch.rand(4)
     with torch.no_grad():
         prepared = dit.prepare(condition)
     cached, direct = gradients(dit, x, t, prepared), gradients(dit, x, t, condition)
     assert cached.keys() == direct.keys()
-    assert all("self_attn" in name and g.any() for name, g in direct.items())
+    assert all(model.trains(name) and g.any() for name, g in direct.items())
     for name in direct:
         assert_close(cached[name], direct[name], 1e-6 * direct[name].abs().max())
 
@@ -319,6 +455,13 @@ def test_counts_of_the_real_model():
     assert total == 1_662_761_792
     assert all(p.requires_grad == (".self_attn." in name) for name, p in dit.named_parameters())
     assert model.config_from({key: tuple(x.shape) for key, x in dit.state_dict().items()}) == WAN
+
+
+def test_counts_of_recammaster():
+    with torch.device("meta"):
+        dit = DiT(dataclasses.replace(WAN, **RECAM))
+    assert len(dit.state_dict()) == 945 and sum(p.numel() for p in dit.parameters()) == 1_490_420_800
+    assert sum(p.numel() for p in model.trainable(dit)) == 354_816_000
 
 
 @pytest.mark.parametrize("changes, fingerprint", [
@@ -352,24 +495,27 @@ def test_real_shapes_forward_and_backward():
     assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in grads.values())
 
 
-def test_float32_masters_beside_bfloat16():
-    half = golden_dit(dtype=torch.bfloat16)
-    mixed = golden_dit(dtype=torch.bfloat16, trained_dtype=torch.float32)
+@pytest.mark.parametrize("policy", GOLDENS)
+def test_float32_masters_beside_bfloat16(policy):
+    weights, io, condition = GOLDENS[policy]
+    half = load_dit(weights, num_heads=2, dtype=torch.bfloat16)
+    mixed = load_dit(weights, num_heads=2, dtype=torch.bfloat16, trained_dtype=torch.float32)
     for name, p in mixed.named_parameters():
-        assert p.dtype == (torch.float32 if ".self_attn." in name else torch.bfloat16)
-    args = IO["x"], torch.tensor([0.517]), golden_condition()
+        assert p.dtype == (torch.float32 if model.trains(name) else torch.bfloat16)
+    args = io["x"], torch.tensor([0.517]), condition()
     with torch.no_grad():
         assert torch.equal(half(*args), mixed(*args))  # the recorded weights are exact in bfloat16
     model.trainable(mixed)
     grads = gradients(mixed, *args)
-    exact = gradients(golden_dit(), *args)
+    exact = gradients(load_dit(weights, num_heads=2), *args)
     for name, g in grads.items():
         assert g.dtype == torch.float32
         assert F.cosine_similarity(g.flatten(), exact[name].flatten(), 0) > 0.99
 
 
-def test_gradient_checkpointing_changes_nothing():
-    dit = random_dit()
+@BOTH
+def test_gradient_checkpointing_changes_nothing(changes):
+    dit = random_dit(**changes)
     args = torch.randn(2, 16, 3, 4, 6), torch.tensor([0.3, 0.8]), random_condition(dit, 1)
     stored = gradients(dit, *args)
     dit.checkpoint = True
@@ -408,14 +554,16 @@ def test_checkpointing_does_not_repeat_self_attention(compiled):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
-def test_compiled():
+@pytest.mark.parametrize("policy", GOLDENS)
+def test_compiled(policy):
     torch._dynamo.reset()  # other tests' graphs of the same blocks count towards its limit
-    dit, compiled = golden_dit(), golden_dit()
+    weights, io, condition = GOLDENS[policy]
+    dit, compiled = load_dit(weights, num_heads=2), load_dit(weights, num_heads=2)
     compiled.compile(fullgraph=True)  # no graph breaks
-    args = IO["x"], torch.tensor([0.517]), golden_condition()
+    args = io["x"], torch.tensor([0.517]), condition()
     model.trainable(dit), model.trainable(compiled)
     v = compiled(*args)
-    assert_close(v, IO["velocity_t517"], 1e-5)
+    assert_close(v, io["velocity_t517"], 1e-5)
     v.square().sum().backward()
     assert compiled.state_dict().keys() == dit.state_dict().keys()
     for name, g in gradients(dit, *args).items():
@@ -573,8 +721,25 @@ def test_wrong_input():
             ((x, t, replace(c, source=None)), "condition.source_camera: this model takes none")]:
         with pytest.raises(ValueError, match=message):
             dit(*args)
-    t2v = random_dit(in_dim=16, image_dim=None, camera_dim=None, roce=False)
+    recam, poses = random_dit(**RECAM), torch.randn(2, 3, 12)
+    right = Condition(c.text, source=c.source, camera=poses)
+    for changes, message in [
+            ({"camera": c.camera}, "camera is .*expected \\(2, 3, 12\\)"),
+            ({"camera": poses[:, :2]}, "camera is \\(2, 2, 12\\), expected \\(2, 3, 12\\)"),
+            ({"camera": torch.randn(2, 3, 16)}, "camera is \\(2, 3, 16\\)"),
+            ({"camera": None}, "condition.camera: this model needs it"),
+            ({"source": None}, "condition.source: this model needs it"),
+            ({"source": c.source[..., :5]}, "condition.source is .*no multiple of 2"),
+            ({"source_camera": c.camera}, "condition.source_camera: this model takes none"),
+            ({"image": c.image}, "condition.image: this model takes none")]:
+        with pytest.raises(ValueError, match=message):
+            recam(x, t, replace(right, **changes))
+    assert recam(x, t, right).shape == x.shape
+    t2v = random_dit(**T2V)
     with pytest.raises(ValueError, match="condition.source: this model takes none"):
         t2v(x, t, Condition(c.text, source=c.source))
-    with pytest.raises(ValueError, match="give num_heads"):
-        DiT(Config(dim=48, num_heads=5, num_layers=1, ffn_dim=8))
+    for config, message in [(dict(num_heads=5), "give num_heads"),
+                            (dict(num_heads=2, roce=True), "needs a base with control_adapter"),
+                            (dict(num_heads=2, pose_dim=12), "needs Wan T2V")]:
+        with pytest.raises(ValueError, match=message):
+            DiT(Config(dim=48, num_layers=1, ffn_dim=8, **config))
