@@ -15,19 +15,18 @@ from scipy.spatial.transform import Rotation
 
 import evaluate
 import model
-from evaluation import outside
-from evaluation import report
-from pretrained import reward_models
-from evaluation import scores
 import tiny_weights
 import trajectories
-from data.prepare import encode_clip, main
 from data.video import read_video, to_float, to_uint8, write_video
+from evaluation import generate as generating
+from evaluation import outside, report, scores
+from evaluation import toy as toy_evaluation
 from evaluation.cases import case_name, find_checkpoints, find_clips, find_generated, listed
 from evaluation.generate import generate
 from evaluation.scores import keep_settings, pose_scores, read_results, save_poses
-from model import Config
-from plumbing.files import write_file
+from plumbing import files
+from plumbing.settings import choose_command, run_command
+from pretrained import reward_models
 from toy.poses import judge
 from toy.pretrain import fit_codec
 from toy.rooms import FRAMES, HEADS, TEXT, render, rooms
@@ -35,6 +34,12 @@ from trajectories import path_number
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def main(argv):
+    """evaluate.py as from the command line, but with its errors raised."""
+    settings, function = choose_command(evaluate.COMMANDS, argv)
+    return function(settings)
 
 
 # ---- pose scores ----
@@ -213,7 +218,7 @@ def elsewhere(tmp_path, monkeypatch):
         for n in (1, 5, 9):
             put(Path("A"), Path("poses"), case_name(clip, n, 1.0), noisy(n, 21, scale=1.2))
             put(Path("B"), Path("poses"), case_name(clip, n, 1.0), noisy(n, 9, scale=1.1))
-    return Config(generated="A,B", estimator="poses", paths="1,5,9", out="out")
+    return evaluate.Evaluate(generated="A,B", estimator="poses", paths="1,5,9", out="out")
 
 
 def results(config):
@@ -261,18 +266,18 @@ def test_finished_cases_are_kept_and_failed_ones_tried_again(elsewhere, monkeypa
 def test_interrupted_scoring_goes_on(elsewhere, monkeypatch):
     """Killed at the k-th file written, for every k, then run again: always the same results."""
     evaluate.evaluate(elsewhere)
-    whole, write = Path("out/results.json").read_text(), write_file
+    whole, replace = Path("out/results.json").read_text(), os.replace
     shutil.rmtree("out")
     count = 0
 
-    def stop(path, content):
+    def stop(temporary, path):
         nonlocal count
         count += 1
         if count % 3 == 0:
             raise KeyboardInterrupt
-        write(path, content)
+        replace(temporary, path)
 
-    monkeypatch.setattr(data, "write_file", stop)
+    monkeypatch.setattr(files.os, "replace", stop)  # every file is written beside, then renamed
     for _ in range(40):
         try:
             evaluate.evaluate(elsewhere)
@@ -335,7 +340,7 @@ def test_settings_that_cannot_be(elsewhere, options, why):
 def test_two_ranks_share_the_cases(elsewhere):
     """Without torchrun's launcher: two processes that find each other as its ranks do."""
     flags = [f"--{key}={getattr(elsewhere, key)}" for key in ("generated", "estimator", "paths")]
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import evaluate; evaluate.main(sys.argv[1:])"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import evaluate as e; e.run_command('e', '', e.COMMANDS, sys.argv[1:])"
     processes = []
     for rank in range(2):
         env = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "PYTHONPATH": "",
@@ -398,7 +403,7 @@ def protocol(clips, tmp_path, monkeypatch):
     """The paper's protocol in small: 2 paths, 5 frames of 32 x 32, 1 step."""
     monkeypatch.setattr(outside, "vbench", lambda *a: ({}, "not installed: VBench (x)"))
     folders = {name: str(clips / name) for name in ("videos", "weights", "cameras")}
-    return Config(**folders, ckpt=f"{clips / 'same.safetensors'},{clips / 'other.safetensors'}", paths="1,9",
+    return evaluate.Evaluate(**folders, ckpt=f"{clips / 'same.safetensors'},{clips / 'other.safetensors'}", paths="1,9",
                   height=32, width=32, steps=1, captions=str(clips / "captions.csv"),
                   estimator=str(clips / "poses"), out=str(tmp_path / "out"))
 
@@ -414,7 +419,7 @@ def test_protocol(protocol, monkeypatch):
         written.append(Path(path).relative_to(out).as_posix() if out in Path(path).parents else "report")
         write(path, *rest)
 
-    monkeypatch.setattr(data, "write_video", stop_once)
+    monkeypatch.setattr(evaluate, "write_video", stop_once)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(protocol)
     evaluate.evaluate(protocol)
@@ -485,8 +490,8 @@ def toy_weights(tmp_path, monkeypatch):
         far[4, 2, 0, 3] = float("nan")
         return far, None
 
-    monkeypatch.setattr(toy, "open_weights", lambda folder: (base, codec, None))
-    monkeypatch.setattr(toy, "judge", judge)
+    monkeypatch.setattr(toy_evaluation, "open_weights", lambda folder: (base, codec, None))
+    monkeypatch.setattr(toy_evaluation, "judge", judge)
     return tmp_path, judged
 
 
@@ -527,7 +532,6 @@ def test_retake(clips, tmp_path):
 
 def test_what_is_not_given_is_estimated(clips, tmp_path, monkeypatch):
     """Source cameras by MapAnything, the caption by BLIP-2 from the middle frame."""
-    import encoders
     seen = []
 
     def cameras(videos):
@@ -543,13 +547,13 @@ def test_what_is_not_given_is_estimated(clips, tmp_path, monkeypatch):
         seen.append(frame)
         return "a bear, says BLIP-2"
 
-    def encode_clip(*args, original=encode_clip):
+    def recorded(*args, original=generating.encode_clip):
         seen.append(args[1])
         return original(*args)
 
     monkeypatch.setattr(reward_models, "mapanything", mapanything)
-    monkeypatch.setattr(encoders, "caption", caption)
-    monkeypatch.setattr(data, "encode_clip", encode_clip)
+    monkeypatch.setattr(generating, "describe_frame", caption)
+    monkeypatch.setattr(generating, "encode_clip", recorded)
     maps = []
     monkeypatch.setattr(trajectories, "camera_maps", lambda *args, original=trajectories.camera_maps: (
         maps.append(args) or original(*args)))
@@ -589,7 +593,7 @@ def test_retakes_of_what_is_no_video(clips, tmp_path, clip, why):
 def test_help_and_unknown_commands(capsys):
     for argv, words in ((["--help"], "--videos=DAVIS"), (["retake", "--help"], "your own video, filmed anew"),
                         ([], "retake")):
-        main(argv)
+        run_command("evaluate.py", evaluate.__doc__, evaluate.COMMANDS, argv or ["--help"])
         assert words in capsys.readouterr().out
     with pytest.raises(ValueError, match="no command 'retke'; did you mean retake?"):
         main(["retke", "clip.mp4"])

@@ -11,14 +11,14 @@ import pytest
 from evaluation import report
 import trajectories
 from data.video import read_video, write_video
-from evaluation.cases import case_name, items, split_case
+from evaluation.cases import case_name, split_case
 from evaluation.report import compare, interval, mean
 
 
 def cases(scores, metric="position"):
     """{(clip, path): score or None for a failed case} -> {case: scores}"""
     return {case_name(clip, n, 1.0): {"failed": "no cameras"} if x is None else {metric: x}
-            for (clip, n), x in items()}
+            for (clip, n), x in scores.items()}
 
 
 # ---- names and numbers ----
