@@ -30,6 +30,7 @@ from pretrained import reward_models
 from toy.poses import judge
 from toy.pretrain import fit_codec
 from toy.rooms import FRAMES, HEADS, TEXT, render, rooms
+from toy.world import sources
 from trajectories import path_number
 
 ROOT = Path(__file__).parent.parent
@@ -468,6 +469,15 @@ def test_noise_depends_on_case_and_seed_alone(clips):
 
 
 # ---- the toy ----
+
+def test_a_room_is_the_same_among_few_or_many():
+    """Room i, its source path and video depend on (seed, i) alone."""
+    codec = fit_codec(render(rooms(2, 0), torch.eye(4).expand(2, FRAMES, 4, 4))[0])
+    few, many = sources(2, 7, codec), sources(5, 7, codec)
+    assert all(torch.equal(x, y[:2]) for x, y in zip(vars(few[0]).values(), vars(many[0]).values()))
+    assert torch.equal(few[1], many[1][:2]) and torch.equal(few[3], many[3][:2])
+    assert not torch.equal(many[3][0], many[3][1]) and not torch.equal(sources(2, 8, codec)[3], few[3])
+
 
 @pytest.fixture
 def toy_weights(tmp_path, monkeypatch):

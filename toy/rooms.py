@@ -2,6 +2,7 @@
 import math
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -35,10 +36,12 @@ class Room:
 
 
 def rooms(n, seed):
-    """n random rooms (Room), the same for the same seed."""
-    g = torch.Generator().manual_seed(seed)
-    rand = lambda *shape, low=0.0, high=1.0: low + (high - low) * torch.rand(n, *shape, generator=g)
-    randn = lambda *shape: torch.randn(n, *shape, generator=g)
+    """n random rooms (Room). Room i depends on (seed, i) alone: among 2 rooms or 8, it is the same."""
+    rngs = [np.random.default_rng((seed, i)) for i in range(n)]
+    each = lambda draw: torch.from_numpy(np.stack([draw(rng) for rng in rngs]))
+    rand = lambda *shape, low=0.0, high=1.0: (
+        low + (high - low) * each(lambda rng: rng.random(shape, np.float32)))
+    randn = lambda *shape: each(lambda rng: rng.standard_normal(shape, np.float32))
     zero, one = torch.zeros(n), torch.ones(n)
     half = rand(2, low=2.8, high=4.2)
 

@@ -48,7 +48,11 @@ def sources(n, seed, codec):
     """n rooms and their source videos, filmed from an almost steady hand: Room, c2w (n, T, 4, 4), metres,
     latents (n, 16, F, h, w), and what the codec shows of them, uint8 (n, T, H, W, 3)."""
     room = rooms(n, seed)
-    step, turn = walks(n, torch.Generator().manual_seed(seed))
+    # like the room, its source path depends on (seed, i) alone
+    seeds = [int(np.random.default_rng((seed, i, 1)).integers(2 ** 62)) for i in range(n)]
+    paths = [walks(1, torch.Generator().manual_seed(x)) for x in seeds]
+    step = torch.cat([step for step, _ in paths])
+    turn = torch.cat([turn for _, turn in paths])
     c2w = integrate(0.1 * BASE_SPEED * step, 0.1 * BASE_TURN * turn)
     latents = codec.encode(render_video(room, c2w))
     return room, c2w, latents, to_uint8(codec.decode(latents))
