@@ -14,6 +14,7 @@ import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -22,14 +23,11 @@ from safetensors.torch import load_file, save, save_file
 
 from data import cameras
 from plumbing import checkpoint
-import evaluate
 import model
-from evaluation import report
-import rewards
 import tiny_weights
+import toy.world
 import train
-from pretrained import vae
-from test_data import audio_only, clip, path_of
+import trajectories
 from data.clips import ClipCache, INDEX, NEGATIVE, TENSORS, load_clip, read_index
 from data.video import find_videos, write_video
 from evaluation.cases import find_clips
@@ -37,6 +35,27 @@ from evaluation.scores import keep_settings, read_results
 from plumbing.files import digest
 from plumbing.settings import parse
 from pretrained.weights import TEXT_FILE, VAE_FILE, open_tensors, read_weights
+
+
+def clip(frames, height=48, width=64):
+    """A grey ramp in time with a white square in the top left corner: every frame is recognisable."""
+    grey = 10 * np.arange(1, frames + 1, dtype=np.uint8)
+    video = np.tile(grey[:, None, None, None], (1, height, width, 3))
+    video[:, :height // 4, :width // 4] = 255
+    return video
+
+
+def path_of(frames, i):
+    return trajectories.resample(trajectories.recammaster(i + 7, 81), frames)
+
+
+def audio_only(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +121,12 @@ def world(tmp_path_factory):
         if content is not None:
             (w / name / file).write_bytes(content)
     torch.save({"a": 1}, w / "other_vae" / VAE_FILE)
-    toy = ROOT / "weights"
+    shipped = ROOT / "toy/weights"
     for name, file, content in (
-            ("toy_cut_base", "toy_base.safetensors", (toy / "toy_base.safetensors").read_bytes()[:-100]),
+            ("toy_cut_base", "toy_base.safetensors", (shipped / "toy_base.safetensors").read_bytes()[:-100]),
             ("toy_no_codec", "toy_codec.safetensors", None)):
         (w / name).mkdir()
-        for part in toy.glob("*.safetensors"):
+        for part in shipped.glob("*.safetensors"):
             (w / name / part.name).symlink_to(part)
         (w / name / file).unlink()
         if content is not None:
@@ -158,7 +177,7 @@ MORE = " --clips={w}/lost_clip --trajectories={w}/paths"
 PROTOCOL = "evaluate.py --frames=9 --height=32 --width=48 --estimator={w}/paths"
 RETAKE = "evaluate.py retake --height=32 --width=48 --frames=9"
 GOOD = " --clip={w}/videos/a.mp4 --weights={w}/weights"
-PREPARE = "data.py prepare --frames=9 --height=32 --width=48"
+PREPARE = "-m data.prepare --frames=9 --height=32 --width=48"
 SOURCES = " --videos={w}/videos --weights={w}/weights --cameras={w}/paths"
 
 BAD = [  # command, with {w} the folder above; what its line must say
@@ -233,8 +252,8 @@ BAD = [  # command, with {w} the folder above; what its line must say
     (CLIPS + MORE + " --rewards=exposure=1", "a.mp4.safetensors"),
     (CLIPS + " --trajectories={w}/paths --clips={w}/cut_clip --rewards=exposure=1",
      "b.mp4.safetensors: truncated"),
-    (PREPARE, "the following arguments are required: --videos"),
-    (PREPARE + SOURCES + " --frames=many", "argument --frames: invalid int value: 'many'"),
+    (PREPARE, "--videos=FOLDER is needed"),
+    (PREPARE + SOURCES + " --frames=many", "--frames=many: expected int, found 'many'"),
     (PREPARE + SOURCES + " --videos={w}/nowhere", "nowhere: no such folder of videos"),
     (PREPARE + SOURCES + " --videos={w}/notes", "notes: no videos"),
     (PREPARE + SOURCES + " --captions={w}/nowhere.csv", "nowhere.csv"),
@@ -245,7 +264,7 @@ BAD = [  # command, with {w} the folder above; what its line must say
     (PREPARE + SOURCES + " --captions={w}/camera.npz", "camera.npz: expected UTF-8 csv"),
     (PREPARE + SOURCES + " --cameras={w}/nowhere",
      "nowhere: expected mapanything, a camera file or a folder"),
-    (PREPARE + SOURCES + " --fov=nan", "fov: expected degrees between 0 and 180, found nan"),
+    (PREPARE + SOURCES + " --fov=nan", "--fov=nan: expected float, found 'nan'"),
     (PREPARE + SOURCES + " --fov=200", "fov: expected degrees between 0 and 180, found 200"),
     (PREPARE + SOURCES + " --weights={w}/nowhere", "Wan2.1_VAE.pth: no such file"),
     (PREPARE + SOURCES + " --weights={w}/evil_vae", "Wan2.1_VAE.pth: refused"),
@@ -318,12 +337,17 @@ def call(command, monkeypatch):
     def leave(code):
         raise SystemExit(code)
     monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(toy, "TRAIN_ROOMS", 4)
-    monkeypatch.setattr(sys, "argv", command.split(" "))
+    monkeypatch.setattr(toy.world, "TRAIN_ROOMS", 4)
+    words = command.split(" ")
+    is_module = words[0] == "-m"
+    monkeypatch.setattr(sys, "argv", words[is_module:])
     err, handlers = io.StringIO(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         with redirect_stderr(err), redirect_stdout(io.StringIO()):
-            runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+            if is_module:
+                runpy.run_module(sys.argv[0], run_name="__main__")
+            else:
+                runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
         code = 0
     except SystemExit as leaving:
         code, words = (1, leaving.code) if isinstance(leaving.code, str) else (leaving.code, "")
@@ -334,6 +358,7 @@ def call(command, monkeypatch):
     return code, [line for line in err.getvalue().replace("\r", "\n").split("\n") if line.strip()]
 
 
+@pytest.mark.filterwarnings("ignore:.data.prepare. found in sys.modules")
 @pytest.mark.parametrize("command, message", BAD, ids=[f"{i}" for i in range(len(BAD))])
 def test_bad_input_is_one_line(world, tmp_path, monkeypatch, command, message):
     monkeypatch.chdir(ROOT)
