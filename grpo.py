@@ -1,63 +1,76 @@
 """GRPO: from rewards to advantages (paper Eq. 5-6), and the objective (Eq. 7).
 
 No KL term by default, as in the paper; max-std normalisation and per-step reweighting are LongCat-Video's.
+
+What is known of one update per iteration (r = 1 throughout, the clip never acts): with lambda_t the gradient of
+Eq. 7 is -(3/2) A eps dv / D at every step, D latent elements (3/2 tends to 1 where the std is capped). Up to
+that factor it equals GRPO-Guard's normalised ratio (arXiv 2510.22319) and Flash-GRPO's rectified loss (arXiv
+2605.15980). lambda_t uses the capped sigma_t, as LongCat's authors confirm (their repository's issue 80).
+Because D divides, gradients are tiny at video size, and AdamW needs an eps below them: see train.Config.eps.
 """
 import torch
 
 from sampler import chunks, sde_step, velocity
 
 
+# ---- advantages ----
+
 def succeeded(rewards, weights):
     """(C, G) bool: members all of whose rewards are finite. Rewards of weight 0 do not count.
 
-    rewards: name -> (C, G); weights: name -> float, the same names. The training loop logs how many failed.
+    rewards: name -> (C, G); weights: name -> float, the same names.
     """
-    if set(rewards) != set(weights):
-        raise ValueError(f"weights: expected one for each of {sorted(rewards)}, found {sorted(weights)}")
-    shapes = {name: tuple(reward.shape) for name, reward in rewards.items()}
-    if not shapes or len(set(shapes.values())) > 1:
-        raise ValueError(f"rewards: expected one shape (conditions, members), found {shapes}")
+    check_rewards(rewards, weights)
     finite = [torch.isfinite(reward) | (weights[name] == 0) for name, reward in rewards.items()]
     return torch.stack(finite).all(0)
 
 
-def _centred(reward, ok):
-    """Deviation from the group's mean (C, G), 0 for failed members, and the group's population std (C,)."""
+def centre(reward, ok):
+    """A reward's deviation from its group's mean (C, G), and the group's standard deviation (C,).
+
+    ok (C, G): members that count; the others' deviation is 0. Double precision: equal rewards have a
+    deviation of exactly 0.
+    """
     count = ok.sum(1, keepdim=True).clamp(min=1)
-    reward = torch.where(ok, reward.double(), 0)  # double: equal rewards give a std of exactly 0
-    centred = torch.where(ok, reward - reward.sum(1, keepdim=True) / count, 0)
-    return centred, (centred.square().sum(1, keepdim=True) / count).sqrt().squeeze(1)
+    reward = torch.where(ok, reward.double(), 0)
+    group_mean = reward.sum(1, keepdim=True) / count
+    deviation = torch.where(ok, reward - group_mean, 0)
+    std = (deviation.square().sum(1) / count[:, 0]).sqrt()
+    return deviation, std
 
 
 def group_std(rewards, weights):
-    """name -> (C,) std of each group's successful members; the maximum over groups and ranks is for Eq. 5."""
+    """name -> (C,) standard deviation of each group's successful members, for the log."""
     ok = succeeded(rewards, weights)
-    return {name: _centred(reward, ok)[1] for name, reward in rewards.items() if weights[name]}
+    return {name: centre(reward, ok)[1] for name, reward in rewards.items() if weights[name]}
 
 
-def advantages(rewards, weights, max_std=None, normalise="max", bound=5.0, floor=1e-6):
-    """Advantages (C, G) float32 of C groups of G members from named rewards (Eq. 5-6), clamped to +-bound.
+def advantages(rewards, weights, normalise="max", bound=5.0, floor=1e-6):
+    """Advantages (C, G) float32 of all ranks' C groups of G members, from named rewards (Eq. 5-6).
 
     rewards: name -> (C, G), higher is better, NaN or inf where a member failed; weights: name -> float.
-    max_std: name -> largest group std of all ranks (None: of these groups). A group whose rewards hardly
-    differ stays small; where even the largest std is below `floor` (reward's units) it is 0, not noise.
-    normalise="group" divides by each group's own std instead (the original GRPO, for ablation).
-    A member with any failed reward counts for neither mean nor std, and its advantage is exactly 0.
+    Each reward is divided by the largest group deviation, so that a group whose rewards hardly differ stays
+    small. Where even the largest is below `floor` (in the reward's unit) the advantage is 0, not noise.
+    normalise="group" divides by each group's own deviation instead (the original GRPO, for ablation).
+    A member with any failed reward counts for neither mean nor deviation, and its advantage is exactly 0.
+    The sum is clamped to +-bound.
     """
-    if normalise not in ("max", "group"):
-        raise ValueError(f"normalise: expected max or group, found {normalise!r}")
+    check_normalise(normalise)
     ok = succeeded(rewards, weights)
     total = torch.zeros(ok.shape, dtype=torch.float64, device=ok.device)
     for name, reward in rewards.items():
-        if weights[name]:
-            centred, std = _centred(reward, ok)
-            if normalise == "max":
-                largest = std.max() if max_std is None else torch.as_tensor(max_std[name]).to(std)
-                std = largest.expand_as(std)
-            std = std.unsqueeze(1)
-            total += weights[name] * torch.where(std > floor, centred / std.clamp(min=floor), 0)
+        if weights[name] == 0:
+            continue
+        deviation, std = centre(reward, ok)
+        if normalise == "max":
+            std = std.max().expand_as(std)
+        std = std[:, None]
+        normalised = deviation / std.clamp(min=floor)                        # Eq. 5
+        total += weights[name] * torch.where(std > floor, normalised, 0)     # Eq. 6
     return total.clamp(-bound, bound).float()
 
+
+# ---- the objective ----
 
 def micro_batches(rollout, k, rows=None):
     """(conditions, members) slices for policy_loss at window step k, `rows` network rows at most in each.
@@ -75,59 +88,93 @@ def policy_loss(policy, rollout, k, advantages, total=None, conditions=slice(Non
     L is the sum, over window steps, conditions and members, of
       -lambda_t min(r A, clip(r, 1 - clip, 1 + clip) A) / total
     with r = p_new / p_old and lambda_t = sigma_t / sqrt(dt).
-    advantages: (C, G). total: conditions x members x window steps, failed ones too (None: this rollout's).
-    Over ranks, gradients are summed if `total` counts the conditions of all, averaged (DDP) if its own.
+    advantages: (C, G). total: conditions x members x window steps, failed ones too (None: this
+    rollout's). Over ranks, gradients are summed if it counts the conditions of all, averaged (DDP) if its own.
     Where a group shares x the network runs once per condition and its velocity serves all members: the
     gradients of G losses add up at that one v, and one backward carries their sum.
     reweight=False leaves lambda_t out (ablation). kl > 0 adds kl lambda_t^2 KL(new || reference) per member
-    (LongCat-Video; ablation), `reference` another policy.
+    (LongCat-Video; ablation), `reference` another policy: the base.
     Statistics stay tensors, so nothing waits for the device: give the list of them to `summary`.
     """
-    if kl and reference is None:
-        raise ValueError("kl > 0 needs a reference policy")
-    x, x_next = rollout.x[k][conditions], rollout.x_next[k][conditions, members]
-    x = x if x.shape[1] == 1 else x[:, members]
-    t, t_next, sde = rollout.t[k], rollout.t_next[k], (rollout.eta, rollout.tau, rollout.t_max)
-    negative = None if rollout.negative is None else rollout.negative[conditions]
-    old, advantage = rollout.log_prob[k][conditions, members], advantages[conditions, members]
+    check_reference(kl, reference)
     total = rollout.log_prob.numel() if total is None else total
+    x_next = rollout.x_next[k][conditions, members]                          # (c, m, ...)
+    x = rollout.x[k][conditions]                                             # (c, 1 or G, ...)
+    if x.shape[1] > 1:
+        x = x[:, members]
+    old = rollout.log_prob[k][conditions, members]                           # (c, m)
+    A = advantages[conditions, members]
+    negative = None if rollout.negative is None else rollout.negative[conditions]
+    levels = rollout.levels(k, conditions)                                   # t and t_next, 0-dim or (c,)
 
     def score(policy):
+        """log p (c, m), mean and std of the transitions that were taken, under a policy."""
+        t, _ = rows_of(levels, x)
         v = velocity(policy, x.flatten(0, 1), t, rollout.condition[conditions], negative, rollout.guidance)
-        v = v.unflatten(0, x.shape[:2]).expand_as(x_next)  # (c, 1, ...) -> (c, G, ...) where x is shared
-        _, log_prob, mean, std = sde_step(x.expand_as(x_next).flatten(0, 1), v.flatten(0, 1), t, t_next, *sde,
-                                          x_next=x_next.flatten(0, 1))
+        v = v.unflatten(0, x.shape[:2]).expand_as(x_next)  # one velocity serves a group that shares x
+        t, t_next = rows_of(levels, x_next)
+        _, log_prob, mean, std = sde_step(
+            x.expand_as(x_next).flatten(0, 1), v.flatten(0, 1), t, t_next, rollout.eta, rollout.tau,
+            rollout.t_max, x_next=x_next.flatten(0, 1))
         return log_prob.view(old.shape), mean, std
 
     log_prob, mean, std = score(policy)
+    t, t_next = rows_of(levels, x_next)
+    lambda_t = std.flatten() / (t - t_next).flatten() if reweight else torch.ones_like(std.flatten())
+    if len(lambda_t) > 1:
+        lambda_t = lambda_t.view(old.shape)  # conditions at different noise levels
+
     ratio = torch.exp(log_prob - old)
-    weight = std / (t - t_next) if reweight else torch.ones_like(std)  # lambda_t, as std = sigma_t sqrt(dt)
-    objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    loss = -(weight * objective).sum() / total  # Eq. 7
-    stats = {"step": k, "ratio": ratio.detach().flatten(), "advantage": advantage.flatten(),
-             "clipped": ((ratio.detach() - 1).abs() > clip).flatten()}
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    loss = -(lambda_t * torch.minimum(ratio * A, clipped * A)).sum() / total  # Eq. 7
+    stats = {"ratio": ratio.detach().flatten(), "clipped": ((ratio.detach() - 1).abs() > clip).flatten()}
     if kl:
         with torch.no_grad():
-            _, mean_reference, _ = score(reference)
-        divergence = ((mean - mean_reference) / std).square().flatten(1).mean(1) / 2  # a mean, like log_prob
-        loss = loss + kl * (weight.square() * divergence).sum() / total
-        stats["kl"] = divergence.detach()
+            _, base_mean, _ = score(reference)
+        # KL of two Gaussians of one std; averaged over elements, like log_prob.
+        divergence = ((mean - base_mean) / std).square().flatten(1).mean(1).view(old.shape) / 2
+        loss = loss + kl * (lambda_t.square() * divergence).sum() / total
+        stats["kl"] = divergence.detach().flatten()
     stats["loss"] = loss.detach()
     return loss, stats
 
 
+def rows_of(levels, x):
+    """Noise levels, each 0-dim or one per condition (c,) -> 0-dim, or one per row of x (c, m, ...)."""
+    return [level.repeat_interleave(x.shape[1]) if level.ndim else level for level in levels]
+
+
 def summary(stats):
-    """From a list of policy_loss's statistics, one set: 0-dim tensors, and loss_per_step (n,).
+    """policy_loss's statistics of all micro-batches as one set of 0-dim tensors.
 
     On the first pass ratio_error, max |r - 1|, must be well below the clip range: else the update's numerics
     are not the rollout's.
     """
-    def every(name):
-        return torch.cat([s[name] for s in stats])
+    ratio = torch.cat([s["ratio"] for s in stats])
+    out = {"loss": torch.stack([s["loss"] for s in stats]).sum(),
+           "ratio_error": (ratio - 1).abs().max(),
+           "clip_fraction": torch.cat([s["clipped"] for s in stats]).float().mean()}
+    if "kl" in stats[0]:
+        out["kl"] = torch.cat([s["kl"] for s in stats]).mean()
+    return out
 
-    steps = sorted({s["step"] for s in stats})
-    losses = torch.stack([sum(s["loss"] for s in stats if s["step"] == k) for k in steps])
-    out = {"loss": losses.sum(), "loss_per_step": losses, "ratio_mean": every("ratio").mean(),
-           "ratio_error": (every("ratio") - 1).abs().max(), "clip_fraction": every("clipped").float().mean(),
-           "advantage_mean": every("advantage").mean(), "advantage_std": every("advantage").std(correction=0)}
-    return {**out, "kl": every("kl").mean()} if "kl" in stats[0] else out
+
+# ---- refusals ----
+
+def check_rewards(rewards, weights):
+    """ValueError unless rewards and weights have the same names and all rewards one shape (C, G)."""
+    if set(rewards) != set(weights):
+        raise ValueError(f"weights: expected one for each of {sorted(rewards)}, found {sorted(weights)}")
+    shapes = {name: tuple(reward.shape) for name, reward in rewards.items()}
+    if not shapes or len(set(shapes.values())) > 1:
+        raise ValueError(f"rewards: expected one shape (conditions, members), found {shapes}")
+
+
+def check_normalise(normalise):
+    if normalise not in ("max", "group"):
+        raise ValueError(f"normalise: expected max or group, found {normalise!r}")
+
+
+def check_reference(kl, reference):
+    if kl and reference is None:
+        raise ValueError("kl > 0 needs a reference policy")

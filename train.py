@@ -17,21 +17,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import rewards
 import trajectories
 from data.video import decode
 from data.world import clip_numbers, open_clips
-from evaluation.generate import demonstration, prepare
+from evaluation.generate import demonstration, prepare, validation
 from evaluation.toy import Toy, evaluate_toy
 from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
 from model import trainable
 from plumbing.checkpoint import Run
 from plumbing.ranks import (
-    Clock, Interrupts, Stop, assert_ranks_agree, deafen, end_process, gather, largest, launch, mean,
-    rank_of, say_why)
+    Clock, Interrupts, Stop, assert_ranks_agree, deafen, end_process, gather, largest, launch, rank_of,
+    say_why)
 from plumbing.settings import help_text, parse
+from plumbing.tell import (
+    describe, on_all_ranks, progress, tell, warn_of_eps, warn_of_failures)
 from sampler import rollout, schedule, window
 from toy.world import open_toy
 
@@ -59,6 +60,7 @@ class Config:
     stride: int = 1                    # progressive: steps advanced ...
     iters_per_window: int = 25         # ... every so many iterations (MixGRPO)
     first: int = 0                     # window only among the first so many steps; 0: all (LongCat: 6 of 16)
+    window_per_condition: bool = False  # random: a window for each condition, not for all (Flash-GRPO)
     eta: float = 1.0                   # SDE noise (LongCat)
     tau: float = 0.45                  # cap of a step's std (LongCat); 0: Flow-GRPO's cure for t = 1 instead
     guidance: float = 1.0              # classifier-free guidance of the policy (paper's unknown); 1: off
@@ -77,17 +79,21 @@ class Config:
     normalise: str = "max"             # by the largest group deviation (Eq. 5), or each "group"'s own (GRPO)
     reweight: bool = True              # lambda_t of Eq. 7
     clip: float = 1e-4                 # e of Eq. 7; small because log-probs are means (MixGRPO)
+    kl: float = 0.0                    # times lambda_t^2 KL(policy || base) (LongCat); 0: none (paper)
     updates: int = 1                   # optimiser steps an iteration, each on its share of every group
     lr: float = 1e-5                   # AdamW, constant (ours: paper's unknown)
+    betas: tuple = (0.9, 0.999)        # AdamW (torch)
+    eps: float = 1e-15                 # AdamW; must lie far below the gradient's size, 2e-9 at 1.3B (ours)
     weight_decay: float = 1e-4         # AdamW
-    grad_clip: float = 1.0             # largest gradient norm
+    grad_clip: float = 3.0             # cut a gradient to so many times the median norm so far; 0: never (ours)
     # the run
     iterations: int = 140              # (paper)
     seed: int = 0                      # of noise, conditions and paths
     out: str = "out"                   # folder for checkpoints, log.jsonl and samples; resumes from it
     save_every: int = 10               # iterations between checkpoints
     keep: int = 2                      # checkpoints kept
-    sample_every: int = 10             # iterations between sample videos
+    sample_every: int = 10             # iterations between sample videos, and between validations
+    validate: int = 8                  # fixed conditions that validation samples by the ODE and scores; 0: none
     rooms: int = 8                     # toy: test rooms judged at the end, ten paths each; 0: none
     compile: bool = False              # torch.compile the transformer's blocks
     checkpointing: bool = True         # recompute blocks in the backward pass, but for attention's product
@@ -97,7 +103,7 @@ class Config:
     max_skips: int = 3                 # stop at so many updates in a row with non-finite gradients
 
     FREE = ("out", "iterations", "save_every", "keep", "sample_every", "timeout", "max_failures", "max_skips",
-            "threads", "park", "reward_batch", "rooms")  # may change on resume
+            "threads", "park", "reward_batch", "rooms", "validate")  # may change on resume
 
     def check(self, ranks, folders=True):
         """ValueError where settings cannot work together; `folders`: or where those of the data are missing."""
@@ -110,7 +116,7 @@ class Config:
              f"height and width: expected multiples of 16, found {self.height} x {self.width}")
         need(len(self.v) == 4 and len(self.omega) == 4, "v and omega: expected (lowest, highest, mean, sd)")
         trajectories.draw_speeds(np.random.default_rng(0), self.v, self.omega)  # refuses bounds out of order
-        may_be_0 = ("first", "micro_batch", "reward_batch", "seed", "rooms", "threads")
+        may_be_0 = ("first", "micro_batch", "reward_batch", "seed", "rooms", "threads", "validate")
         for name, x in vars(self).items():
             if type(x) is int:
                 least = 0 if name in may_be_0 else 1
@@ -121,18 +127,26 @@ class Config:
         need(self.members % self.updates == 0,
              f"updates: {self.updates} do not divide {self.members} members")
         need(self.lr > 0 and self.eta > 0, f"lr and eta: expected > 0, found {self.lr} and {self.eta}")
-        for name in ("clip", "grad_clip", "shift"):
+        for name in ("clip", "shift"):
             need(getattr(self, name) > 0, f"{name}: expected > 0, found {getattr(self, name)}")
-        need(self.tau >= 0 and self.tail >= 0, f"tau, tail: expected >= 0, found {self.tau}, {self.tail}")
+        for name in ("tau", "tail", "kl", "eps", "weight_decay"):
+            need(getattr(self, name) >= 0, f"{name}: expected >= 0, found {getattr(self, name)}")
+        need(self.grad_clip == 0 or self.grad_clip > 1,
+             f"grad_clip: expected more than 1 (times the median norm) or 0, found {self.grad_clip}")
+        need(len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+             f"betas: expected two numbers in [0, 1), found {self.betas}")
+        need(self.strategy == "random" or not self.window_per_condition,
+             f"window_per_condition: expected strategy random, found {self.strategy}")
         self.window(0)  # refuses one that does not fit
         if self.world == "clips" and folders:
             for name in ("clips", "trajectories"):
                 need(getattr(self, name), f"--{name}=FOLDER is needed")
 
     def window(self, iteration):
-        """The steps of an iteration that are stochastic and trained on: a tuple of indices."""
-        return window(iteration, self.steps, self.size, self.strategy, self.stride, self.iters_per_window,
-                      self.first or None, self.seed)
+        """The steps of an iteration that are stochastic and trained on: a tuple of indices per condition."""
+        return [window(iteration, self.steps, self.size, self.strategy, self.stride, self.iters_per_window,
+                       self.first or None, self.seed, j if self.window_per_condition else None)
+                for j in range(self.conditions)]
 
     def sampling(self, shape, device):
         """What the rollout is told besides the condition; shape: of a latent."""
@@ -162,11 +176,13 @@ def main(argv):
         p.data = p.data.float()
     if config.compile:
         dit.compile()
-    optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, config.lr, config.betas, config.eps, config.weight_decay)
 
     # The run: its folder, and how far it came. The base is sampled before a checkpoint replaces its weights.
     show = demonstration(world, config) if rank == 0 else None
+    validate = validation(world, config, rank, ranks)
     trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
+    base = frozen_copy(dit, trained) if config.kl else None
     run = Run(config, trained, optimizer, world.rewards)
     assert_ranks_agree(parameters, "at the start")
     describe(config, dit, ranks, device, run)
@@ -181,10 +197,11 @@ def main(argv):
     try:
         if show and start == 0:
             show(run.out / "samples/iteration_000000.mp4")
-        bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, unit="it",
-                   disable=rank > 0)
+        bar = progress(start, config.iterations, rank == 0)
         for iteration in bar:
             clock = Clock(device)
+            valid = validate() if iteration % config.sample_every == 0 else {}  # of the weights so far
+            clock("validation")
 
             # Conditions: clips without replacement over all ranks, target paths independently (Sec. 3.4).
             numbers = clip_numbers(iteration, config.conditions, world.size, config.seed)
@@ -195,8 +212,8 @@ def main(argv):
             clock("conditions")
 
             # Rollout: G videos of every condition, stochastic in the window's steps only (Sec. 3.3).
-            steps = config.window(iteration)
-            sampled = rollout(dit, prepared, config.members, steps, iteration=iteration, negative=negative,
+            windows = config.window(iteration)
+            sampled = rollout(dit, prepared, config.members, windows[mine], iteration=iteration, negative=negative,
                               condition_ids=range(config.conditions)[mine],
                               **config.sampling(world.shape, device))
             clock("rollout")
@@ -215,11 +232,11 @@ def main(argv):
             for update in range(config.updates):
                 members = slice(update * share, (update + 1) * share)
                 optimizer.zero_grad(set_to_none=True)
-                stats = gradients(policy, sampled.part(members), A[mine, members], config)
+                stats = gradients(policy, base, sampled.part(members), A[mine, members], config)
                 if update == 0:  # the weights are still those of the rollout
                     ratio_error = float(largest(stats["ratio_error"]))
                     check_on_policy(ratio_error, config.clip, iteration == start, rank)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+                norm = clip_gradient(parameters, run.norms, config.grad_clip)
                 skipped = 0 if norm.isfinite() else skipped + 1
                 check_divergence(skipped, config.max_skips, norm, iteration)
                 interrupts.hold()  # from the first step to the log's line, a signal waits
@@ -230,12 +247,14 @@ def main(argv):
             clock("update")
 
             # One line for the log, then whatever is due.
-            record = {"iteration": iteration, "window": list(steps), "failed": failed, "skipped": skipped,
-                      "ratio_error": ratio_error, "grad_norm": float(norm),
-                      "evaluations": sampled.evaluations, **on_all_ranks(stats),
-                      "advantage_std": float(A.std()), **statistics(scores)}
-            run.log(record | {f"seconds/{phase}": round(s, 4) for phase, s in clock.seconds.items()})
-            tell(bar, record, clock)
+            evaluations = gather(torch.tensor([sampled.evaluations], device=device)).sum()
+            record = {"iteration": iteration, "window": windows if config.window_per_condition else windows[0],
+                      "failed": failed, "skipped": skipped, "ratio_error": ratio_error,
+                      "evaluations": int(evaluations), **on_all_ranks(stats), **sizes(parameters, optimizer, norm),
+                      "advantage_std": float(A.std()), **statistics(scores), **valid, **clock.record()}
+            run.log(record)
+            warn_of_eps(record, config.eps, warned)
+            tell(bar, run.records, config.iterations, sum(clock.seconds.values()))
             interrupts.release()
             del prepared, negative, sampled, videos  # or they stay while the next are made
             is_last = run.done == config.iterations
@@ -244,6 +263,8 @@ def main(argv):
                 run.save()
             if show and (run.done % config.sample_every == 0 or is_last):
                 show(run.out / f"samples/iteration_{run.done:06d}.mp4")
+        if config.validate and start < config.iterations:
+            run.note({"iteration": run.done, **validate()})  # of the final weights
         if rank == 0 and config.world == "toy" and config.rooms:
             evaluate_toy(Toy(ckpt=config.out, weights=config.weights, out=str(run.out / "evaluation"),
                              rooms=config.rooms, steps=config.steps, shift=config.shift,
@@ -275,25 +296,80 @@ def score(world, videos, scene, config, iteration, warned):
     return scores, int(failed.sum())
 
 
-def gradients(policy, sampled, A, config):
+def statistics(scores):
+    """For the log: each reward's mean (None where all failed: JSON knows no NaN), its mean deviation inside
+    a group, and how many videos failed. scores: name -> (C, G)."""
+    record = {}
+    for name, x in scores.items():
+        ok = x[x.isfinite()]
+        record[f"reward/{name}"] = float(ok.mean()) if len(ok) else None
+        record[f"spread/{name}"] = float(group_std({name: x}, {name: 1})[name].mean())
+        record[f"failed/{name}"] = x.numel() - len(ok)
+    return record
+
+
+def gradients(policy, base, sampled, A, config):
     """Adds up the gradients of Eq. 7 over window steps and micro-batches -> its statistics.
 
-    A: (C, G) advantages of this rank's conditions. Ranks exchange gradients in the last backward pass only;
-    DDP then averages them.
+    A: (C, G) advantages of this rank's conditions; base: the policy that kl refers to, or None. Ranks
+    exchange gradients in the last backward pass only; DDP then averages them.
     """
     batches = []
-    for k in range(len(sampled.steps)):
+    for k in range(len(sampled.x)):
         batches += [(k, c, m) for c, m in micro_batches(sampled, k, config.micro_batch or None)]
     found = []
     for k, c, m in batches:
         is_last = (k, c, m) == batches[-1]
         alone = not isinstance(policy, DistributedDataParallel)
         with nullcontext() if is_last or alone else policy.no_sync():
-            loss, stats = policy_loss(policy, sampled, k, A, sampled.log_prob.numel(), c, m, config.clip,
-                                      config.reweight)
+            loss, stats = policy_loss(policy, sampled, k, A, conditions=c, members=m, clip=config.clip,
+                                      reweight=config.reweight, kl=config.kl, reference=base)
             loss.backward()
         found.append(stats)
     return summary(found)
+
+
+def frozen_copy(dit, trained):
+    """The policy as it is now, for good: the same network with a copy of what trains swapped in."""
+    copy = {name: p.detach().clone() for name, p in trained.items()}
+    return lambda *args: torch.func.functional_call(dit, copy, args)
+
+
+def clip_gradient(parameters, norms, times):
+    """Cuts an outlier: a gradient longer than `times` the median norm of the last updates. Returns its norm.
+
+    norms: those of the last 20 updates, to which this one is added. A fixed limit would not do: log-probs are
+    means over latent elements, so the usual norm is 1e-2 in the toy and about 4e-5 at the published size.
+    """
+    gradient = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradient)
+    limit = times * float(np.median(norms)) if times and len(norms) >= 5 else math.inf
+    if norm > limit:
+        for g in gradient:
+            g.mul_(limit / norm)
+    if norm.isfinite():
+        norms.append(float(norm))
+        del norms[:-20]
+    return norm
+
+
+def sizes(parameters, optimizer, norm):
+    """For the log: the gradient's norm and root mean square, before clipping, and the RMS of the last step
+    relative to lr (1: AdamW's usual; far below 1: eps swallows it). None where they are no numbers."""
+    count = sum(p.numel() for p in parameters)
+    total = 0
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for p in group["params"]:
+            state = optimizer.state.get(p)
+            if state:
+                step = float(state["step"])
+                mean = state["exp_avg"] / (1 - beta1 ** step)
+                square = state["exp_avg_sq"] / (1 - beta2 ** step)
+                total = total + (mean / (square.sqrt() + group["eps"])).square().sum()
+    found = {"grad_norm": float(norm), "grad_rms": float(norm) / count ** 0.5,
+             "update_rms": (float(total) / count) ** 0.5}
+    return {name: x if math.isfinite(x) else None for name, x in found.items()}
 
 
 def check_on_policy(error, clip, is_first, rank):
@@ -314,63 +390,6 @@ def check_divergence(skipped, max_skips, norm, iteration):
     if skipped >= max_skips:
         raise RuntimeError(f"iteration {iteration}: gradient norm {float(norm)}, "
                            f"{skipped} updates skipped in a row")
-
-
-# ---- what a run says ----
-
-def describe(config, dit, ranks, device, run):
-    """Prints the run's size on rank 0."""
-    if not run.writes:
-        return
-    trained = sum(p.numel() for p in trainable(dit))
-    every = sum(p.numel() for p in dit.parameters())
-    print(f"{config.conditions} conditions x {config.members} members = "
-          f"{config.conditions * config.members} videos an iteration on {ranks} rank(s), {device.type}; "
-          f"{trained:,} of {every:,} parameters train; "
-          f"{run.done} of {config.iterations} iterations done in {run.out}")
-
-
-def warn_of_failures(failures, count, warned):
-    """Names each failing reward that is not in `warned`, with its first reason -> what can be said of each."""
-    reasons = []
-    for name, failed in failures.items():
-        if not failed:
-            continue
-        first = next(iter(failed.values()))
-        what = f"{len(failed)} of {count} videos, {first}"
-        reasons.append(f"{name}: {what}")
-        if name not in warned:
-            tqdm.write(f"warning: reward {name} failed for {what}", sys.stderr)
-            warned.add(name)
-    return reasons
-
-
-def on_all_ranks(stats):
-    """The objective's loss and share of clipped ratios, as means over ranks."""
-    loss, clipped = mean(torch.stack([stats["loss"], stats["clip_fraction"]])).tolist()
-    return {"loss": loss, "clip_fraction": clipped}
-
-
-def statistics(scores):
-    """For the log: each reward's mean (None where all failed: JSON knows no NaN), its mean deviation inside
-    a group, and how many videos failed."""
-    record = {}
-    for name, x in scores.items():
-        ok = x[x.isfinite()]
-        record[f"reward/{name}"] = float(ok.mean()) if len(ok) else None
-        record[f"spread/{name}"] = float(group_std({name: x}, {name: 1})[name].mean())
-        record[f"failed/{name}"] = x.numel() - len(ok)
-    return record
-
-
-def tell(bar, record, clock):
-    """The progress bar's words: rewards, how far from on-policy, gradient norm, seconds by phase."""
-    words = [f"{name.removeprefix('reward/')}={x:.4f}" for name, x in record.items()
-             if name.startswith("reward/") and x is not None]
-    words.append(f"|r-1|={record['ratio_error']:.0e} clip={record['clip_fraction']:.2f} "
-                 f"grad={record['grad_norm']:.2g}")
-    words += [f"{phase}={s:.2f}s" for phase, s in clock.seconds.items()]
-    bar.set_postfix_str(" ".join(words))
 
 
 # ---- settings and the end of the process ----

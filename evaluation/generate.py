@@ -1,17 +1,20 @@
 """From a condition to videos, by the plain ODE: for evaluations, for `retake`, and the samples of a run."""
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
+import rewards
 from data.cameras import source_cameras
 from data.clips import Clip
 from data.draw import draw_paths, grid, upscale
 from data.prepare import encode_clip
 from data.video import decode, read_frames, read_video, write_video
 from data.world import condition_of
+from plumbing.ranks import gather
 from pretrained.encoders import describe_frame
 from sampler import sample, schedule
 
@@ -142,3 +145,37 @@ def demonstration(world, config):
             rows.append(grid(panels, ["source", "base", "now"]))
         write_video(path, np.concatenate(rows, 1), scene.fps)
     return show
+
+
+def validation(world, config, rank, ranks):
+    """A function without arguments -> {"valid/NAME": mean reward} of a few fixed conditions and paths.
+
+    config.validate of them, shared out over the ranks, sampled by the plain ODE from fixed noise and scored
+    by the run's own rewards. {} where config.validate is 0.
+    """
+    mine = range(config.validate)[rank::ranks]
+    most = math.ceil(config.validate / ranks)  # on one rank
+    part = config.micro_batch or max(1, len(mine))
+
+    def measure():
+        device = next(world.dit.parameters()).device
+        scores = {name: torch.full((most,), math.nan, device=device) for name in world.reward_weights}
+        for at in range(0, len(mine), part):
+            numbers = mine[at:at + part]
+            rngs = [np.random.default_rng((config.seed, 1 << 33, j)) for j in numbers]
+            condition, scene = world.draw([j % world.size for j in numbers], rngs)
+            videos = generate(world.dit, world.codec, condition, [f"valid {j}" for j in numbers],
+                              world.negative, steps=config.steps, shift=config.shift,
+                              guidance=config.guidance, seed=config.seed, rows=config.reward_batch)
+            found, _ = rewards.score(world.rewards, videos, scene, config.reward_batch or None)
+            for name, x in found.items():
+                scores[name][at:at + len(numbers)] = x
+        record = {}
+        for name, x in scores.items():
+            x = gather(x)
+            ok = x[x.isfinite()]
+            if len(ok):
+                record[f"valid/{name}"] = float(ok.mean())
+        return record
+
+    return measure if config.validate else dict

@@ -54,13 +54,13 @@ def lock_folder(out, patience=30):
         return file
 
 
-def save_checkpoint(out, iteration, trained, optimizer, made):
+def save_checkpoint(out, iteration, trained, optimizer, made, norms=()):
     """Everything a run needs to go on, whole or not at all: written beside, then renamed."""
     moments = {f"{key}.{name}": optimizer.state[p][key].detach().cpu()
                for name, p in trained.items() for key in optimizer.state[p]}
     files = {WEIGHTS: save({name: p.detach().cpu().contiguous() for name, p in trained.items()}),
              MOMENTS: save(moments)}
-    state = {"iteration": iteration, "config": made,
+    state = {"iteration": iteration, "config": made, "gradient norms": list(norms),
              "digests": {name: digest(content) for name, content in files.items()}}
     files["state.json"] = json.dumps(state, indent=1).encode()
     final = out / f"iteration_{iteration:06d}"
@@ -125,7 +125,8 @@ def open_log(path, iteration):
     """log.jsonl, opened for appending, without damaged lines and those from `iteration` on, which an
     interrupted run left."""
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    kept = [line for line in lines if 0 <= iteration_of(line) < iteration]
+    kept = [line for line in lines if 0 <= iteration_of(line) < iteration
+            or iteration_of(line) == iteration and '"loss"' not in line]  # a note on the weights so far
     write_file(path, "".join(line + "\n" for line in kept).encode())
     return open(path, "a")
 
@@ -154,11 +155,20 @@ def find_checkpoint(path):
     raise ValueError(f"{path}: no checkpoint that is whole")
 
 
+def read_norms(out, iteration):
+    """Gradient norms of the last updates before an iteration, which the loop clips by; [] at the start."""
+    if iteration == 0:
+        return []
+    state = json.loads((out / f"iteration_{iteration:06d}/state.json").read_text())
+    return [float(x) for x in state.get("gradient norms", [])]
+
+
 class Run:
     """A run's folder, from before its checkpoints are read until the process ends. Only rank 0 writes there.
 
     config: its settings, with FREE, the names of those that may change on resume; trained: name -> parameter;
     rewards: those with a `code` attribute, a user's own, may not change either.
+    norms: of the last updates' gradients; records: the log's lines so far (rank 0).
     out: the folder; done: iterations whose updates the weights hold; saved: iterations of the last checkpoint.
     """
 
@@ -176,11 +186,21 @@ class Run:
             dist.barrier()  # nobody reads what a run that is ending still writes
         self.done = resume(self.out, trained, optimizer, self.made, config.FREE)
         self.saved = self.done
+        self.norms = read_norms(self.out, self.done)
         self.file = open_log(self.out / "log.jsonl", self.done) if self.writes else None
+        self.records = []
+        if self.writes:
+            lines = (self.out / "log.jsonl").read_text().splitlines()
+            self.records = [json.loads(line) for line in lines]
 
     def log(self, record):
         """An iteration is done: its line in log.jsonl."""
         self.done = record["iteration"] + 1
+        self.records.append(record)
+        self.note(record)
+
+    def note(self, record):
+        """A line in log.jsonl."""
         if not self.writes:
             return
         try:
@@ -192,7 +212,7 @@ class Run:
     def save(self):
         """A checkpoint of what is done."""
         if self.writes:
-            save_checkpoint(self.out, self.done, self.trained, self.optimizer, self.made)
+            save_checkpoint(self.out, self.done, self.trained, self.optimizer, self.made, self.norms)
         self.saved = self.done
 
     def save_rest(self):

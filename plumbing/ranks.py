@@ -120,13 +120,20 @@ def absent(wait=3):
 class Clock:
     """Seconds since the last call, by phase; waits for the device, so that no phase is blamed for another."""
     def __init__(self, device):
-        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+        self.device = device
+        self.seconds = {}
+        self.last = time.perf_counter()
 
     def __call__(self, phase):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        self.seconds[phase], self.last = now - self.last, now
+        self.seconds[phase] = now - self.last
+        self.last = now
+
+    def record(self):
+        """The seconds by phase, for the log."""
+        return {f"seconds/{phase}": round(s, 4) for phase, s in self.seconds.items()}
 
 
 class Stop(BaseException):

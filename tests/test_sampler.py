@@ -335,7 +335,7 @@ def test_empty_window_is_the_ode_bitwise(steps, shift, seed):
     out = rollout(policy, condition, 4, (), **given)
     assert out.latents.shape == (3, 4, *SHAPE) and out.log_prob.shape == (0, 3, 4)
     assert out.evaluations == 3 * steps
-    x = torch.stack([sampler._noise(SHAPE, seed, 0, i, 0, "start") for i in given["condition_ids"]])
+    x = torch.stack([sampler.normal(SHAPE, seed, 0, i, 0, "start") for i in given["condition_ids"]])
     with torch.no_grad():
         for t, t_next in zip(given["sigmas"], given["sigmas"][1:]):
             x = x + (t_next - t) * policy(x, t, condition)
@@ -352,7 +352,7 @@ def test_window_all_is_stepwise_flow_grpo(name, eta, seed):
     assert steps == (0, 1, 2, 3, 4)
     out = rollout(policy, condition, G, steps, eta=eta, **cure(name, sigmas), **given)
     x = out.x[0].expand(1, G, *SHAPE)[0]
-    noise = torch.stack([sampler._noise((5, *SHAPE), seed, 0, 10, g, "steps") for g in range(G)])
+    noise = torch.stack([sampler.normal((5, *SHAPE), seed, 0, 10, g, "steps") for g in range(G)])
     with torch.no_grad():
         for i, (t, t_next) in enumerate(zip(sigmas, sigmas[1:])):
             v, dt = policy(x, t, condition), t - t_next
@@ -445,7 +445,7 @@ def test_noise_belongs_to_seed_iteration_condition_and_member():
         assert (other.latents - base.latents).abs().amin((2, 3, 4, 5)).max() > 0
     unshared = run(share_noise=False)
     assert unshared.x[0].shape[1] == 3 and torch.equal(unshared.x[0][:, :1], base.x[0])
-    draws = torch.stack([sampler._noise((1000,), 0, i, c, g, what) for i in range(4) for c in range(4)
+    draws = torch.stack([sampler.normal((1000,), 0, i, c, g, what) for i in range(4) for c in range(4)
                          for g in range(4) for what in ("start", "steps")])
     assert (torch.corrcoef(draws) - torch.eye(128)).abs().max() < 6 / math.sqrt(1000)
     assert abs(draws.mean()) < 5 / math.sqrt(128_000) and abs(draws.var() - 1) < 5 * math.sqrt(2 / 128_000)

@@ -23,7 +23,7 @@ from evaluation import toy as toy_evaluation
 from grpo import policy_loss
 from plumbing.settings import parse
 
-SMALL = ["--conditions=2", "--members=4", "--sample_every=1000", "--save_every=1", "--rooms=0",
+SMALL = ["--conditions=2", "--members=4", "--sample_every=1000", "--save_every=1", "--rooms=0", "--validate=0",
          "--rewards=trans=1,rot=1,sharpness=0.1"]
 
 
@@ -87,8 +87,9 @@ def test_bad_settings(tmp_path, text, arg, message):
     (dict(conditions=3), "do not divide over 2 ranks"), (dict(frames=80), "4k . 1"),
     (dict(size=30), "window size"), (dict(members=8, updates=3), "do not divide"),
     (dict(world="moon"), "toy or clips"), (dict(members=0), "at least 1"),
-    (dict(shift=0.0), "shift: expected > 0"), (dict(grad_clip=0.0), "grad_clip: expected > 0"),
-    (dict(tau=-0.1), "tau, tail: expected >= 0"),
+    (dict(shift=0.0), "shift: expected > 0"), (dict(grad_clip=0.5), "grad_clip: expected more than 1"),
+    (dict(tau=-0.1), "tau: expected >= 0"), (dict(betas=(0.9, 1.0)), "betas: expected two numbers"),
+    (dict(window_per_condition=True), "window_per_condition: expected strategy random"),
     (dict(height=100, world="clips"), "multiples of 16"), (dict(world="clips"), "--clips=FOLDER is needed"),
 ])
 def test_settings_that_cannot_work(settings, message):
@@ -129,7 +130,8 @@ def test_it_says_when_complete(straight):
     assert code == 0 and "3 of 3 iterations done" in stdout
 
 
-def test_two_ranks_equal_one_process(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--window_per_condition", "--first=4", "--conditions=4", "--seed=3"]])
+def test_two_ranks_equal_one_process(tmp_path, options):
     """The largest group deviation (Eq. 5) included. Every call is of one condition, the reward goes in steps:
     batches of another size round otherwise, and that is not what is compared."""
     script = patched(tmp_path, """
@@ -146,7 +148,7 @@ model.DiT.prepare = one_by_one
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         code, _, err = run("--iterations=1", "--micro_batch=4", "--reward_batch=4", "--share_prefix=False",
-                           f"--rewards={reward}:steps=1", f"--out={out}", ranks=ranks, script=script)
+                           f"--rewards={reward}:steps=1", f"--out={out}", *options, ranks=ranks, script=script)
         assert code == 0, err
         moments = load_file(out / "iteration_000001/optimizer.safetensors")
         gradients.append(torch.cat([x.flatten() for name, x in moments.items()
@@ -154,6 +156,8 @@ model.DiT.prepare = one_by_one
         logs.append(json.loads((out / "log.jsonl").read_text()))
     print("relative difference", float((gradients[0] - gradients[1]).norm() / gradients[0].norm()))
     assert (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[0].norm()
+    assert logs[0]["window"] == logs[1]["window"] and logs[0]["evaluations"] == logs[1]["evaluations"]
+    assert len(set(map(str, logs[0]["window"]))) == (3 if options else 1)  # ranks are at different steps
     for name in ("reward/steps", "spread/steps", "grad_norm", "loss", "advantage_std"):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-6, abs=1e-9), name
 
@@ -387,11 +391,58 @@ def test_the_ratio_of_the_first_update_is_logged(main, tmp_path):
     assert all(record["ratio_error"] < 1e-5 for record in log_of(tmp_path))
 
 
+@pytest.mark.parametrize("eps, same", [(1e-15, True), (1e-8, False)])
+def test_the_objectives_scale_does_not_matter(main, tmp_path, monkeypatch, capsys, eps, same):
+    """Log-probs are means over latent elements: the gradient is a million times smaller in a large video."""
+    ends = []
+    for scale in 1.0, 1e-6:
+        monkeypatch.setattr(train, "policy_loss", lambda *args, scale=scale, **options: (
+            lambda loss, stats: (loss * scale, stats))(*policy_loss(*args, **options)))
+        main(tmp_path / str(scale), "--iterations=3", f"--eps={eps}", "--weight_decay=0")
+        ends.append(weights(tmp_path / str(scale)))
+    start = load_file(ROOT / "toy/weights/toy_base.safetensors")
+    moved = torch.cat([(x - start[name].float()).flatten() for name, x in ends[0].items()])
+    apart = torch.cat([(x - ends[1][name]).flatten() for name, x in ends[0].items()])
+    assert (apart.norm() < 1e-2 * moved.norm()) == same
+    logs = [log_of(tmp_path / str(scale)) for scale in (1.0, 1e-6)]
+    assert logs[0][0]["update_rms"] == pytest.approx(1, abs=0.02)
+    assert logs[1][0]["grad_rms"] == pytest.approx(1e-6 * logs[0][0]["grad_rms"], rel=1e-4)
+    assert (logs[1][0]["update_rms"] > 0.9) == same
+    assert capsys.readouterr().err.count("below 10 times eps") == (0 if same else 1)
+
+
+def test_an_outlier_is_cut_to_a_multiple_of_the_median_at_any_scale():
+    for scale in 1.0, 1e-9:
+        p = torch.nn.Parameter(torch.zeros(4))
+        norms = []
+        for norm in (1, 2, 3, 2, 2, 100, 2):
+            p.grad = torch.tensor([0.0, 0.6, 0.0, 0.8]) * norm * scale
+            found = train.clip_gradient([p], norms, 3.0)
+            assert float(found) == pytest.approx(norm * scale, rel=1e-5)
+            assert float(p.grad.norm()) == pytest.approx(min(norm, 6) * scale, rel=1e-5)
+
+
+def test_kl_is_against_the_base_and_holds_the_policy_back(main, tmp_path):
+    for kl in 1.0, 1e-4:
+        main(tmp_path / str(kl), "--iterations=3", f"--kl={kl}", "--lr=1e-3")
+    far, near = log_of(tmp_path / "0.0001"), log_of(tmp_path / "1.0")
+    assert far[0]["kl"] == near[0]["kl"] == 0 < near[2]["kl"] < far[2]["kl"]
+
+
+def test_validation_is_of_fixed_conditions_before_and_after(main, tmp_path):
+    main(tmp_path / "a", "--iterations=3", "--validate=3", "--sample_every=2")
+    found = [(r["iteration"], r["valid/trans"]) for r in log_of(tmp_path / "a") if "valid/trans" in r]
+    assert [i for i, _ in found] == [0, 2, 3]
+    main(tmp_path / "b", "--iterations=2", "--validate=3", "--sample_every=2", "--lr=1e-12", "--micro_batch=2")
+    still = [r["valid/trans"] for r in log_of(tmp_path / "b") if "valid/trans" in r]
+    assert still == pytest.approx([found[0][1]] * 2, rel=1e-3) and found[2][1] != found[0][1]
+
+
 def test_non_finite_gradients_change_nothing_and_stop_in_a_row(main, tmp_path, monkeypatch):
     calls, bad, right = [0], {1}, policy_loss  # with one step in the window, one call an iteration
 
-    def wrong(*args):
-        loss, stats = right(*args)
+    def wrong(*args, **options):
+        loss, stats = right(*args, **options)
         calls[0] += 1
         return loss * float("nan" if calls[0] - 1 in bad else 1), stats
     monkeypatch.setattr(train, "policy_loss", wrong)
