@@ -157,7 +157,7 @@ model.DiT.prepare = one_by_one
     print("relative difference", float((gradients[0] - gradients[1]).norm() / gradients[0].norm()))
     assert (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[0].norm()
     assert logs[0]["window"] == logs[1]["window"] and logs[0]["evaluations"] == logs[1]["evaluations"]
-    assert len(set(map(str, logs[0]["window"]))) == (3 if options else 1)  # ranks are at different steps
+    assert len(set(map(str, logs[0]["window"]))) == (2 if options else 1)  # within a rank too
     for name in ("reward/steps", "spread/steps", "grad_norm", "loss", "advantage_std"):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-6, abs=1e-9), name
 
