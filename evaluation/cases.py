@@ -3,8 +3,11 @@ import difflib
 import re
 from pathlib import Path
 
+import numpy as np
+
 from data.video import VIDEOS, find_videos, without_suffix
 from plumbing.checkpoint import WEIGHTS, find_checkpoint
+from plumbing.files import digest
 
 
 def items(text):
@@ -69,6 +72,18 @@ def find_checkpoints(text):
     """Comma-separated checkpoints -> {method: file, None for the base}; a run's is <run>-<iteration>."""
     files = [find_checkpoint(x) for x in items(text)]
     names = ["-".join(f.resolve().parts[-3:-1]) if f.name == WEIGHTS else f.stem for f in files]
-    if len({*names, "base", "sources", "conditions", "targets"}) < len(names) + 4:
+    if len({*names, "base", "sources", "conditions", "targets", "truth"}) < len(names) + 5:
         raise ValueError(f"ckpt: expected different names, none of them base, found {', '.join(names)}")
     return {"base": None, **dict(zip(names, files))}
+
+
+def case_digest(*parts):
+    """A digest of a case's source and truth (strings, videos, paths): whether two evaluations ask the same.
+    Numbers that are no integers count to the sixth decimal."""
+    content = b""
+    for part in parts:
+        array = np.asarray(part)
+        if array.dtype.kind == "f":
+            array = array.astype(np.float64).round(6) + 0.0  # no negative zeros
+        content += part.encode() if isinstance(part, str) else array.tobytes()
+    return digest(content)

@@ -1,27 +1,27 @@
-"""What is said about an evaluation: means with intervals, comparisons, the paper's tables, one HTML page.
+"""What is said about an evaluation, in numbers: means with intervals, comparisons in pairs, the paper's tables.
 
-Cases are named <clip>_camera_<n>_speed_<s>. {case: scores} maps them to dicts of numbers; a score is None or
-absent where it failed or does not apply, "failed" says why cameras could not be had.
-A table is a dict: title, header (strings), rows (lists of strings), notes.
-The page stands alone: curves are inline SVG, videos base64, and its own policy forbids it to load anything.
+Cases are named <clip>_camera_<n>_speed_<s>. {case: scores} maps them to dicts of numbers. A score is None or
+absent where it failed or does not apply; "failed" says why the cameras could not be had. The baseline comes
+first among methods, {name: {"cases": {case: scores}, "notes": {tool: note}, "folder": of videos and poses}}.
+A table is a dict of title, header (strings), rows (lists of strings) and notes. page.py draws it all.
 """
-import base64
-import html
+import dataclasses
+import datetime
 import itertools
 import json
 import math
+import platform
 import re
-import tempfile
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import trajectories
-import dataclasses
-
 from data.cameras import read_path
-from data.draw import grid
-from data.video import read_video, write_video
+from evaluation import page
 from evaluation.cases import items, split_case
 from evaluation.scores import PROTOCOL
 from plumbing.files import write_file, write_json
@@ -35,8 +35,10 @@ METRICS = {  # key -> (heading, better: 1 higher, -1 lower, 0 nearer to one); th
     "TransErr": ("TransErr", -1), "RotErr": ("RotErr (deg)", -1),
     "TransErr_moving": ("TransErr, paths that move", -1), "position": ("Position error (m)", -1),
     "rotation": ("Rotation error (deg)", -1), "scale": ("Scale ratio", 0), "PSNR": ("PSNR (dB)", 1)}
-PAPER, CAMERA = tuple(METRICS)[:10], tuple(METRICS)[8:]
-WARP, IMPLICIT = "explicit warping", "implicit condition"
+PAPER = tuple(METRICS)[:10]
+CAMERA = tuple(METRICS)[8:]
+WARP = "explicit warping"
+IMPLICIT = "implicit condition"
 TABLE1 = {  # the paper's, metrics in the order of PAPER
     "CogNVS": (WARP, .9134, .9342, .4830, .6398, .9460, .9768, .8037, .2736, .0367, 6.9499),
     "TrajectoryCrafter": (WARP, .9145, .9331, .5252, .6394, .9432, .98, .8244, .2136, .0293, 10.434),
@@ -54,16 +56,18 @@ TABLE2 = {  # by camera speed, on 40 of the clips
 
 # ---- from scores to numbers ----
 
+def interval(values, clips, over=None, draws=2000, seed=0):
+    """95 % bootstrap interval of the mean of values (n,), or of sum(values) / sum(over).
 
-def interval(values, clips, draws=2000, seed=0):
-    """95 % bootstrap interval of the mean of values (n,), resampling clips (n names): the cases of one clip
-    are no independent samples. None for fewer than two clips."""
+    Clips (n names) are resampled: the cases of one clip are no independent samples. None for fewer than two.
+    """
     names, index = np.unique(np.asarray(clips), return_inverse=True)
     if len(names) < 2:
         return None
-    sums, counts = np.bincount(index, values), np.bincount(index)
+    sums = np.bincount(index, values)
+    below = np.bincount(index, over)  # without `over`, the number of cases
     picked = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
-    means = sums[picked].sum(1) / counts[picked].sum(1)
+    means = sums[picked].sum(1) / below[picked].sum(1)
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
 
@@ -76,25 +80,88 @@ def mean(cases, metric):
     return float(np.mean(values)), interval(values, [split_case(name)[0] for name in found]), len(found)
 
 
+def can_move(case, metric):
+    """Whether a case's score says anything: TransErr is exactly 0 on pure rotations for any estimate."""
+    return metric != "TransErr" or split_case(case)[1] > 4
+
+
 def compare(a, b, metric):
     """Paired comparison of {case: scores} b with a on the cases both have -> dict; None where there are none.
 
     cases (their number), a, b (means), difference (mean of b - a), interval, relative (difference over a's
-    mean), improved (share of cases where b is strictly better). A scale ratio counts by its distance from 1.
+    mean), relative_interval, improved (number of cases where b is strictly better), movable (number of cases
+    where it could be). relative is None where a's mean is nothing but rounding. A scale ratio counts by its
+    distance from 1.
     """
     better = METRICS[metric][1]
     common = [name for name in a
               if a[name].get(metric) is not None and b.get(name, {}).get(metric) is not None]
     if not common:
         return None
-    x, y = (np.array([cases[name][metric] for name in common]) for cases in (a, b))
+    x = np.array([a[name][metric] for name in common])
+    y = np.array([b[name][metric] for name in common])
     if better == 0:
-        x, y = abs(x - 1), abs(y - 1)
-    change = float((y - x).mean())
-    return {"cases": len(common), "a": float(x.mean()), "b": float(y.mean()), "difference": change,
-            "interval": interval(y - x, [split_case(name)[0] for name in common]),
-            "relative": change / float(x.mean()) if x.mean() else None,
-            "improved": float(((y - x) * (better or -1) > 0).mean())}
+        x = abs(x - 1)
+        y = abs(y - 1)
+    clips = [split_case(name)[0] for name in common]
+    gain = (y - x) * (better or -1)
+    relative = float(y.mean() / x.mean() - 1) if x.mean() > 1e-9 else None
+    return {"cases": len(common), "a": float(x.mean()), "b": float(y.mean()),
+            "difference": float((y - x).mean()), "interval": interval(y - x, clips), "relative": relative,
+            "relative_interval": None if relative is None else interval(y - x, clips, x),
+            "improved": int((gain > 0).sum()), "movable": sum(can_move(name, metric) for name in common)}
+
+
+# ---- three lines ----
+
+def short(name):
+    """A method's name for people: "toy-iteration_000080" -> "toy @ 80"."""
+    return re.sub(r"-iteration_0*(\d+)$", r" @ \1", name)
+
+
+def summary(methods, a, b):
+    """Three lines on method b against a, or on b alone where they are one: position, rotation, image."""
+    lines = []
+    known = known_metrics(methods)
+    image = next((m for m in ("PSNR", "imaging_quality") if m in known), None)
+    asked = [("position error", "position", "m"), ("rotation error", "rotation", "deg")]
+    asked += [("image (PSNR)", "PSNR", "dB")] if image == "PSNR" else []
+    asked += [("imaging quality", "imaging_quality", "")] if image == "imaging_quality" else []
+    number = lambda x: f"{x:#.3g}" if x >= 0.001 else f"{x:.4f}"
+    for label, metric, unit in asked:
+        x = compare(methods[a]["cases"], methods[b]["cases"], metric)
+        if x is None:
+            line = "no case has it" if a == b else "no case has it from both"
+        elif a == b:
+            bounds = mean(methods[a]["cases"], metric)[1]
+            line = f"{number(x['a'])} {unit}" + (f" [{number(bounds[0])}, {number(bounds[1])}]" if bounds else "")
+        else:
+            line = f"{number(x['a'])} -> {number(x['b'])} {unit}".rstrip() + f" ({change(x, metric)})"
+        lines.append(f"{label:16}{line}")
+    if image is None:
+        notes = [methods[b]["notes"].get("VBench", "no score of the image")]
+        lines.append(f"{'image':16}{notes[0].split(' (')[0]}")
+    return lines
+
+
+def change(x, metric):
+    """"-35 % [-41, -28]" of what `compare` found; a difference where a share says nothing (dB)."""
+    if metric == "PSNR" or x["relative"] is None:
+        return f"{x['difference']:+.2f}" + ("" if x["interval"] is None else
+                                            " [{:+.2f}, {:+.2f}]".format(*x["interval"]))
+    bounds = x["relative_interval"]
+    return f"{100 * x['relative']:+.0f} %" + ("" if bounds is None else
+                                              " [{:+.0f}, {:+.0f}]".format(*(100 * v for v in bounds)))
+
+
+def summaries(methods, pairs):
+    """The lines of every pair of methods, [(a, b)]; named where it is not the one there is."""
+    lines = []
+    for a, b in pairs:
+        if len(pairs) > 1 or len(methods) > 2:
+            lines.append(f"{b} against {a}:")
+        lines += summary(methods, a, b)
+    return lines
 
 
 # ---- tables ----
@@ -103,12 +170,11 @@ def text_of(x):
     return "" if x is None else f"{x:.4f}"
 
 
-def mean_text(cases, metric, notes=None):
-    """"0.0129 [0.0121, 0.0138]", or the note ({tool: note}) on why it is not known."""
+def mean_text(cases, metric):
+    """"0.0129 [0.0121, 0.0138]"; a dash where no case has it."""
     average, bounds, _ = mean(cases, metric)
     if average is None:
-        tool = "MEt3R" if "MEt3R" in metric else "VBench" if metric in PAPER[:6] else None
-        return (notes or {}).get(tool, "").split(" (")[0]
+        return "–"
     return text_of(average) + (f" [{bounds[0]:.4f}, {bounds[1]:.4f}]" if bounds else "")
 
 
@@ -126,58 +192,85 @@ def only(cases, speed=None, number=None):
             if speed in (None, split_case(name)[2]) and number in (None, split_case(name)[1])}
 
 
-def tables(methods):
-    """All tables of methods {name: {"cases": {case: scores}, "notes": {tool: note}}}, the baseline first."""
-    every = {name: case for method in methods.values() for name, case in method["cases"].items()}
-    speeds, paths = (sorted({split_case(name)[i] for name in every}) for i in (2, 1))
-    known = [m for m in METRICS if any(case.get(m) is not None for case in every.values())]
-    notes = sorted({note for method in methods.values() for note in method["notes"].values()})
-    columns = [m for m in PAPER if m in known or m in CAMERA or notes]
-    pick = lambda scores: [text_of(scores[PAPER.index(m)]) for m in columns]
-    first, out = 1.0 if 1.0 in speeds else speeds[0], []
+def known_metrics(methods):
+    """Those of METRICS that any case of any method has, in their order."""
+    every = [case for method in methods.values() for case in method["cases"].values()]
+    return [m for m in METRICS if any(case.get(m) is not None for case in every)]
 
-    rows = [[f"{name} (paper)", kind, *pick(scores)] for name, (kind, *scores) in TABLE1.items()]
-    for name, method in methods.items():
-        cases = only(method["cases"], first)
-        good = sum("failed" not in case for case in cases.values())
-        rows.append([name, f"here, {good} of {len(cases)} cases",
-                     *(mean_text(cases, m, method["notes"]) for m in columns)])
-    out.append(table(f"Table 1: {len(paths)} paths at speed {first:g}",
-                     ["Method", "Type", *map(heading, columns)], rows,
-                     "[a, b]: 95 % bootstrap interval over clips. (paper): 50 DAVIS clips, ten paths, ViPE; "
-                     "figures of other clips or by another estimator do not compare.",
-                     "On the four pure rotations TransErr is exactly 0 for any estimate.", *notes))
-    rows = []
-    for speed in speeds if len(speeds) > 1 else ():
-        rows += [[f"{name} (paper)", f"{speed:g}", *pick(scores)]
-                 for (name, s), scores in TABLE2.items() if s == speed]
-        rows += [[name, f"{speed:g}", *(mean_text(only(method["cases"], speed), m, method["notes"])
-                                        for m in columns)] for name, method in methods.items()]
-    if rows:
-        out.append(table("Table 2: by camera speed", ["Method", "Camera Speed", *map(heading, columns)], rows,
-                         "(paper): on 40 of the clips."))
 
+def tables(methods, pairs=None, paper=True):
+    """All tables of methods. pairs: [(a, b)] to compare b with a (None: all); paper: whether its rows stand
+    below ours (not in the toy, whose figures do not compare)."""
+    names = {name for method in methods.values() for name in method["cases"]}
+    speeds = sorted({split_case(name)[2] for name in names})
+    paths = sorted({split_case(name)[1] for name in names})
+    known = known_metrics(methods)
     camera = [m for m in CAMERA if m in known]
-    rows = [[name, f"{speed:g}", str(mean(only(method["cases"], speed), "RotErr")[2]),
-             *(mean_text(only(method["cases"], speed), m) for m in camera)]
-            for speed in speeds for name, method in methods.items()]
+    pairs = list(itertools.combinations(methods, 2)) if pairs is None else pairs
+    out = papers_tables(methods, [m for m in PAPER if m in known], speeds, len(paths), paper)
+
+    rows = []
+    for speed in speeds:
+        for name, method in methods.items():
+            cases = only(method["cases"], speed)
+            rows.append([name, f"{speed:g}", str(mean(cases, "RotErr")[2]),
+                         *(mean_text(cases, m) for m in camera)])
     out.append(table("Cameras, with and without alignment",
                      ["Method", "Speed", "Cases", *map(heading, camera)], rows,
                      "TransErr aligns position, rotation and scale; position and rotation error nothing.",
                      "Scale ratio: length of the estimated over that of the target path; above 1, too far."))
-    rows = [[f"{n} {trajectories.PATHS[n - 1]}", name,
-             *(mean_text(only(method["cases"], None, n), m) for m in camera)]
-            for n in paths for name, method in methods.items()]
-    out.append(table("By path, all speeds", ["Path", "Method", *map(heading, camera)], rows))
-
-    for a, b in itertools.combinations(methods, 2):
+    for a, b in pairs:
         for speed in [*speeds, None] if len(speeds) > 1 else [None]:
             out.append(comparison(methods, a, b, known, speed))
-    why = lambda scores: [scores["failed"]] if "failed" in scores else scores.get("incomplete", {}).values()
-    rows = [[name, case, reason] for name, method in methods.items()
-            for case, scores in method["cases"].items() for reason in why(scores)]
+    rows = []
+    for n in paths:
+        for name, method in methods.items():
+            cases = only(method["cases"], None, n)
+            rows.append([f"{n} {trajectories.PATHS[n - 1]}", name, *(mean_text(cases, m) for m in camera)])
+    out.append(table("By path, all speeds", ["Path", "Method", *map(heading, camera)], rows))
+
+    rows = []
+    for name, method in methods.items():
+        for case, scores in method["cases"].items():
+            failed = "failed" in scores
+            reasons = [scores["failed"]] if failed else scores.get("incomplete", {}).values()
+            rows += [[name, case, reason] for reason in reasons]
     out.append(table(f"Failed: {len(rows)}", ["Method", "Case", "Why"], rows,
                      "Means leave out what failed. Comparisons use the cases that both methods have."))
+    return out
+
+
+def papers_tables(methods, columns, speeds, paths, paper):
+    """The paper's Table 1 and, for several speeds, Table 2: ours, then the paper's rows. columns: metrics
+    that any method has; what no method has is left out, and a footnote says why."""
+    pick = lambda scores: [text_of(scores[PAPER.index(m)]) for m in columns]
+    first = 1.0 if 1.0 in speeds else speeds[0]
+    rows = []
+    for name, method in methods.items():
+        cases = only(method["cases"], first)
+        good = sum("failed" not in case for case in cases.values())
+        rows.append([name, f"here, {good} of {len(cases)} cases", *(mean_text(cases, m) for m in columns)])
+    notes = ["[a, b]: 95 % bootstrap interval over clips.",
+             "On the four pure rotations TransErr is exactly 0 for any estimate."]
+    if paper:
+        rows += [[f"{name} (paper)", kind, *pick(scores)] for name, (kind, *scores) in TABLE1.items()]
+        notes.append("(paper): 50 DAVIS clips, ten paths, ViPE; figures of other clips or by another "
+                     "estimator do not compare.")
+    notes += sorted({note for method in methods.values() for note in method["notes"].values()})
+    out = [table(f"Table 1: {paths} paths at speed {first:g}",
+                 ["Method", "Type", *map(heading, columns)], rows, *notes)]
+    if len(speeds) < 2:
+        return out
+
+    rows = []
+    for speed in speeds:
+        rows += [[name, f"{speed:g}", *(mean_text(only(method["cases"], speed), m) for m in columns)]
+                 for name, method in methods.items()]
+        rows += [[f"{name} (paper)", f"{speed:g}", *pick(scores)]
+                 for (name, s), scores in TABLE2.items() if s == speed and paper]
+    notes = ["(paper): on 40 of the clips."] if paper else []
+    out.append(table("Table 2: by camera speed", ["Method", "Camera Speed", *map(heading, columns)], rows,
+                     *notes))
     return out
 
 
@@ -186,15 +279,17 @@ def comparison(methods, a, b, metrics, speed=None):
     rows = []
     for metric in metrics:
         x = compare(only(methods[a]["cases"], speed), only(methods[b]["cases"], speed), metric)
-        if x:
-            title = heading(metric) if METRICS[metric][1] else f"{METRICS[metric][0]}, distance from 1 ↓"
-            bounds = f"[{x['interval'][0]:+.4f}, {x['interval'][1]:+.4f}]" if x["interval"] else ""
-            relative = "" if x["relative"] is None else f"{100 * x['relative']:+.1f} %"
-            rows.append([title, str(x["cases"]), text_of(x["a"]), text_of(x["b"]), f"{x['difference']:+.4f}",
-                         bounds, relative, f"{100 * x['improved']:.0f} %"])
+        if x is None:
+            continue
+        title = heading(metric) if METRICS[metric][1] else f"{METRICS[metric][0]}, distance from 1 ↓"
+        bounds = f"[{x['interval'][0]:+.4f}, {x['interval'][1]:+.4f}]" if x["interval"] else ""
+        relative = "" if x["relative"] is None else f"{100 * x['relative']:+.1f} %"
+        improved = f"{x['improved']} of {x['movable']}" if x["movable"] else ""
+        rows.append([title, str(x["cases"]), text_of(x["a"]), text_of(x["b"]), f"{x['difference']:+.4f}",
+                     bounds, relative, improved])
     return table(f"{b} against {a}, " + (f"speed {speed:g}" if speed else "all speeds"),
                  ["Metric", "Cases", a, b, "Difference", "95 % interval", "Relative", "Cases improved"], rows,
-                 *([] if rows else ["They have no case in common."]))
+                 *([] if rows else ["No case has a score from both."]))
 
 
 def markdown(tables):
@@ -210,240 +305,142 @@ def markdown(tables):
     return "\n".join(lines)
 
 
-# ---- the page ----
+# ---- what is shown of single cases ----
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for every eye
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1d1d1f; background: #fff; margin: 2em auto;
-       max-width: 1240px; padding: 0 1em }
-h2, h3 { margin-top: 1.6em }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-td, th { padding: 4px 8px; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
-th { border-bottom: 2px solid #888; vertical-align: bottom }
-.words { text-align: left }
-small { white-space: nowrap; color: #555 }
-.note { color: #555; font-size: 13px; margin: 4px 0 }
-figure { display: inline-block; margin: 4px }
-video { max-width: 100%; display: block; background: #000; margin: 8px 0 }
-svg { font: 11px system-ui, sans-serif; fill: #333 }
-"""
-POLICY = "default-src 'none'; media-src data:; style-src 'unsafe-inline'"
-esc = html.escape
-
-
-def html_table(t):
-    """A table -> HTML, all text escaped; words to the left, numbers to the right with intervals below."""
-    columns = [[cell for cell in column if cell] for column in zip(*t["rows"])]
-    words = [bool(column) and all(re.match(r"[^-+\d\[]", cell) for cell in column) for column in columns]
-
-    def row(tag, cells):
-        kinds = (' class="words"' if word else "" for word in words)
-        shown = (re.sub(r" (\[.*\])$", r"<br><small>\1</small>", esc(cell)) for cell in cells)
-        return "<tr>" + "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, shown)) + "</tr>"
-
-    body = row("th", t["header"]) + "".join(row("td", cells) for cells in t["rows"])
-    parts = [f"<h3>{esc(t['title'])}</h3>"] if t["title"] else []
-    parts += [f'<div class="wide"><table>{body}</table></div>'] if t["rows"] else []
-    return "".join(parts + [f'<p class="note">{esc(note)}</p>' for note in t["notes"]])
+def extremes(a, b):
+    """{title: case}: of the cases of both {case: scores}, all speeds, the best, median and worst change of
+    position error from a to b; where a is b, the best, median and worst position error."""
+    changes = {}
+    for case, scores in b.items():
+        before = a.get(case, {}).get("position")
+        after = scores.get("position")
+        if before is not None and after is not None:
+            changes[case] = after if a is b else after - before
+    order = sorted(changes, key=changes.get)
+    if not order:
+        return {}
+    picked = {}
+    for title, k in (("Best", 0), ("Median", len(order) // 2), ("Worst", len(order) - 1)):
+        if order[k] not in picked.values():
+            picked[title] = order[k]
+    what = "position error" if a is b else "change of position error"
+    return {f"{title} of {len(order)} cases by {what}": case for title, case in picked.items()}
 
 
-def ticks(low, high):
-    """Two to five round numbers from low to high."""
-    raw = (high - low) / 5
-    step = 10.0 ** math.floor(math.log10(raw))
-    step *= next(f for f in (1, 2, 5, 10) if f * step >= raw)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def widen(low, high, least):
-    return (low, high) if high - low >= least else ((low + high - least) / 2, (low + high + least) / 2)
-
-
-def chart(title, series, x_label, y_label, least=0.0, equal=False, size=(340, 230), strokes=()):
-    """SVG of lines [(label, colour, x (n,), y (n,), SVG attributes)]; an empty label is in no legend.
-
-    least: shortest y axis, so that jitter about a constant looks flat; equal: one scale, and `least`, for
-    both axes; strokes: [(colour, x1, y1, x2, y2)].
-    """
-    W, H = size
-    left, right, top, bottom = 56, W - 10, 26, H - (50 if any(s[0] for s in series) else 36)
-    ends = []
-    for k in (0, 1):
-        points = np.concatenate([*(np.asarray(s[2 + k], float) for s in series),
-                                 [v for s in strokes for v in (s[1 + k], s[3 + k])]])
-        low, high, size = points.min(), points.max(), abs(points).max()
-        constant = (0.2 * size or 1) if high - low <= 1e-6 * size else 0  # rounding would fill the axis
-        ends.append(widen(low, high, max(constant, least if k or equal else 0)))
-    if equal:
-        sides = right - left, bottom - top
-        scale = 1.05 * max((high - low) / side for (low, high), side in zip(ends, sides))
-        ends = [widen(*end, scale * side) for end, side in zip(ends, sides)]
-    (x0, x1), (y0, y1) = ends
-    px = lambda x: f"{left + (x - x0) / (x1 - x0) * (right - left):.1f}"
-    py = lambda y: f"{bottom - (y - y0) / (y1 - y0) * (bottom - top):.1f}"
-    text = lambda x, y, words, more="": f'<text x="{x}" y="{y}" {more}>{esc(words)}</text>'
-    parts = [f'<svg width="{W}" height="{H}" viewBox="0 0 {W} {H}" role="img" aria-label="{esc(title)}">',
-             text(left, 15, title, 'font-weight="600"'), text(right, 15, y_label, 'text-anchor="end"'),
-             text(right, bottom + 28, x_label, 'text-anchor="end"')]
-    for t in ticks(x0, x1):
-        parts += [f'<path d="M{px(t)},{top}V{bottom}" stroke="#eee"/>',
-                  text(px(t), bottom + 14, f"{t:.5g}", 'text-anchor="middle"')]
-    for t in ticks(y0, y1):
-        parts += [f'<path d="M{left},{py(t)}H{right}" stroke="#eee"/>',
-                  text(left - 4, float(py(t)) + 4, f"{t:.5g}", 'text-anchor="end"')]
-    at = left
-    for label, colour, x, y, style in series:
-        points = " ".join(f"{px(a)},{py(b)}" for a, b in zip(x, y))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
-        if label:
-            parts += [f'<rect x="{at}" y="{H - 11}" width="12" height="3" fill="{colour}"/>',
-                      text(at + 16, H - 6, label[:24])]
-            at += 30 + 6 * len(label[:24])
-    parts += [f'<path d="M{px(a)},{py(b)}L{px(c)},{py(d)}" stroke="{colour}"/>'
-              for colour, a, b, c, d in strokes]
-    return "".join(parts) + "</svg>"
-
-
-def path_charts(paths):
-    """Camera paths [(label, c2w (T, 4, 4))], the target first -> two SVGs: from above, and height over
-    frames.
-
-    From above: x to the right, z (forward) up; strokes show where cameras look at start, middle and end.
-    """
-    paths = [(label, trajectories.relative(c2w)) for label, c2w in paths]
-    reach = 0.12 * max(0.2, *(np.ptp(c2w[:, [0, 2], 3], axis=0).max() for _, c2w in paths))
-    above, height, looks = [], [], []
-    for k, (label, c2w) in enumerate(paths):
-        colour = COLOURS[(k - 1) % len(COLOURS)] if k else "#555"
-        style = 'stroke-width="1.8"' if k else 'stroke-width="5" opacity="0.4"'
-        above.append((label, colour, c2w[:, 0, 3], c2w[:, 2, 3], style))
-        height.append((label, colour, np.arange(len(c2w)), -c2w[:, 1, 3], style))
-        for i in (0, len(c2w) // 2, len(c2w) - 1):
-            (x, z), (dx, dz) = c2w[i, [0, 2], 3], reach * c2w[i, [0, 2], 2]
-            looks.append((colour, x, z, x + dx, z + dz))
-    return (chart("From above", above, "x, metres", "z, metres", 0.2, True, (340, 300), looks),
-            chart("Height", height, "frame", "metres", 0.2, False, (340, 300)))
-
-
-def read_log(path):
-    """A training log, one JSON object a line -> list of dicts. A last line cut short (the run may still be
-    writing) is left out; ValueError naming any other line that is none."""
-    records, lines = [], Path(path).read_text(errors="replace").strip().split("\n")
-    for i, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif i < len(lines) - 1:
-            raise ValueError(f"{path}, line {i + 1}: expected a JSON object, found {line[:40]!r}")
-    return records
-
-
-def curves(records):
-    """Training log -> HTML: a chart per numeric key, as logged (thin) and smoothed, grouped by what stands
-    before a key's first slash. What is no finite number (the mean of rewards that all failed) is left out."""
-    number = lambda x: type(x) in (int, float) and math.isfinite(x)
-    groups = {}
-    for n, record in enumerate(records):
-        at = record.get("iteration", n)
-        for key, x in record.items():
-            if key != "iteration" and number(x) and number(at):
-                group = key.split("/")[0] if "/" in key else "the run"
-                groups.setdefault(group, {}).setdefault(key, []).append((at, x))
-    parts = []
-    for group, keys in groups.items():
-        parts.append(f"<h3>{esc(group)}</h3>")
-        for key, points in keys.items():
-            x, y = np.array(points, float).T
-            width = 2 * (len(y) // 40) + 1
-            smooth = np.convolve(np.pad(y, width // 2, mode="edge"), np.full(width, 1 / width), "valid")
-            lines = [("", COLOURS[0], x, y, 'opacity="0.35"'),
-                     ("", COLOURS[0], x, smooth, 'stroke-width="1.8"')]
-            parts.append(f"<figure>{chart(key.split('/', 1)[-1], lines, 'iteration', '')}</figure>")
-    return "".join(parts)
-
-
-def side_by_side(videos, height=240):
-    """[(label, file)] -> HTML of one looping video, `height` lines at most, unreadable ones named below."""
-    shown, labels, notes, rate = [], [], [], 24.0
-    for label, path in videos:
-        try:
-            h, w = read_video(path, frames=1)[0].shape[1:3]
-            size = (h, w) if h <= height else (height, 2 * round(w * height / h / 2))
-            video, rate = read_video(path, size=size)
-            shown.append(video)
-            labels.append(label)
-        except (ValueError, OSError) as error:
-            notes.append(f'<p class="note">{esc(str(error))}</p>')
-    if not shown:
-        return "".join(notes)
-    tall = max(v.shape[1] for v in shown)  # videos made elsewhere may have another size
-    shown = [np.pad(v, ((0, 0), (0, tall - v.shape[1]), (0, 0), (0, 0))) for v in shown]
-    with tempfile.TemporaryDirectory() as folder:
-        write_video(f"{folder}/grid.mp4", grid(shown, labels), rate)
-        content = base64.b64encode(Path(f"{folder}/grid.mp4").read_bytes()).decode()
-    return (f'<video controls autoplay loop muted playsinline src="data:video/mp4;base64,{content}"></video>'
-            + "".join(notes))
-
-
-def chosen(out, methods, cases=()):
-    """What the report shows of single cases (see write): those named, or else those of the last
-    method's best, median and worst change of position error against the first."""
-    a, b = (methods[name]["cases"] for name in (next(iter(methods)), list(methods)[-1]))
-    if not cases:
-        score = lambda scores, case: scores.get(case, {}).get("position")
-        both = {case: score(b, case) - score(a, case) * (a is not b) for case in b
-                if score(a, case) is not None and score(b, case) is not None}
-        order = sorted(both, key=both.get)
-        cases = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})] if order else []
+def shown_cases(methods, pair, asked=()):
+    """What the page shows of single cases (see page.cases): those asked for, or else the pair's extremes."""
+    a, b = pair
+    picked = {case: case for case in asked} or extremes(methods[a]["cases"], methods[b]["cases"])
+    known = known_metrics(methods)
+    metrics = [m for m in CAMERA if m in known]
     shown = []
-    metrics = [m for m in CAMERA if any(b[case].get(m) is not None for case in cases)]
-    for case in cases:
+    for title, case in picked.items():
         clip, number, speed = split_case(case)
-        videos, paths, rows = [("source", out / "sources" / f"{clip}.mp4")], [], []
-        for method, results in methods.items():
-            scores, poses = results["cases"].get(case, {"failed": ""}), out / method / "poses" / f"{case}.npz"
-            rows.append([method, *(text_of(scores.get(m)) for m in metrics)])
-            videos.append((method, Path(scores.get("video", ""))))
-            if "failed" not in scores:
-                paths.append((method, read_path(poses)))
+        folder = methods[a]["folder"].parent
+        videos = [("source", folder / "sources" / f"{clip}.mp4"),
+                  ("true view", folder / "truth" / f"{case}.mp4")]
+        videos = [(label, file) for label, file in videos if file.is_file()]
+        paths = []
+        rows = []
+        for name, method in methods.items():
+            scores = method["cases"].get(case, {"failed": "not there"})
+            rows.append([name, *(text_of(scores.get(m)) for m in metrics)])
+            video = Path(scores.get("video", ""))
+            beside = method["folder"] / "videos" / f"{case}.mp4"  # where the folder has moved
+            videos += [(name, file) for file in (video, beside) if file.is_file()][:1]
+            poses = method["folder"] / "poses" / f"{case}.npz"
+            if "failed" not in scores and poses.is_file():
+                paths.append((name, read_path(poses)))
         if paths:
-            file = out / "targets" / f"{case}.npz"
+            file = folder / "targets" / f"{case}.npz"
             target = trajectories.recammaster(number, len(paths[0][1]), speed)
-            paths.insert(0, ("target", read_path(file) if file.exists() else target))
-        shown.append({"title": f"{clip}, {trajectories.PATHS[number - 1]}, speed {speed:g}", "paths": paths,
-                      "videos": [(label, path) for label, path in videos if path.is_file()],
+            paths.insert(0, ("target", read_path(file) if file.is_file() else target))
+        what = f"{clip}, {trajectories.PATHS[number - 1].replace('_', ' ')}, speed {speed:g}"
+        shown.append({"title": what if asked else f"{title}: {what}",
+                      "short": what if asked else f"{title.split()[0].lower()}: {what}",
+                      "videos": videos, "paths": paths,
                       "scores": table("", ["Method", *map(heading, metrics)], rows)})
     return shown
 
 
-def write(path, title, tables, log="", cases=()):
-    """The page. log: a training log's file, or empty; cases: dicts of title, videos [(label, file)], paths
-    [(label, c2w (T, 4, 4))] with the target's first, and scores, a table. ValueError, OSError: a bad log."""
-    parts = [f"<h1>{esc(title)}</h1>", *map(html_table, tables), "<h2>Cases</h2>" if cases else ""]
-    for case in cases:
-        parts += [f"<h3>{esc(case['title'])}</h3>", side_by_side(case["videos"]), html_table(case["scores"])]
-        parts += [f"<figure>{svg}</figure>" for svg in (path_charts(case["paths"]) if case["paths"] else ())]
-    parts += ["<h2>Training</h2>", curves(read_log(log))] if log else []
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{esc(title)}</title>'
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{STYLE}</style></head>'
-            f'<body>{"".join(parts)}</body></html>\n')
-    write_file(path, page.encode())
+# ---- the facts of a run ----
+
+def version():
+    """The commit that this code is at, "unknown" where it is no checkout of its own."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return "unknown (no git checkout)"
+    try:
+        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty= and changes"],
+                              capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (no git)"
+    return done.stdout.strip() or "unknown"
 
 
-def finish(out, config, methods):
-    """Write results.json, tables.md, report.html of {method: {"cases", "notes"}}; print the main tables."""
+def facts(config, started):
+    """What someone who wants the same figures again must know: {name: text}. started: time.time() then."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
+    differ = [f"{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(config)
+              if getattr(config, f.name) != f.default]
+    now = datetime.datetime.now(datetime.timezone.utc)
+    found = {"date": f"{now:%Y-%m-%d %H:%M} UTC", "commit": version()}
+    for name in ("seed", "estimator"):
+        if hasattr(config, name):
+            found[name] = str(getattr(config, name))
+    return found | {"device": f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+                    "wall time": f"{time.time() - started:.0f} s (of this call)",
+                    "settings that differ from the default": ", ".join(differ) or "none"}
+
+
+def training_facts(checkpoints):
+    """{"toy @ 80 was trained with": its settings} of checkpoints {method: file or None} that have any."""
+    found = {}
+    for name, file in checkpoints.items():
+        state = file.with_name("state.json") if file else None
+        try:
+            settings = json.loads(state.read_text())["config"] if state else None
+        except (OSError, ValueError, LookupError, TypeError):
+            settings = None
+        if isinstance(settings, dict):
+            found[f"{short(name)} was trained with"] = ", ".join(f"{k} = {x!r}" for k, x in settings.items())
+    return found
+
+
+# ---- the end ----
+
+def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=None):
+    """Write tables.md and report.html to the folder out; print three lines for each pair of methods, how
+    many cases failed, and the page's path."""
+    lines = summaries(methods, pairs)
+    found = tables(methods, [pair for pair in pairs if pair[0] != pair[1]], paper)
+    failed = sum("failed" in case for method in methods.values() for case in method["cases"].values())
+    if failed:
+        lines.append(f"{failed} cases failed; the report's last table says why")
+    text = "\n".join(lines)
+    write_file(out / "tables.md", f"```\n{text}\n```\n\n{markdown(found)}".encode())
+    page.write(out / "report.html", title, [
+        page.lines(lines), page.cases(shown_cases(methods, pairs[0], asked)),
+        page.training(log), page.section("Tables", *map(page.table, found)),
+        page.facts(run or {})])
+    print(f"{text}\n{out / 'report.html'}")
+
+
+def finish(out, config, methods, checkpoints, started, world):
+    """The end of an evaluation: results.json, and write_report of base against each tuned method.
+
+    methods: {name: {"cases", "notes"}}, each in out/<name>; checkpoints: {method: file or None}; started:
+    time.time() at its beginning; world: "clips" (the paper's rows are shown) or "toy".
+    """
     for method in methods.values():
         for scores in method["cases"].values():
             scores.pop("made", None)
-    write_json(out / "results.json", {"protocol": PROTOCOL, "settings": dataclasses.asdict(config),
-                                      "methods": methods})
-    all_tables = tables(methods)
-    write_file(out / "tables.md", markdown(all_tables).encode())
-    write(out / "report.html", f"Evaluation: {', '.join(methods)}", all_tables, config.log,
-                 chosen(out, methods, items(config.show)))
-    print(markdown([t for t in all_tables if not t["title"].startswith("By path")]))
-    print(f"{out}: results.json, tables.md, report.html")
+    run = facts(config, started)
+    write_json(out / "results.json", {"protocol": PROTOCOL, "world": world, "run": run,
+                                      "settings": dataclasses.asdict(config), "methods": methods})
+    named = {short(name): method | {"folder": out / name} for name, method in methods.items()}
+    base, *others = named
+    pairs = [(base, other) for other in others] or [(base, base)]
+    title = " and ".join(others) + f" against {base}" if others else base
+    write_report(out, f"Evaluation: {title}", named, pairs, paper=world == "clips", log=config.log,
+                 asked=items(config.show), run=run | training_facts(checkpoints))

@@ -1,5 +1,7 @@
 """The evaluation in the toy world: `python evaluate.py toy`."""
 import math
+import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +11,16 @@ from tqdm import tqdm
 import trajectories
 from data.draw import upscale
 from data.video import to_float, write_video
-from evaluation import report
-from evaluation.cases import case_name, find_checkpoints, listed
+from evaluation.cases import case_digest, case_name, find_checkpoints, items, listed, split_case
 from evaluation.generate import generate
+from evaluation.page import read_log
 from evaluation.report import finish
 from evaluation.scores import checkpoint_digest, keep_settings, pose_scores, save_poses
 from model import load_dit
 from plumbing.files import read_json, write_json
 from plumbing.settings import at_least_1
 from toy.poses import judge
-from toy.rooms import HEADS
+from toy.rooms import FPS, HEADS
 from toy.world import held_out, open_weights
 
 
@@ -35,58 +37,91 @@ class Toy:
     tail: float = 0.0           # share of the steps to keep, by DPM-Solver++; 0: all of them, by the ODE
     seed: int = 0               # of the noise
     estimator: str = "judge"    # of cameras: judge (independent), or estimator (the reward's)
-    log: str = ""               # training log (log.jsonl) to draw in the report
+    log: str = ""               # training logs to draw in the report: files or runs' folders, by commas
     show: str = ""              # cases in the report, comma-separated; empty: best, median, worst change
 
 
 def evaluate_toy(config):
-    """Tables 1 and 2 in miniature; writes what the top of this file says, and prints the main tables."""
-    out, speeds = Path(config.out), listed(config.speeds, "speeds", float)
-    if config.estimator not in ("judge", "estimator"):
-        raise ValueError(f"estimator: expected judge or estimator, found {config.estimator!r}")
-    if config.log:
-        report.read_log(config.log)
-    at_least_1(config, "rooms", "steps")
-    if not all(0 < speed < math.inf for speed in speeds):
-        raise ValueError(f"speeds: expected numbers such as 1 and 1.5, found {config.speeds}")
-    checkpoints, file = find_checkpoints(config.ckpt), Path(config.weights) / "toy_base.safetensors"
-    settings = {name: getattr(config, name)
-                for name in ("rooms", "steps", "shift", "tail", "seed", "estimator")}
+    """Tables 1 and 2 in miniature; writes what evaluate.py's top says, and prints three lines."""
+    started = time.time()
+    speeds = listed(config.speeds, "speeds", float)
+    refuse_what_cannot_be(config, speeds)
+    out = Path(config.out)
+    checkpoints = find_checkpoints(config.ckpt)
+    file = Path(config.weights) / "toy_base.safetensors"
     base, codec, estimator = open_weights(config.weights)
     dits = {method: load_dit(file, checkpoint, num_heads=HEADS) if checkpoint else base
             for method, checkpoint in checkpoints.items()}
+    settings = {name: getattr(config, name)
+                for name in ("rooms", "steps", "shift", "tail", "seed", "estimator")}
     for method, checkpoint in checkpoints.items():
-        keep_settings(out / method / "cases", settings | {"base": checkpoint_digest(file),
-                                                  "checkpoint": checkpoint_digest(checkpoint)})
+        digests = {"base": checkpoint_digest(file), "checkpoint": checkpoint_digest(checkpoint)}
+        keep_settings(out / method / "cases", settings | digests)
+
     methods = {method: {"cases": {}, "notes": {}} for method in dits}
-    show = lambda video: upscale(video.numpy(), max(1, 160 // video.shape[1]))
     for speed in speeds:
         room, condition, scene, truth = held_out(config.rooms, codec, speed)
         for k in tqdm(range(config.rooms), f"speed {speed:g}", unit="room"):
+            # a room is ten rows, one for each path
             rows = slice(10 * k, 10 * k + 10)
-            cases = [case_name(f"room{k}", n, speed) for n in range(1, 11)]
-            write_video(out / "sources" / f"room{k}.mp4", show(scene.source[10 * k]), scene.fps)
-            for case, c2w in zip(cases, scene.c2w[rows]):
-                save_poses(out / "targets" / f"{case}.npz", c2w)
+            cases = [case_name(f"room{k}", number, speed) for number in range(1, 11)]
+            sought = scene[rows]
+            save_what_is_sought(out, cases, sought, truth[rows])
             for method, dit in dits.items():
                 folder = out / method
                 if not all((folder / "cases" / f"{case}.json").exists() for case in cases):
+                    # the same noise for every method: it depends on the seed and the case's name
                     videos = generate(dit, codec, condition[rows], cases, steps=config.steps,
                                       shift=config.shift, seed=config.seed, tail=config.tail or None)
                     if config.estimator == "judge":
                         seen = torch.stack([to_float(video) for video in videos])
-                        pred = judge(seen, room[rows], scene.c2w[rows], codec)[0]
+                        poses = judge(seen, room[rows], sought.c2w, codec)[0]
                     else:
-                        pred = estimator(videos)
-                    error = (videos.float() - truth[rows].float()).square().mean((1, 2, 3, 4)).clamp(min=0.01)
-                    for i, case in enumerate(cases):
-                        video = folder / "videos" / f"{case}.mp4"
-                        write_video(video, show(videos[i]), scene.fps)
-                        save_poses(folder / "poses" / f"{case}.npz", pred[i])
-                        scores = {"clip": f"room{k}", "path": trajectories.PATHS[i], "speed": speed,
-                                  "video": str(video), "PSNR": 10 * math.log10(255 ** 2 / float(error[i]))}
-                        scores |= pose_scores(pred[i], scene.c2w[rows][i])
-                        write_json(folder / "cases" / f"{case}.json", scores)
+                        poses = estimator(videos)
+                    save_scores(folder, cases, videos, poses, sought, truth[rows])
                 methods[method]["cases"] |= {
                     case: read_json(folder / "cases" / f"{case}.json") for case in cases}
-    finish(out, config, methods)
+    finish(out, config, methods, checkpoints, started, "toy")
+
+
+def refuse_what_cannot_be(config, speeds):
+    """ValueError, OSError for settings that cannot be."""
+    at_least_1(config, "rooms", "steps")
+    if config.estimator not in ("judge", "estimator"):
+        raise ValueError(f"estimator: expected judge or estimator, found {config.estimator!r}")
+    if not all(0 < speed < math.inf for speed in speeds):
+        raise ValueError(f"speeds: expected numbers such as 1 and 1.5, found {config.speeds}")
+    for log in items(config.log):
+        read_log(log)
+    for case in items(config.show):
+        clip, number, speed = split_case(case) or ("", 0, 0)
+        room = int(clip[4:]) if re.fullmatch(r"room\d+", clip) else config.rooms
+        if room >= config.rooms or speed not in speeds:
+            raise ValueError(f"show: no case {case!r}, expected for example {case_name('room0', 9, speeds[0])}")
+
+
+def enlarged(video):
+    """A toy video, uint8 (T, H, W, 3), large enough to look at."""
+    return upscale(video.numpy(), max(1, 160 // video.shape[1]))
+
+
+def save_what_is_sought(out, cases, scene, truth):
+    """The source video of one room's cases, and the path and the true view (uint8) of each."""
+    write_video(out / "sources" / f"{split_case(cases[0])[0]}.mp4", enlarged(scene.source[0]), FPS)
+    for case, c2w, video in zip(cases, scene.c2w, truth):
+        save_poses(out / "targets" / f"{case}.npz", c2w)
+        write_video(out / "truth" / f"{case}.mp4", enlarged(video), FPS)
+
+
+def save_scores(folder, cases, videos, poses, scene, truth):
+    """A method's videos, uint8, the cameras found in them, and their scores, to its folder."""
+    error = (videos.float() - truth.float()).square().mean((1, 2, 3, 4)).clamp(min=0.01)
+    for i, case in enumerate(cases):
+        clip, number, speed = split_case(case)
+        video = folder / "videos" / f"{case}.mp4"
+        write_video(video, enlarged(videos[i]), FPS)
+        save_poses(folder / "poses" / f"{case}.npz", poses[i])
+        scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed, "video": str(video),
+                  "digest": case_digest(scene.source[i], scene.c2w[i], truth[i]),
+                  "PSNR": 10 * math.log10(255 ** 2 / float(error[i]))}
+        write_json(folder / "cases" / f"{case}.json", scores | pose_scores(poses[i], scene.c2w[i]))

@@ -1,0 +1,118 @@
+"""Several evaluations together (`python evaluate.py compare`), and several runs (`python evaluate.py curves`)."""
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluation import page
+from evaluation.cases import items
+from evaluation.report import facts, short, write_report
+from evaluation.scores import read_results
+
+
+@dataclass
+class Compare:
+    """python evaluate.py compare A B: their tables together, and in pairs on the cases that both have."""
+    results: str = ""           # results.json, or folders of them or of runs, by commas or as plain arguments
+    out: str = "out/compare"    # folder for report.html and tables.md
+    show: str = ""              # cases in the report, comma-separated; empty: best, median, worst change
+
+
+@dataclass
+class Curves:
+    """python evaluate.py curves A B: training logs in one page, also while the runs go on."""
+    logs: str = ""              # log.jsonl, or folders of runs, by commas or as plain arguments
+    out: str = "out/curves.html"  # the page
+
+
+def compare(config):
+    """Write tables and page of several results.json, and print three lines for each pair: first the runs
+    against each other, then each against its base. ValueError where they are not comparable."""
+    started = time.time()
+    files = [find_results(path) for path in items(config.results)]
+    if len({file.resolve() for file in files}) < 2:
+        raise ValueError("compare: expected two different results.json, or their folders, or more")
+    names = page.distinct(files)
+    results = {name: read_results(file) for name, file in zip(names, files)}
+    refuse_what_differs(results)
+    methods, last, base_of = named_methods(results, dict(zip(names, files)))
+    pairs = [(last[a], last[b]) for a, b in itertools.combinations(names, 2)]
+    pairs += [(base_of[name], last[name]) for name in names if base_of[name] is not None]
+    pairs = [(a, b) for a, b in pairs if a != b] or [(last[names[0]], last[names[0]])]  # the same base twice
+    paper = all(r.get("world") == "clips" for r in results.values())
+    run = {}
+    for name, r in results.items():
+        run |= {f"{name}: {what}": text for what, text in r.get("run", {}).items()}
+    write_report(Path(config.out), "Compared: " + ", ".join(names), methods, pairs, paper=paper,
+                 asked=items(config.show), run=run | facts(config, started))
+
+
+def find_results(path):
+    """A results.json from itself, its folder, or a run's; FileNotFoundError where there is none."""
+    files = [Path(path), Path(path, "results.json"), Path(path, "evaluation/results.json")]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{path}: no results.json there, expected one that evaluate.py wrote")
+    return file
+
+
+def refuse_what_differs(results):
+    """ValueError where evaluations {name: results} have other estimators, no case in common, or one name for
+    cases of different sources or true paths."""
+    estimators = {r["settings"]["estimator"] for r in results.values()}
+    if len(estimators) > 1:
+        raise ValueError(f"compare: different estimators of cameras, {' and '.join(sorted(estimators))}")
+    of_case = {}  # case -> evaluation -> digests
+    for name, r in results.items():
+        for method in r["methods"].values():
+            for case, scores in method["cases"].items():
+                of_case.setdefault(case, {}).setdefault(name, set()).add(scores.get("digest"))
+    if not any(len(digests) == len(results) for digests in of_case.values()):
+        raise ValueError(f"compare: {' and '.join(results)} have no case in common")
+    differ = [case for case, digests in of_case.items() if len(set.union(*digests.values())) > 1]
+    if differ:
+        raise ValueError(f"compare: {len(differ)} cases of one name have different source videos or true "
+                         f"paths in {' and '.join(results)}, {differ[0]} first; evaluate both on the same")
+
+
+def named_methods(results, files):
+    """Evaluations {name: results} of files {name: results.json} -> all their methods under short names, bases
+    first and one that evaluations share only once; {name: its last method}; {name: its base, or None}."""
+    everyone = [short(method) for r in results.values() for method in r["methods"]]
+    bases, others, last, base_of = {}, {}, {}, {}
+    for name, r in results.items():
+        base_of[name] = None
+        for method, content in r["methods"].items():
+            content = content | {"folder": files[name].parent / method}
+            label = short(method)
+            if method == "base":
+                label = next((known for known in bases if is_same(bases[known], content)), None)
+                label = label or ("base" if not bases else f"{name}: base")
+                base_of[name] = label
+                larger = max(bases.get(label, content), content, key=lambda m: len(m["cases"]))
+                bases[label] = larger
+            else:
+                label = label if everyone.count(label) == 1 else f"{name}: {label}"
+                others[label] = content
+            last[name] = label
+    return bases | others, last, base_of
+
+
+def is_same(a, b):
+    """Whether two methods have the same scores in the cases of the one with fewer."""
+    scores = lambda case: {k: x for k, x in case.items() if k != "video"}
+    few, many = sorted((a["cases"], b["cases"]), key=len)
+    return all(case in many and scores(few[case]) == scores(many[case]) for case in few)
+
+
+def draw_curves(config):
+    """Write a page with the curves and samples of training logs, and print its path."""
+    started = time.time()
+    if not items(config.logs):
+        raise ValueError("curves: expected a log.jsonl or a run's folder, or several")
+    logs = {page.find_log(path): page.read_log(path) for path in items(config.logs)}
+    names = page.distinct(logs)
+    lines = [f"{name}: {len(records)} iterations" for name, records in zip(names, logs.values())]
+    page.write(config.out, f"Training: {', '.join(names)}", [
+        page.lines(lines), page.training(config.logs), page.facts(facts(config, started))])
+    print("\n".join([*lines, config.out]))
