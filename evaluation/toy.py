@@ -102,7 +102,7 @@ def refuse_what_cannot_be(config, speeds):
 
 def enlarged(video):
     """A toy video, uint8 (T, H, W, 3), large enough to look at."""
-    return upscale(video.numpy(), max(1, 160 // video.shape[1]))
+    return upscale(video.numpy(), max(1, 240 // video.shape[1]))
 
 
 def save_what_is_sought(out, cases, scene, truth):

@@ -1,17 +1,13 @@
-"""report.py: means and intervals, paired comparisons, tables, and a page that stands alone."""
-import base64
-import json
+"""evaluation/report.py: means and intervals, paired comparisons, three lines, tables."""
+import dataclasses
 import math
-import re
-from html.parser import HTMLParser
+import time
 
 import numpy as np
 import pytest
 
 from evaluation import report
-import trajectories
-from data.video import read_video, write_video
-from evaluation.cases import case_name, split_case
+from evaluation.cases import case_digest, case_name, split_case
 from evaluation.report import compare, interval, mean
 
 
@@ -69,7 +65,8 @@ def test_comparison_on_the_common_subset():
     b = cases({("x", 1): 0.5, ("x", 2): 2.5, ("y", 1): None, ("y", 2): 9.0, ("z", 1): 9.0})
     found = compare(a, b, "position")
     assert (found["cases"], found["a"], found["b"], found["difference"]) == (2, 1.5, 1.5, 0)
-    assert found["improved"] == 0.5 and found["relative"] == 0 and found["interval"] is None
+    assert found["improved"] == 1 and found["movable"] == 2 and found["relative"] == 0
+    assert found["interval"] is None and found["relative_interval"] is None
     assert compare(a, {}, "position") is None
 
 
@@ -82,6 +79,29 @@ def test_what_counts_as_improved(metric, a, b, improved):
     if metric == "scale":
         assert found["difference"] == pytest.approx(abs(b - 1) - abs(a - 1))
     assert found["relative"] is None or found["relative"] == pytest.approx(found["difference"] / found["a"])
+
+
+def test_a_relative_interval_is_that_of_the_ratio():
+    """Every case 20 % better: the interval is that one number, however different the cases are."""
+    a = cases({(clip, 5): x for clip, x in zip("abcd", (1.0, 2.0, 5.0, 9.0))})
+    b = {name: {"position": 0.8 * case["position"]} for name, case in a.items()}
+    found = compare(a, b, "position")
+    assert found["relative_interval"] == pytest.approx((-0.2, -0.2)) and found["interval"][0] < -1
+    tiny = {name: {"position": 1e-17} for name in a}
+    assert compare(tiny, a, "position")["relative"] is None  # no share of what is rounding
+
+
+def test_cases_that_cannot_move_do_not_count_as_not_improved():
+    """TransErr is 0 on pure rotations whatever the estimate: 1 of 1, not 1 of 2."""
+    a, b = (cases({("x", 1): 0.0, ("x", 5): x}, "TransErr") for x in (0.2, 0.1))
+    assert [compare(a, b, "TransErr")[k] for k in ("improved", "movable", "cases")] == [1, 1, 2]
+
+
+def test_digests_tell_sources_and_paths_apart():
+    video, path = np.zeros((2, 3), np.uint8), np.eye(4)
+    assert case_digest(video, path) == case_digest(video, path + 1e-9)  # rounding is no difference
+    assert len({case_digest(video, path), case_digest(video + 1, path), case_digest(video, path + 1e-3),
+                case_digest("x", path)}) == 4
 
 
 # ---- tables ----
@@ -104,26 +124,42 @@ def two_methods():
     return methods
 
 
-def test_tables_hold_the_papers_rows_and_ours():
+def test_tables_hold_our_rows_then_the_papers():
+    """What no method has is no column; why, stands below once."""
     made = {t["title"]: t for t in report.tables(two_methods())}
     first = made["Table 1: 3 paths at speed 1"]
+    assert first["header"] == ["Method", "Type", "TransErr ↓", "RotErr (deg) ↓"]
     assert [row[0] for row in first["rows"]] == [
-        "CogNVS (paper)", "TrajectoryCrafter (paper)", "ReCamMaster (paper)", "ReDirector (paper)",
-        "Geo-Align (paper)", "base", "tuned"]
-    assert first["header"] == [
-        "Method", "Type", "Subject Consistency ↑", "Background Consistency ↑", "Aesthetic Quality ↑",
-        "Imaging Quality ↑", "Temporal Flickering ↑", "Motion Smoothness ↑", "Dyn-MEt3R ↑", "MEt3R ↓",
-        "TransErr ↓", "RotErr (deg) ↓"]
-    ours = "0.9151 0.9179 0.5168 0.6842 0.9548 0.9862 0.8573 0.3077 0.0129 1.3645"
-    assert " ".join(first["rows"][4][2:]) == ours
-    assert first["rows"][5][1] == "here, 9 of 9 cases"
-    assert first["rows"][5][2:8] == ["not installed: VBench"] * 6
-    assert "not installed: VBench (no such program)" in first["notes"]
+        "base", "tuned", "CogNVS (paper)", "TrajectoryCrafter (paper)", "ReCamMaster (paper)",
+        "ReDirector (paper)", "Geo-Align (paper)"]
+    assert first["rows"][0][1] == "here, 9 of 9 cases" and first["rows"][6][2:] == ["0.0129", "1.3645"]
+    assert first["notes"].count("not installed: VBench (no such program)") == 1
     second = made["Table 2: by camera speed"]["rows"]
     assert [row[:2] for row in second] == [
-        [name, s] for s in "12" for name in ("ReDirector (paper)", "Geo-Align (paper)", "base", "tuned")]
-    assert second[5][-2:] == ["0.0153", "1.8821"]
+        [name, s] for s in "12" for name in ("base", "tuned", "ReDirector (paper)", "Geo-Align (paper)")]
+    assert second[7][-2:] == ["0.0153", "1.8821"]
     assert all(len(row) == len(t["header"]) for t in made.values() for row in t["rows"])
+    toy = report.markdown(report.tables(two_methods(), paper=False))
+    assert "(paper)" not in toy and "VBench" in toy
+
+
+def test_the_papers_row_is_whole_where_every_score_is_there():
+    methods = {"A": {"cases": {case_name("a", 9, 1.0): {m: 0.5 for m in report.PAPER}}, "notes": {}}}
+    row = report.tables(methods)[0]["rows"][-1]
+    assert " ".join(row[2:]) == "0.9151 0.9179 0.5168 0.6842 0.9548 0.9862 0.8573 0.3077 0.0129 1.3645"
+
+
+@pytest.mark.parametrize("which", ["base", "tuned"])
+def test_no_column_is_lost_where_one_method_has_no_score(which):
+    methods = two_methods()
+    methods[which]["cases"] = {name: {"failed": "x"} for name in methods[which]["cases"]}
+    made = {t["title"]: t for t in report.tables(methods)}
+    camera = made["Cameras, with and without alignment"]
+    assert "Position error (m) ↓" in camera["header"]
+    dashes = [row for row in camera["rows"] if row[-1] == "–"]
+    assert [row[0] for row in dashes] == [which, which]
+    assert made["tuned against base, all speeds"]["notes"] == ["No case has a score from both."]
+    assert report.summary(methods, "base", "tuned")[0] == "position error  no case has it from both"
 
 
 def test_transerr_is_given_with_and_without_pure_rotations():
@@ -139,16 +175,17 @@ def test_failures_are_counted_and_listed():
     failed = made[-1]
     assert failed["title"] == "Failed: 2"
     assert failed["rows"] == [[m, "c_camera_9_speed_2", f"why | {m}"] for m in ("base", "tuned")]
-    assert [t["title"] for t in made if "against" in t["title"]] == [
+    against = [t for t in made if "against" in t["title"]]
+    assert [t["title"] for t in against] == [
         "tuned against base, speed 1", "tuned against base, speed 2", "tuned against base, all speeds"]
-    assert made[-2]["rows"][0][:2] == ["TransErr ↓", "17"]
+    assert against[-1]["rows"][0][:2] == ["TransErr ↓", "17"] and against[-1]["rows"][0][-1] == "11 of 11"
 
 
 def test_tables_where_everything_failed():
     methods = {name: {"cases": cases({("a", 1): None}), "notes": {}} for name in ("base", "tuned")}
     made = report.tables(methods)
-    assert made[-1]["title"] == "Failed: 2" and "no case in common" in made[-2]["notes"][0]
-    report.markdown(made)
+    assert made[-1]["title"] == "Failed: 2" and report.markdown(made)
+    assert report.extremes(methods["base"]["cases"], methods["tuned"]["cases"]) == {}
 
 
 def test_markdown_keeps_columns_apart():
@@ -156,148 +193,47 @@ def test_markdown_keeps_columns_apart():
     assert text == "## T\n\n| a | b |\n|---|---|\n| x\\|y | line break |\n\n- note\n"
 
 
-# ---- the page ----
+# ---- three lines ----
 
-class Page(HTMLParser):
-    """Collects tags, and checks that they nest."""
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.text = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, text):
-        self.text.append(text)
+def test_three_lines():
+    """Closed forms: half the position error in every case, rotation as it was, two decibels."""
+    a = {case_name(clip, 5, 1.0): {"position": x, "rotation": 2.0, "PSNR": 20.0}
+         for clip, x in (("a", 0.1), ("b", 0.3))}
+    b = {name: {"position": x["position"] / 2, "rotation": 2.0, "PSNR": 22.0} for name, x in a.items()}
+    methods = {name: {"cases": x, "notes": {}} for name, x in (("base", a), ("toy @ 80", b))}
+    lines = report.summary(methods, "base", "toy @ 80")
+    assert lines == ["position error  0.200 -> 0.100 m (-50 % [-50, -50])",
+                     "rotation error  2.00 -> 2.00 deg (+0 % [+0, +0])",
+                     "image (PSNR)    20.0 -> 22.0 dB (+2.00 [+2.00, +2.00])"]
+    assert report.summary(methods, "base", "base")[0] == "position error  0.200 m [0.100, 0.300]"
+    assert report.summaries(methods, [("base", "toy @ 80")]) == lines  # nothing to tell apart
+    three = methods | {"run-with-a-long-name @ 80": methods["toy @ 80"]}
+    lines = report.summaries(three, [("base", name) for name in list(three)[1:]])
+    assert lines[4] == "run-with-a-long-name @ 80 against base:" and len(lines) == 8
+    assert max(map(len, lines)) <= 80
 
 
-def page(tmp_path, **options):
-    report.write(tmp_path / "report.html", **{"title": "T", "tables": [], **options})
-    text = (tmp_path / "report.html").read_text()
-    parsed = Page(text)
-    assert not parsed.open
-    return text, parsed
+@pytest.mark.parametrize("name, shown", [
+    ("toy-iteration_000080", "toy @ 80"), ("base", "base"), ("mine", "mine"), ("a-iteration_x", "a-iteration_x")])
+def test_short_names(name, shown):
+    assert report.short(name) == shown
 
 
-def test_page_escapes_and_loads_nothing(tmp_path):
-    evil = "<script>alert('&')</script>\""
-    (tmp_path / "log").write_text(json.dumps({"iteration": 0, evil: 1.0, f"a/{evil}": 2}) + "\n")
-    path = np.tile(np.eye(4), (5, 1, 1))
-    t = report.table(evil, [evil], [[evil]], evil)
-    case = {"title": evil, "videos": [(evil, tmp_path / "none.mp4")], "paths": [(evil, path)], "scores": t}
-    text, parsed = page(tmp_path, title=evil, tables=[t], log=tmp_path / "log", cases=[case])
-    known = "html head meta title style body h1 h2 h3 div table tr th td p figure svg text path polyline rect"
-    assert {tag for tag, _ in parsed.tags} <= set(known.split())
-    assert "".join(parsed.text).count(evil) >= 8
-    assert not re.search(r"https?:|src=|url\(|@import|javascript:", text)
-    assert any("default-src 'none'" in attrs.get("content", "") for _, attrs in parsed.tags)
+def test_best_median_and_worst_are_of_all_speeds():
+    a = {case_name("a", 5, s): {"position": 1.0} for s in (1.0, 1.5, 2.0)} | {case_name("b", 5, 1.0): {}}
+    b = {name: {"position": x} for name, x in zip(a, (1.2, 0.5, 0.9, 0.1))}
+    assert report.extremes(a, b) == {
+        f"{which} of 3 cases by change of position error": case_name("a", 5, speed)
+        for which, speed in (("Best", 1.5), ("Median", 2.0), ("Worst", 1.0))}
+    assert list(report.extremes(b, b).values())[0] == case_name("b", 5, 1.0)
 
 
-def test_videos_are_in_the_page(tmp_path):
-    """Side by side, in order, at the films' rate; one that cannot be read is named."""
-    for name, level in (("source", 40), ("base", 120), ("tuned", 200)):
-        write_video(tmp_path / f"{name}.mp4", np.full((5, 32, 48, 3), level, np.uint8), 8)
-    (tmp_path / "broken.mp4").write_bytes(b"x" * 100)
-    videos = [(name, tmp_path / f"{name}.mp4") for name in ("source", "base", "broken", "tuned")]
-    case = {"title": "c", "videos": videos, "paths": [], "scores": report.table("", [], [])}
-    text, parsed = page(tmp_path, cases=[case])
-    source = next(attrs["src"] for tag, attrs in parsed.tags if tag == "video")
-    assert source.startswith("data:video/mp4;base64,") and "broken.mp4" in "".join(parsed.text)
-    (tmp_path / "back.mp4").write_bytes(base64.b64decode(source.split(",")[1]))
-    back, fps = read_video(tmp_path / "back.mp4")
-    assert len(back) == 5 and fps == 8 and back.shape[2] == 3 * 48 + 8
-    middle = back[2, -16, [24, 76, 128]].mean(-1)
-    assert np.abs(middle - [40, 120, 200]).max() < 4
+def test_facts_of_a_run():
+    @dataclasses.dataclass
+    class Settings:
+        seed: int = 0
+        rooms: int = 8
 
-
-def test_large_videos_are_scaled_down(tmp_path):
-    write_video(tmp_path / "v.mp4", np.zeros((2, 480, 640, 3), np.uint8), 24)
-    text = report.side_by_side([("v", tmp_path / "v.mp4")])
-    (tmp_path / "back.mp4").write_bytes(base64.b64decode(re.search(r"base64,([^\"]*)", text)[1]))
-    assert read_video(tmp_path / "back.mp4")[0].shape[2] == 320
-
-
-def points(svg):
-    """Polylines of an SVG -> list of (n, 2) pixel positions."""
-    return [np.array([[float(v) for v in p.split(",")] for p in line.split()])
-            for line in re.findall(r'points="([^"]*)"', svg)]
-
-
-def test_chart_is_linear_and_inside():
-    x, y = np.arange(10.0), np.arange(10.0) ** 2
-    line, = points(report.chart("t", [("a", "#000", x, y, "")], "", "", size=(300, 200)))
-    fit = [np.polyfit(v, line[:, k], 1) for k, v in enumerate((x, y))]
-    assert fit[0][0] > 0 > fit[1][0]  # SVG's y points down
-    assert np.abs(np.polyval(fit[0], x) - line[:, 0]).max() < 0.06
-    assert (line >= 0).all() and (line <= [300, 200]).all()
-
-
-def test_path_seen_from_above():
-    """x to the right, forward up, both at one scale; height grows upwards (camera y points down)."""
-    c2w = np.tile(np.eye(4), (5, 1, 1))
-    c2w[:, 0, 3], c2w[:, 1, 3], c2w[:, 2, 3] = np.arange(5) * 0.1, -np.arange(5) * 0.2, np.arange(5) * 0.3
-    above, height = (points(svg)[0] for svg in report.path_charts([("target", c2w)]))
-    step = np.diff(above, axis=0)
-    assert (step[:, 0] > 0).all() and step[:, 1] == pytest.approx(-3 * step[:, 0], abs=0.5)
-    assert (np.diff(height[:, 1]) < 0).all()
-
-
-def test_jitter_about_a_constant_looks_flat():
-    c2w = np.tile(np.eye(4), (9, 1, 1))
-    c2w[:, :3, 3] = 1e-4 * np.random.default_rng(0).standard_normal((9, 3))
-    for svg in report.path_charts([("target", c2w)]):
-        assert np.ptp(points(svg)[0][:, 1]) < 2  # pixels
-    flat, = points(report.chart("t", [("", "#000", [0, 1], [3.0, 3.0 + 1e-9], "")], "", ""))
-    assert np.ptp(flat[:, 1]) < 0.2
-
-
-@pytest.mark.parametrize("low, high", [(0, 1), (-3e-7, 5e-7), (12, 9000), (0.9991, 0.9993), (-1, -0.5)])
-def test_ticks_are_round_and_few(low, high):
-    found = np.array(report.ticks(low, high))
-    assert 2 <= len(found) <= 6
-    assert (found >= low - 1e-9 * abs(low)).all() and (found <= high + 1e-9 * abs(high)).all()
-    mantissa = np.diff(found)[0] / 10 ** np.floor(np.log10(np.diff(found)[0]) + 1e-6)
-    assert min(abs(mantissa - m) for m in (1, 2, 5, 10)) < 1e-3
-
-
-def test_log_may_end_in_the_middle_of_a_line(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"iteration": 0, "loss": 1}\n{"iteration": 1, "lo')
-    assert report.read_log(log) == [{"iteration": 0, "loss": 1}]
-    for text in ('{"a": 1}\nnonsense\n{"a": 2}\n', '{"a": 1}\n[1]\n{"a": 2}\n'):
-        log.write_text(text)
-        with pytest.raises(ValueError, match=r"log.jsonl, line 2: expected a JSON object"):
-            report.read_log(log)
-    log.write_text("")
-    assert report.read_log(log) == [] and report.curves([]) == ""
-
-
-def test_every_number_of_the_log_is_drawn():
-    records = [{"iteration": 5 * i, "window": [1, 2], "loss": i, "ok": True, "reward/trans": -i,
-                "reward/rot": math.nan, "seconds/rollout": 0.5, "note": "x"} for i in range(4)]
-    text = report.curves(records)
-    assert re.findall(r"<h3>(.*?)</h3>", text) == ["the run", "reward", "seconds"]
-    assert re.findall(r'aria-label="(.*?)"', text) == ["loss", "trans", "rollout"]
-    raw = points(text)[0]
-    assert len(raw) == 4 and np.diff(raw[:, 0]) == pytest.approx(np.diff(raw[:, 0])[0], abs=0.11)
-
-
-def test_a_smoothed_constant_is_constant():
-    raw, smooth = points(report.curves([{"a": 2.0} for _ in range(200)]))
-    assert raw.shape == smooth.shape and np.abs(raw - smooth).max() < 0.11
-
-
-def test_evaluation_paths_can_be_drawn():
-    for n in range(1, 11):
-        paths = [("target", trajectories.recammaster(n)), ("base", trajectories.recammaster(n, 49))]
-        for svg in report.path_charts(paths):
-            assert Page(svg).open == [] and "nan" not in svg and "inf" not in svg
+    found = report.facts(Settings(rooms=2), time.time() - 61)
+    assert found["settings that differ from the default"] == "rooms = 2" and found["seed"] == "0"
+    assert found["wall time"] == "61 s (of this call)" and {"date", "commit", "device"} <= set(found)
