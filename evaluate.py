@@ -37,23 +37,22 @@ from data.clips import NEGATIVE, load_clip, save_clip
 from data.prepare import find_caption, read_captions
 from data.video import write_video
 from data.world import open_policy
-from evaluation.cases import (
-    case_digest, case_name, find_checkpoints, find_clips, find_generated, items, listed, split_case)
+from evaluation.cases import case_digest, say_what_is_asked, split_case, what_is_asked
 from evaluation.compare import Compare, Curves, compare, draw_curves
 from evaluation.generate import Generating, encode, find_cameras, read_clip, rerender
-from evaluation.page import read_log
 from evaluation.report import finish
 from evaluation.retake import Retake, retake
 from evaluation.scores import (
-    checkpoint_digest, keep_settings, open_estimator, score_met3r, score_poses, score_vbench)
+    keep_all_settings, open_estimator, score_met3r, score_poses, score_vbench)
 from evaluation.toy import Toy, evaluate_toy
+from evaluation.trial import try_reward
 from plumbing.files import digest, read_json, write_file
 from plumbing.ranks import connect, rank_of
-from plumbing.settings import at_least_1, run_command
+from plumbing.settings import run_command
 from pretrained.encoders import NEGATIVE_PROMPT, load_captioner, open_encoders
 from pretrained.vae import load_vae
-from pretrained.weights import VAE_FILE, weights_sizes
-from trajectories import path_number
+from pretrained.weights import VAE_FILE
+from train import Config
 
 
 @dataclass
@@ -75,15 +74,6 @@ class Evaluate(Generating):
     redirector_python: str = ""  # python of its environment; empty: this one
     log: str = ""               # training logs to draw in the report: files or runs' folders, by commas
     show: str = ""              # cases in the report, comma-separated; empty: best, median, worst change
-
-
-@dataclass
-class Asked:
-    """What an evaluation is asked for."""
-    clips: dict        # clip -> video below config.videos; empty where only videos made elsewhere are scored
-    cases: list        # names <clip>_camera_<n>_speed_<s>
-    checkpoints: dict  # method -> file (None: the base), of those that generate here
-    files: dict        # method -> case -> video, of all methods
 
 
 def evaluate(config):
@@ -216,79 +206,19 @@ def collect_scores(config, method, asked, out, notes):
     return {"cases": scores, "notes": notes | ({"VBench": note} if note else {})}
 
 
-# ---- what is asked for, and refused ----
+@dataclass
+class Try(Config):
+    """python evaluate.py try my.py:f [config/geo_align.py]: what a reward says of two batches of a run."""
+    reward: str = ""            # my.py:function, or a name of rewards.py; may be given plainly
+    batches: int = 2            # of conditions x members videos each
 
-def what_is_asked(config):
-    """Settings -> Asked. ValueError, OSError for what cannot be."""
-    numbers = listed(config.paths, "paths", path_number)
-    speeds = listed(config.speeds, "speeds", float)
-    at_least_1(config, "height", "width", "steps")
-    if not (config.weights or config.generated):
-        raise ValueError("give --weights=FOLDER to generate videos, or --generated=FOLDER to score some")
-    if (config.weights or config.clips) and not config.videos:
-        raise ValueError("--videos=FOLDER is needed, the source videos")
-    if config.redirector and not (Path(config.redirector) / "evaluate.py").is_file():
-        raise FileNotFoundError(f"{config.redirector}/evaluate.py: no such file, expected ReDirector's")
-    for log in items(config.log):
-        read_log(log)
-    if config.captions:
-        read_captions(config.captions)
-
-    # methods: those that generate here, and folders of videos made elsewhere
-    clips = find_clips(config.videos, config.clips) if config.videos else {}
-    checkpoints = find_checkpoints(config.ckpt) if config.weights else {}
-    folders = [Path(folder) for folder in items(config.generated)]
-    elsewhere = {folder.resolve().name: find_generated(folder) for folder in folders}
-    if len({*checkpoints, *elsewhere}) < len(checkpoints) + len(folders):
-        raise ValueError(f"generated: expected folders of different names, none {', '.join(checkpoints)}")
-
-    # cases: every clip along every path at every speed
-    names = list(clips) or sorted({split_case(case)[0] for videos in elsewhere.values() for case in videos})
-    cases = [case_name(clip, number, speed) for clip in names for speed in speeds for number in numbers]
-    if odd := [case for case in cases if split_case(case) is None]:
-        raise ValueError(f"speeds: expected numbers such as 1 and 1.5, found {odd[0].split('_')[-1]}")
-    if unknown := [case for case in items(config.show) if case not in cases]:
-        raise ValueError(f"show: no case {unknown[0]!r}, expected for example {cases[0]}")
-    for method, videos in elsewhere.items():
-        if not set(videos) & set(cases):
-            raise ValueError(f"{method}: none of its {len(videos)} videos has such a clip, path and speed")
-    files = {}
-    for method in checkpoints:
-        files[method] = {case: Path(config.out) / method / "videos" / f"{case}.mp4" for case in cases}
-    for method, videos in elsewhere.items():
-        files[method] = {case: videos.get(case, Path(method) / f"{case}.mp4") for case in cases}
-    return Asked(clips, cases, checkpoints, files)
-
-
-def keep_all_settings(config, asked, out):
-    """ValueError where out holds something made with other settings (scores.keep_settings)."""
-    shape = {"frames": config.frames, "height": config.height, "width": config.width}
-    made = {**shape, "cameras": config.cameras or config.estimator, "fov": config.fov,
-            "captions": config.captions, **(weights_sizes(config.weights) if config.weights else {})}
-    sampling = {name: getattr(config, name) for name in ("steps", "shift", "guidance", "seed")}
-    keep_settings(out / "sources", shape)
-    for method, checkpoint in asked.checkpoints.items():
-        keep_settings(out / "conditions", made)
-        keep_settings(out / method / "videos",
-                      made | sampling | {"checkpoint": checkpoint_digest(checkpoint)})
-    for method in asked.files:
-        keep_settings(out / method / "cases",
-                      {"estimator": config.estimator, "pipeline": config.vipe_pipeline})
-
-
-def say_what_is_asked(config, asked):
-    """Prints the number of cases, and how many of them the folders of videos made elsewhere have."""
-    print(f"{len(asked.cases)} cases for each of {', '.join(asked.files)}")
-    for folder in items(config.generated):
-        videos = find_generated(folder)
-        known = len(set(asked.cases) & set(videos))
-        print(f"{Path(folder).resolve().name}: has {known} of them, and {len(videos) - known} other videos")
+    FILE = str(Path(__file__).parent / "config/toy.py")  # where none is named
 
 
 COMMANDS = {  # name -> settings, what it does, and the setting that may be given plainly
     "evaluate": (Evaluate, evaluate, None), "toy": (Toy, evaluate_toy, None),
     "compare": (Compare, compare, "results"), "curves": (Curves, draw_curves, "logs"),
-    "retake": (Retake, retake, "clip")}
+    "try": (Try, try_reward, "reward"), "retake": (Retake, retake, "clip")}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """Which cases an evaluation has: clips, paths, speeds, checkpoints, and videos made elsewhere."""
 import difflib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data.prepare import read_captions
 from data.video import VIDEOS, find_videos, without_suffix
+from evaluation.page import read_log
 from plumbing.checkpoint import WEIGHTS, find_checkpoint
 from plumbing.files import digest
+from plumbing.settings import at_least_1
+from trajectories import path_number
 
 
 def items(text):
@@ -87,3 +92,65 @@ def case_digest(*parts):
             array = array.astype(np.float64).round(6) + 0.0  # no negative zeros
         content += part.encode() if isinstance(part, str) else array.tobytes()
     return digest(content)
+
+
+# ---- all of an evaluation ----
+
+@dataclass
+class Asked:
+    """What an evaluation is asked for."""
+    clips: dict        # clip -> video below config.videos; empty where only videos made elsewhere are scored
+    cases: list        # names <clip>_camera_<n>_speed_<s>
+    checkpoints: dict  # method -> file (None: the base), of those that generate here
+    files: dict        # method -> case -> video, of all methods
+
+
+def what_is_asked(config):
+    """Settings -> Asked. ValueError, OSError for what cannot be."""
+    numbers = listed(config.paths, "paths", path_number)
+    speeds = listed(config.speeds, "speeds", float)
+    at_least_1(config, "height", "width", "steps")
+    if not (config.weights or config.generated):
+        raise ValueError("give --weights=FOLDER to generate videos, or --generated=FOLDER to score some")
+    if (config.weights or config.clips) and not config.videos:
+        raise ValueError("--videos=FOLDER is needed, the source videos")
+    if config.redirector and not (Path(config.redirector) / "evaluate.py").is_file():
+        raise FileNotFoundError(f"{config.redirector}/evaluate.py: no such file, expected ReDirector's")
+    for log in items(config.log):
+        read_log(log)
+    if config.captions:
+        read_captions(config.captions)
+
+    # methods: those that generate here, and folders of videos made elsewhere
+    clips = find_clips(config.videos, config.clips) if config.videos else {}
+    checkpoints = find_checkpoints(config.ckpt) if config.weights else {}
+    folders = [Path(folder) for folder in items(config.generated)]
+    elsewhere = {folder.resolve().name: find_generated(folder) for folder in folders}
+    if len({*checkpoints, *elsewhere}) < len(checkpoints) + len(folders):
+        raise ValueError(f"generated: expected folders of different names, none {', '.join(checkpoints)}")
+
+    # cases: every clip along every path at every speed
+    names = list(clips) or sorted({split_case(case)[0] for videos in elsewhere.values() for case in videos})
+    cases = [case_name(clip, number, speed) for clip in names for speed in speeds for number in numbers]
+    if odd := [case for case in cases if split_case(case) is None]:
+        raise ValueError(f"speeds: expected numbers such as 1 and 1.5, found {odd[0].split('_')[-1]}")
+    if unknown := [case for case in items(config.show) if case not in cases]:
+        raise ValueError(f"show: no case {unknown[0]!r}, expected for example {cases[0]}")
+    for method, videos in elsewhere.items():
+        if not set(videos) & set(cases):
+            raise ValueError(f"{method}: none of its {len(videos)} videos has such a clip, path and speed")
+    files = {}
+    for method in checkpoints:
+        files[method] = {case: Path(config.out) / method / "videos" / f"{case}.mp4" for case in cases}
+    for method, videos in elsewhere.items():
+        files[method] = {case: videos.get(case, Path(method) / f"{case}.mp4") for case in cases}
+    return Asked(clips, cases, checkpoints, files)
+
+
+def say_what_is_asked(config, asked):
+    """Prints the number of cases, and how many of them the folders of videos made elsewhere have."""
+    print(f"{len(asked.cases)} cases for each of {', '.join(asked.files)}")
+    for folder in items(config.generated):
+        videos = find_generated(folder)
+        known = len(set(asked.cases) & set(videos))
+        print(f"{Path(folder).resolve().name}: has {known} of them, and {len(videos) - known} other videos")

@@ -1,4 +1,4 @@
-"""Several evaluations together (`python evaluate.py compare`), and several runs (`python evaluate.py curves`)."""
+"""Several evaluations together (`evaluate.py compare`), and several training runs (`evaluate.py curves`)."""
 import itertools
 import time
 from dataclasses import dataclass

@@ -10,13 +10,15 @@ import torch
 import rewards
 from data.cameras import source_cameras
 from data.clips import Clip
-from data.draw import draw_paths, grid, upscale
+from data.draw import PATH_COLORS, draw_paths, grid, upscale
 from data.prepare import encode_clip
 from data.video import decode, read_frames, read_video, write_video
 from data.world import condition_of
+from plumbing.files import write_json
 from plumbing.ranks import gather
 from pretrained.encoders import describe_frame
 from sampler import sample, schedule
+from trajectories import relative
 
 
 @torch.no_grad()
@@ -124,27 +126,53 @@ def rerender(dit, codec, clip, target, name, negative, config, device):
 # ---- what a run shows ----
 
 def demonstration(world, config):
-    """What is shown while training: a function (path) that writes an mp4 of source | base | now for a few
-    conditions, the target path drawn in. The base's videos are sampled here, before any update."""
-    count = 3 if config.world == "toy" else 1
-    rngs = [np.random.default_rng((config.seed, 1 << 32, j)) for j in range(count)]
-    condition, scene = world.draw(list(range(count)), rngs)
-    now = partial(generate, world.dit, world.codec, condition, [f"show {j}" for j in range(count)],
+    """What is shown while training: a function (path) that writes an mp4 of a few conditions, in the panels
+    source | true view | base | now; the true view where the world knows it.
+
+    Two paths are drawn into base and now: white the one asked for, in colour the one that the rewards'
+    estimator sees. The base's videos are sampled here, before any update. Beside the mp4, panels.json names
+    the panels, for the report.
+    """
+    numbers = list(range(3 if config.world == "toy" else 1))
+    rngs = [np.random.default_rng((config.seed, 1 << 32, j)) for j in numbers]
+    condition, scene = world.draw(numbers, rngs)
+    now = partial(generate, world.dit, world.codec, condition, [f"show {j}" for j in numbers],
                   world.negative, steps=config.steps, shift=config.shift, guidance=config.guidance,
                   seed=config.seed, rows=config.reward_batch)
-    base = now()
+    geometry = [reward for reward in world.rewards if set(getattr(reward, "names", ())) & set(rewards.POSES)]
+    estimate = rewards.estimator_of(geometry)  # of a run without these rewards, none is loaded for this
+
+    def with_paths(videos, colour):
+        """uint8 (n, T, H, W, 3) -> n arrays, the paths drawn in."""
+        seen = relative(estimate(videos, scene)[0]) if estimate else [None] * len(videos)
+        drawn = []
+        for video, target, found in zip(videos, scene.c2w, seen):
+            paths = [target.cpu().numpy()]
+            if found is not None and found.isfinite().all():
+                paths.append(found.cpu().numpy())
+            drawn.append(draw_paths(large(video), paths, (PATH_COLORS[0], colour)))
+        return drawn
+
     source = scene.source
     if source is None:
         source = decode(world.codec, condition.source, config.reward_batch)
+    panels = {"source": [large(video) for video in source]}
+    if world.true_view:
+        panels["true view"] = [large(video) for video in world.true_view(numbers, scene.c2w)]
+    panels["base"] = with_paths(now(), PATH_COLORS[2])
+    fps = float(torch.as_tensor(scene.fps).flatten()[0])
 
     def show(path):
-        rows = []
-        for j, videos in enumerate(zip(source, base, now())):
-            panels = [upscale(x.cpu().numpy(), max(1, 192 // x.shape[1])) for x in videos]
-            panels = [panels[0]] + [draw_paths(x, [scene.c2w[j].cpu().numpy()]) for x in panels[1:]]
-            rows.append(grid(panels, ["source", "base", "now"]))
-        write_video(path, np.concatenate(rows, 1), scene.fps)
+        shown = panels | {"now": with_paths(now(), PATH_COLORS[1])}
+        rows = [grid(videos, list(shown)) for videos in zip(*shown.values())]
+        write_video(path, np.concatenate(rows, 1), fps)
+        write_json(path.with_name("panels.json"), list(shown))
     return show
+
+
+def large(video):
+    """uint8 (T, H, W, 3), a tensor -> an array, enlarged to about 192 lines where it is a toy's."""
+    return upscale(video.cpu().numpy(), max(1, 192 // video.shape[1]))
 
 
 def validation(world, config, rank, ranks):

@@ -1,7 +1,7 @@
 """The page that a run or an evaluation shows: one HTML file that stands alone.
 
-Charts are inline SVG, videos and their posters base64; the page's own policy forbids it to load anything or to
-run a script. Sections are strings of HTML, made here from tables (report.py), logs, videos and camera paths.
+Charts are inline SVG, videos and their posters base64; the page's own policy forbids it to load anything
+or to run a script. Sections are strings of HTML, made here from tables (report.py), logs, videos and camera paths.
 """
 import base64
 import html
@@ -95,7 +95,8 @@ def section(title, *parts):
 
 def lines(texts):
     """Lines of text as they stand in the terminal."""
-    return f'<pre class="lines" tabindex="0" role="region" aria-label="result">{esc(chr(10).join(texts))}</pre>'
+    text = esc("\n".join(texts))
+    return f'<pre class="lines" tabindex="0" role="region" aria-label="result">{text}</pre>'
 
 
 def note(text):
@@ -179,8 +180,9 @@ def chart(title, series, x_unit, y_unit, least=0.0, equal=False, size=(340, 220)
         parts.append(f'<polyline class="{kind}" points="{points}"/>')
     parts += [f'<path class="{kind}" d="M{px(a)},{py(b)}L{px(c)},{py(d)}"/>' for kind, a, b, c, d in strokes]
     unit = f" <span>{esc(y_unit)}</span>" if y_unit else ""
+    label = esc(f"{title}, {y_unit}, over {x_unit}")
     return (f'<figure><figcaption>{esc(title)}{unit}</figcaption><svg viewBox="0 0 {width} {height}" '
-            f'role="img" aria-label="{esc(f"{title}, {y_unit}, over {x_unit}")}">{"".join(parts)}</svg></figure>')
+            f'role="img" aria-label="{label}">{"".join(parts)}</svg></figure>')
 
 
 def colour_of(k):
@@ -251,8 +253,9 @@ def video(frames, fps, name):
         write_video(f"{folder}/video.mp4", frames, fps)
         content = base64.b64encode(Path(f"{folder}/video.mp4").read_bytes()).decode()
     poster = base64.b64encode(jpeg(frames[-1])).decode()  # the last frame: there paths have parted
-    return (f'<div class="film"><video controls loop muted playsinline preload="auto" width="{frames.shape[2]}" '
-            f'height="{frames.shape[1]}" aria-label="{esc(name)}" poster="data:image/jpeg;base64,{poster}" '
+    height, width = frames.shape[1:3]
+    return (f'<div class="film"><video controls loop muted playsinline preload="auto" width="{width}" '
+            f'height="{height}" aria-label="{esc(name)}" poster="data:image/jpeg;base64,{poster}" '
             f'src="data:video/mp4;base64,{content}"></video></div>')
 
 
@@ -330,7 +333,8 @@ UNITS = {"trans": "metres", "rot": "radians", "vq": "standard deviations", "mq":
          "advantage_std": "standard deviation", "evaluations": "network rows", "failed": "videos",
          "skipped": "updates in a row"}
 GROUPS = {  # what stands before a key's first slash -> heading, in the order of the page
-    "valid": "Validation rewards (higher is better)", "reward": "Rewards, mean of all videos (higher is better)",
+    "valid": "Validation rewards (higher is better)",
+    "reward": "Rewards, mean of all videos (higher is better)",
     "spread": "Spread of rewards inside a group", "": "The update", "seconds": "Seconds of an iteration",
     "failed": "Failed videos"}
 LOSS = ("The loss is not drawn: its value is about zero by construction (the advantages of a group add up to "
@@ -412,7 +416,9 @@ def curves(logs):
             constant.append(f"{key} = {values[0]:.5g}")
         else:
             groups.setdefault(group, []).append((name, key))
-    parts = [legend([(colour_of(k), name) for k, name in enumerate(runs)])] if len(runs) > 1 and groups else []
+    parts = []
+    if len(runs) > 1 and groups:
+        parts.append(legend([(colour_of(k), name) for k, name in enumerate(runs)]))
     for group in sorted(groups, key=lambda g: list(GROUPS).index(g) if g in GROUPS else len(GROUPS)):
         parts.append(f'<h3>{esc(GROUPS.get(group, group))}</h3><div class="charts">')
         for name, key in groups[group]:

@@ -1,4 +1,4 @@
-"""What is said about an evaluation, in numbers: means with intervals, comparisons in pairs, the paper's tables.
+"""What is said about an evaluation: means with intervals, comparisons in pairs, the paper's tables.
 
 Cases are named <clip>_camera_<n>_speed_<s>. {case: scores} maps them to dicts of numbers. A score is None or
 absent where it failed or does not apply; "failed" says why the cameras could not be had. The baseline comes
@@ -9,7 +9,6 @@ import dataclasses
 import datetime
 import itertools
 import json
-import math
 import platform
 import re
 import subprocess
@@ -105,7 +104,7 @@ def compare(a, b, metric):
         y = abs(y - 1)
     clips = [split_case(name)[0] for name in common]
     gain = (y - x) * (better or -1)
-    relative = float(y.mean() / x.mean() - 1) if x.mean() > 1e-9 else None
+    relative = float(y.mean() / x.mean() - 1) if x.mean() > 5e-5 else None  # else it prints as 0.0000
     return {"cases": len(common), "a": float(x.mean()), "b": float(y.mean()),
             "difference": float((y - x).mean()), "interval": interval(y - x, clips), "relative": relative,
             "relative_interval": None if relative is None else interval(y - x, clips, x),
@@ -134,7 +133,8 @@ def summary(methods, a, b):
             line = "no case has it" if a == b else "no case has it from both"
         elif a == b:
             bounds = mean(methods[a]["cases"], metric)[1]
-            line = f"{number(x['a'])} {unit}" + (f" [{number(bounds[0])}, {number(bounds[1])}]" if bounds else "")
+            line = f"{number(x['a'])} {unit}".rstrip()
+            line += f" [{number(bounds[0])}, {number(bounds[1])}]" if bounds else ""
         else:
             line = f"{number(x['a'])} -> {number(x['b'])} {unit}".rstrip() + f" ({change(x, metric)})"
         lines.append(f"{label:16}{line}")
