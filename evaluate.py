@@ -1,25 +1,25 @@
 """Evaluation: did it get better, and at what? (paper, section 4)
 
-    python evaluate.py --videos=DAVIS --weights=... --ckpt=out        the paper's protocol, base against tuned
-    python evaluate.py --videos=DAVIS --generated=ReCamMaster,CogNVS  videos made elsewhere
-    python evaluate.py toy --ckpt=out/toy                             Tables 1 and 2 in the toy world
-    python evaluate.py compare out/a out/b                            evaluations, on the cases all have
-    python evaluate.py curves out/a out/b                             training logs, also while runs go on
-    python evaluate.py try my.py:f                                    is this reward any good? trains nothing
-    python evaluate.py retake clip.mp4 --camera=arc_left --speed=1.5 --weights=...  your own video
+    python evaluate.py --videos=DAVIS --weights=... --ckpt=out   the paper's protocol, base and tuned
+    python evaluate.py --videos=DAVIS --generated=ReCamMaster    videos made elsewhere
+    python evaluate.py toy --ckpt=out/toy                        Tables 1 and 2 in the toy world
+    python evaluate.py compare out/a out/b                       evaluations, on the cases all have
+    python evaluate.py curves out/a out/b                        training logs, also of runs going on
+    python evaluate.py try my.py:f                               is this reward any good? no training
+    python evaluate.py retake clip.mp4 --camera=arc_left --speed=1.5 --weights=...   your own video
 
-`python evaluate.py [COMMAND] --help` lists the settings. The first two can run under torchrun; the ranks then
-share the cases. The same command again goes on from where it stopped. It writes to --out:
-    sources/<clip>.mp4                        the source as the model saw it
-    <method>/videos/<clip>_camera_<n>_speed_<s>.mp4, and the like in <method>/poses and <method>/cases
-    results.json, tables.md, report.html      every case; the paper's tables; all of it to look at
+`python evaluate.py [COMMAND] --help` lists the settings. The first two can run under torchrun; the
+ranks then share the cases. The same command again goes on from where it stopped. In --out:
+    sources/<clip>.mp4                    the source as the model saw it
+    <method>/videos/<clip>_camera_<n>_speed_<s>.mp4, and the like in <method>/poses and /cases
+    results.json, tables.md, report.html  every case; the paper's tables; all of it to look at
 
 The protocol is ReDirector's, which the paper follows: every clip (its largest 4k+1 frames) along
-ReCamMaster's ten paths. TransErr and RotErr compare estimated with target cameras. TransErr aligns scale
-first and is exactly 0 on the four pure rotations, so it is also given for the paths that move, and errors in
-metres without alignment. An estimate of n frames is compared with the path of n frames at the same speed, as
-ReDirector does it (some methods make 49 frames at most). Deviation: VBench's scores are means over videos of
-each video's score, so that intervals and pairs can be had.
+ReCamMaster's ten paths. TransErr and RotErr compare estimated with target cameras. TransErr aligns
+scale first and is exactly 0 on the four pure rotations, so it is also given for the paths that
+move, and errors in metres without alignment. An estimate of n frames is compared with the path of n
+frames at the same speed, as ReDirector does it (some methods make 49 frames at most). Deviation:
+VBench's scores are means over videos of each video's score, so that intervals and pairs can be had.
 """
 import os
 import sys
@@ -57,7 +57,8 @@ from train import Config
 
 @dataclass
 class Evaluate(Generating):
-    """python evaluate.py: the paper's protocol, for videos made here (ckpt: several, by commas) or elsewhere.
+    """python evaluate.py: the paper's protocol, for videos made here (ckpt: several, by commas) or
+    elsewhere.
     """
     videos: str = ""            # folder of source videos, or of folders of images (DAVIS/JPEGImages/480p)
     clips: str = ""             # only these, comma-separated or one a line in a file; empty: all
@@ -97,17 +98,20 @@ def evaluate(config):
         say_what_is_asked(config, asked)
 
     # Sources: the clips as the model sees them, and encoded.
-    prepare_sources(config, asked.clips, out, list(asked.clips)[rank::ranks], estimate, device, rank > 0)
+    quiet = rank > 0
+    mine = list(asked.clips)[rank::ranks]  # this rank's share
+    prepare_sources(config, asked.clips, out, mine, estimate, device, quiet)
     wait()
 
     # Videos: of base and tuned models, from the same noise.
+    mine = asked.cases[rank::ranks]
     for method, checkpoint in asked.checkpoints.items():
-        generate_videos(config, method, checkpoint, asked, out, asked.cases[rank::ranks], device, rank > 0)
+        generate_videos(config, method, checkpoint, asked, out, mine, device, quiet)
 
     # Scores: cameras and MEt3R by every rank for its own cases, VBench by the first.
     notes = {}
     for method in asked.files:
-        notes[method] = score_cases(config, method, asked, out, asked.cases[rank::ranks], estimate, rank > 0)
+        notes[method] = score_cases(config, method, asked, out, mine, estimate, quiet)
     wait()
     if rank == 0:
         methods = {}
@@ -121,8 +125,9 @@ def evaluate(config):
 # ---- the three steps ----
 
 def prepare_sources(config, clips, out, mine, estimate, device, quiet):
-    """Write every clip of `mine` as the model sees it to out/sources and, to generate with, encoded to
-    out/conditions. What is wrong with a clip is written to out/sources/<clip>.failed, in its place."""
+    """Write every clip of `mine` as the model sees it to out/sources and, to generate with, encoded
+    to out/conditions. What is wrong with a clip is written to out/sources/<clip>.failed, in its
+    place."""
     sources, conditions = out / "sources", out / "conditions"
     todo = [clip for clip in mine
             if not all((sources / f"{clip}{end}").exists() for end in (".mp4", ".digest"))
@@ -174,7 +179,8 @@ def generate_videos(config, method, checkpoint, asked, out, mine, device, quiet)
 
 
 def score_cases(config, method, asked, out, mine, estimate, quiet):
-    """Camera scores and MEt3R of the cases `mine`, each in out/<method>/cases -> notes {tool: note}."""
+    """Camera scores and MEt3R of the cases `mine`, each in out/<method>/cases -> notes {tool:
+    note}."""
     notes = {}
     if not config.redirector or not asked.clips:
         notes["MEt3R"] = "not installed: MEt3R (needs --redirector, its checkout, and --videos)"
@@ -193,7 +199,8 @@ def score_cases(config, method, asked, out, mine, estimate, quiet):
 
 
 def collect_scores(config, method, asked, out, notes):
-    """All scores of a method, VBench's added -> {"cases": {case: scores}, "notes": {tool: note}}."""
+    """All scores of a method, VBench's added -> {"cases": {case: scores}, "notes": {tool:
+    note}}."""
     scores = {case: read_json(out / method / "cases" / f"{case}.json") for case in asked.cases}
     there = {case: asked.files[method][case] for case in asked.cases if scores[case]["made"]}
     found, note = score_vbench(out / method, config.vbench or sys.executable, there)
@@ -208,7 +215,8 @@ def collect_scores(config, method, asked, out, notes):
 
 @dataclass
 class Try(Config):
-    """python evaluate.py try my.py:f [config/geo_align.py]: what a reward says of two batches of a run."""
+    """python evaluate.py try my.py:f [config/geo_align.py]: what a reward says of two batches of a
+    run."""
     reward: str = ""            # my.py:function, or a name of rewards.py; may be given plainly
     batches: int = 2            # of conditions x members videos each
 

@@ -42,8 +42,8 @@ def split_case(name):
 
 
 def find_clips(videos, only=""):
-    """{clip: video, by its name below the folder `videos`}. only: clips, comma-separated or one a line in a
-    text file; ValueError naming those that do not exist."""
+    """{clip: video, by its name below the folder `videos`}. only: clips, comma-separated or one a
+    line in a text file; ValueError naming those that do not exist."""
     clips = {}
     for video in find_videos(videos):
         clip = without_suffix(video).replace("/", "_")
@@ -63,7 +63,8 @@ def find_clips(videos, only=""):
 
 
 def find_generated(folder):
-    """{case: file} of a folder of videos made elsewhere; ValueError for one that is not named like a case."""
+    """{case: file} of a folder of videos made elsewhere; ValueError for one that is not named like
+    a case."""
     cases = {}
     for name in find_videos(folder):
         case = split_case(Path(name).stem)
@@ -74,7 +75,8 @@ def find_generated(folder):
 
 
 def find_checkpoints(text):
-    """Comma-separated checkpoints -> {method: file, None for the base}; a run's is <run>-<iteration>."""
+    """Comma-separated checkpoints -> {method: file, None for the base}; a run's is
+    <run>-<iteration>."""
     files = [find_checkpoint(x) for x in items(text)]
     names = ["-".join(f.resolve().parts[-3:-1]) if f.name == WEIGHTS else f.stem for f in files]
     if len({*names, "base", "sources", "conditions", "targets", "truth"}) < len(names) + 5:
@@ -83,8 +85,8 @@ def find_checkpoints(text):
 
 
 def case_digest(*parts):
-    """A digest of a case's source and truth (strings, videos, paths): whether two evaluations ask the same.
-    Numbers that are no integers count to the sixth decimal."""
+    """A digest of a case's source and truth (strings, videos, paths): whether two evaluations ask
+    the same. Numbers that are no integers count to the sixth decimal."""
     content = b""
     for part in parts:
         array = np.asarray(part)
@@ -148,7 +150,8 @@ def what_is_asked(config):
 
 
 def say_what_is_asked(config, asked):
-    """Prints the number of cases, and how many of them the folders of videos made elsewhere have."""
+    """Prints the number of cases, and how many of them the folders of videos made elsewhere
+    have."""
     print(f"{len(asked.cases)} cases for each of {', '.join(asked.files)}")
     for folder in items(config.generated):
         videos = find_generated(folder)

@@ -1,4 +1,5 @@
-"""From a condition to videos, by the plain ODE: for evaluations, for `retake`, and the samples of a run."""
+"""From a condition to videos, by the plain ODE: for evaluations, for `retake`, and the samples of a
+run."""
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ from trajectories import relative
 
 @torch.no_grad()
 def prepare(dit, condition, negative, guidance):
-    """The parts of a forward pass that depend on neither x nor t, of a Condition and of its negative.
+    """The parts of a forward pass that depend on neither x nor t, of a Condition and of its
+    negative.
 
-    negative: the negative prompt's embedding (1, L, D), which takes the caption's place; without guidance
-    (guidance 1) the second is None. ValueError where guidance is asked for and there is no negative prompt.
+    negative: the negative prompt's embedding (1, L, D), which takes the caption's place; without
+    guidance (guidance 1) the second is None. ValueError where guidance is asked for and there is no
+    negative prompt.
     """
     prepared = dit.prepare(condition)
     if guidance == 1:
@@ -42,9 +45,9 @@ def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidanc
              rows=1):
     """Condition of C rows -> uint8 videos (C, T, H, W, 3), by the plain ODE.
 
-    The noise depends on seed and ids (C names) alone, so two models get the same. negative: the negative
-    prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail: sampler.schedule's and
-    rollout's; rows: decode's.
+    The noise depends on seed and ids (C names) alone, so two models get the same. negative: the
+    negative prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail:
+    sampler.schedule's and rollout's; rows: decode's.
     """
     prepared, negative = prepare(dit, condition, negative, guidance)
     latents = sample(dit, prepared, sigmas=schedule(steps, shift), seed=seed, tail=tail,
@@ -74,8 +77,8 @@ class Generating:
 
 
 def read_clip(path, config, stride=1):
-    """A video's largest 4k+1 frames, config.frames at most (0: all), scaled to cover and cropped -> uint8
-    (T, H, W, 3), fps, and the frames' numbers (T,), rows of a camera file."""
+    """A video's largest 4k+1 frames, config.frames at most (0: all), scaled to cover and cropped ->
+    uint8 (T, H, W, 3), fps, and the frames' numbers (T,), rows of a camera file."""
     size = config.height, config.width
     if size[0] % 16 or size[1] % 16:
         raise ValueError(f"height and width: expected multiples of 16, found {size[0]} x {size[1]}")
@@ -92,9 +95,9 @@ def read_clip(path, config, stride=1):
 
 
 def find_cameras(path, name, clip, mp4, config, estimate):
-    """Cameras of a clip as read_clip returns it: c2w (T, 4, 4), metres, relative to the first, and intrinsics
-    (4,). From config.cameras, a file, or a folder that has one for the video called `name`; where that is
-    empty, estimated from `mp4`, the clip as the model sees it."""
+    """Cameras of a clip as read_clip returns it: c2w (T, 4, 4), metres, relative to the first, and
+    intrinsics (4,). From config.cameras, a file, or a folder that has one for the video called
+    `name`; where that is empty, estimated from `mp4`, the clip as the model sees it."""
     video, _, rows = clip
     cameras = config.cameras
     if not cameras:
@@ -117,7 +120,8 @@ def encode(clip, path, caption, cameras, encoders, config, device):
 
 
 def rerender(dit, codec, clip, target, name, negative, config, device):
-    """A data.Clip filmed along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named `name`."""
+    """A data.Clip filmed along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named
+    `name`."""
     condition = condition_of([clip], target[None], config, device)
     return generate(dit, codec, condition, [name], negative, steps=config.steps, shift=config.shift,
                     guidance=config.guidance, seed=config.seed)[0].cpu().numpy()
@@ -126,12 +130,12 @@ def rerender(dit, codec, clip, target, name, negative, config, device):
 # ---- what a run shows ----
 
 def demonstration(world, config):
-    """What is shown while training: a function (path) that writes an mp4 of a few conditions, in the panels
-    source | true view | base | now; the true view where the world knows it.
+    """What is shown while training: a function (path) that writes an mp4 of a few conditions, in
+    the panels source | true view | base | now; the true view where the world knows it.
 
-    Two paths are drawn into base and now: white the one asked for, in colour the one that the rewards'
-    estimator sees. The base's videos are sampled here, before any update. Beside the mp4, panels.json names
-    the panels, for the report.
+    Two paths are drawn into base and now: white the one asked for, in colour the one that the
+    rewards' estimator sees. The base's videos are sampled here, before any update. Beside the mp4,
+    panels.json names the panels, for the report.
     """
     numbers = list(range(3 if config.world == "toy" else 1))
     rngs = [np.random.default_rng((config.seed, 1 << 32, j)) for j in numbers]
@@ -176,10 +180,11 @@ def large(video):
 
 
 def validation(world, config, rank, ranks):
-    """A function without arguments -> {"valid/NAME": mean reward} of a few fixed conditions and paths.
+    """A function without arguments -> {"valid/NAME": mean reward} of a few fixed conditions and
+    paths.
 
-    config.validate of them, shared out over the ranks, sampled by the plain ODE from fixed noise and scored
-    by the run's own rewards. {} where config.validate is 0.
+    config.validate of them, shared out over the ranks, sampled by the plain ODE from fixed noise
+    and scored by the run's own rewards. {} where config.validate is 0.
     """
     mine = range(config.validate)[rank::ranks]
     most = math.ceil(config.validate / ranks)  # on one rank

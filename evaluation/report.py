@@ -1,9 +1,10 @@
 """What is said about an evaluation: means with intervals, comparisons in pairs, the paper's tables.
 
-Cases are named <clip>_camera_<n>_speed_<s>. {case: scores} maps them to dicts of numbers. A score is None or
-absent where it failed or does not apply; "failed" says why the cameras could not be had. The baseline comes
-first among methods, {name: {"cases": {case: scores}, "notes": {tool: note}, "folder": of videos and poses}}.
-A table is a dict of title, header (strings), rows (lists of strings) and notes. page.py draws it all.
+Cases are named <clip>_camera_<n>_speed_<s>. {case: scores} maps them to dicts of numbers. A score
+is None or absent where it failed or does not apply; "failed" says why the cameras could not be had.
+The baseline comes first among methods, {name: {"cases": {case: scores}, "notes": {tool: note},
+"folder": of videos and poses}}. A table is a dict of title, header (strings), rows (lists of
+strings) and notes. page.py draws it all.
 """
 import dataclasses
 import datetime
@@ -58,7 +59,8 @@ TABLE2 = {  # by camera speed, on 40 of the clips
 def interval(values, clips, over=None, draws=2000, seed=0):
     """95 % bootstrap interval of the mean of values (n,), or of sum(values) / sum(over).
 
-    Clips (n names) are resampled: the cases of one clip are no independent samples. None for fewer than two.
+    Clips (n names) are resampled: the cases of one clip are no independent samples. None for fewer
+    than two.
     """
     names, index = np.unique(np.asarray(clips), return_inverse=True)
     if len(names) < 2:
@@ -71,7 +73,8 @@ def interval(values, clips, over=None, draws=2000, seed=0):
 
 
 def mean(cases, metric):
-    """(mean, interval, number of cases) of a metric over {case: scores}; (None, None, 0) if none has it."""
+    """(mean, interval, number of cases) of a metric over {case: scores}; (None, None, 0) if none
+    has it."""
     found = {name: case[metric] for name, case in cases.items() if case.get(metric) is not None}
     if not found:
         return None, None, 0
@@ -80,17 +83,19 @@ def mean(cases, metric):
 
 
 def can_move(case, metric):
-    """Whether a case's score says anything: TransErr is exactly 0 on pure rotations for any estimate."""
+    """Whether a case's score says anything: TransErr is exactly 0 on pure rotations for any
+    estimate."""
     return metric != "TransErr" or split_case(case)[1] > 4
 
 
 def compare(a, b, metric):
-    """Paired comparison of {case: scores} b with a on the cases both have -> dict; None where there are none.
+    """Paired comparison of {case: scores} b with a on the cases both have -> dict; None where there
+    are none.
 
-    cases (their number), a, b (means), difference (mean of b - a), interval, relative (difference over a's
-    mean), relative_interval, improved (number of cases where b is strictly better), movable (number of cases
-    where it could be). relative is None where a's mean is nothing but rounding. A scale ratio counts by its
-    distance from 1.
+    cases (their number), a, b (means), difference (mean of b - a), interval, relative (difference
+    over a's mean), relative_interval, improved (number of cases where b is strictly better),
+    movable (number of cases where it could be). relative is None where a's mean is nothing but
+    rounding. A scale ratio counts by its distance from 1.
     """
     better = METRICS[metric][1]
     common = [name for name in a
@@ -119,7 +124,8 @@ def short(name):
 
 
 def summary(methods, a, b):
-    """Three lines on method b against a, or on b alone where they are one: position, rotation, image."""
+    """Three lines on method b against a, or on b alone where they are one: position, rotation,
+    image."""
     lines = []
     known = known_metrics(methods)
     image = next((m for m in ("PSNR", "imaging_quality") if m in known), None)
@@ -199,8 +205,8 @@ def known_metrics(methods):
 
 
 def tables(methods, pairs=None, paper=True):
-    """All tables of methods. pairs: [(a, b)] to compare b with a (None: all); paper: whether its rows stand
-    below ours (not in the toy, whose figures do not compare)."""
+    """All tables of methods. pairs: [(a, b)] to compare b with a (None: all); paper: whether its
+    rows stand below ours (not in the toy, whose figures do not compare)."""
     names = {name for method in methods.values() for name in method["cases"]}
     speeds = sorted({split_case(name)[2] for name in names})
     paths = sorted({split_case(name)[1] for name in names})
@@ -241,8 +247,8 @@ def tables(methods, pairs=None, paper=True):
 
 
 def papers_tables(methods, columns, speeds, paths, paper):
-    """The paper's Table 1 and, for several speeds, Table 2: ours, then the paper's rows. columns: metrics
-    that any method has; what no method has is left out, and a footnote says why."""
+    """The paper's Table 1 and, for several speeds, Table 2: ours, then the paper's rows. columns:
+    metrics that any method has; what no method has is left out, and a footnote says why."""
     pick = lambda scores: [text_of(scores[PAPER.index(m)]) for m in columns]
     first = 1.0 if 1.0 in speeds else speeds[0]
     rows = []
@@ -308,8 +314,9 @@ def markdown(tables):
 # ---- what is shown of single cases ----
 
 def extremes(a, b):
-    """{title: case}: of the cases of both {case: scores}, all speeds, the best, median and worst change of
-    position error from a to b; where a is b, the best, median and worst position error."""
+    """{title: case}: of the cases of both {case: scores}, all speeds, the best, median and worst
+    change of position error from a to b; where a is b, the best, median and worst position
+    error."""
     changes = {}
     for case, scores in b.items():
         before = a.get(case, {}).get("position")
@@ -328,7 +335,8 @@ def extremes(a, b):
 
 
 def shown_cases(methods, pair, asked=()):
-    """What the page shows of single cases (see page.cases): those asked for, or else the pair's extremes."""
+    """What the page shows of single cases (see page.cases): those asked for, or else the pair's
+    extremes."""
     a, b = pair
     picked = {case: case for case in asked} or extremes(methods[a]["cases"], methods[b]["cases"])
     known = known_metrics(methods)
@@ -379,7 +387,8 @@ def version():
 
 
 def facts(config, started):
-    """What someone who wants the same figures again must know: {name: text}. started: time.time() then."""
+    """What someone who wants the same figures again must know: {name: text}. started: time.time()
+    then."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
     differ = [f"{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(config)
               if getattr(config, f.name) != f.default]
@@ -394,7 +403,8 @@ def facts(config, started):
 
 
 def training_facts(checkpoints):
-    """{"toy @ 80 was trained with": its settings} of checkpoints {method: file or None} that have any."""
+    """{"toy @ 80 was trained with": its settings} of checkpoints {method: file or None} that have
+    any."""
     found = {}
     for name, file in checkpoints.items():
         state = file.with_name("state.json") if file else None
@@ -410,8 +420,8 @@ def training_facts(checkpoints):
 # ---- the end ----
 
 def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=None):
-    """Write tables.md and report.html to the folder out; print three lines for each pair of methods, how
-    many cases failed, and the page's path."""
+    """Write tables.md and report.html to the folder out; print three lines for each pair of
+    methods, how many cases failed, and the page's path."""
     lines = summaries(methods, pairs)
     found = tables(methods, [pair for pair in pairs if pair[0] != pair[1]], paper)
     failed = sum("failed" in case for method in methods.values() for case in method["cases"].values())
@@ -429,8 +439,8 @@ def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=Non
 def finish(out, config, methods, checkpoints, started, world):
     """The end of an evaluation: results.json, and write_report of base against each tuned method.
 
-    methods: {name: {"cases", "notes"}}, each in out/<name>; checkpoints: {method: file or None}; started:
-    time.time() at its beginning; world: "clips" (the paper's rows are shown) or "toy".
+    methods: {name: {"cases", "notes"}}, each in out/<name>; checkpoints: {method: file or None};
+    started: time.time() at its beginning; world: "clips" (the paper's rows are shown) or "toy".
     """
     for method in methods.values():
         for scores in method["cases"].values():

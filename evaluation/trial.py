@@ -1,4 +1,5 @@
-"""Is this reward any good? Scores a few batches of the base's rollouts; nothing is trained (`evaluate.py try`)."""
+"""Is this reward any good? Scores a few batches of the base's rollouts; nothing is trained
+(`evaluate.py try`)."""
 import functools
 import math
 import time
@@ -17,11 +18,12 @@ from toy.world import open_toy
 
 
 def try_reward(config):
-    """Print what one reward says of config.batches batches, drawn and sampled as training does: its spread
-    inside groups (only that teaches), its correlation there with every other reward, and its seconds.
+    """Print what one reward says of config.batches batches, drawn and sampled as training does: its
+    spread inside groups (only that teaches), its correlation there with every other reward, and its
+    seconds.
 
-    config: train.Config with `reward` (my.py:function, or a name of rewards.py) and `batches`. Returns
-    {"mean", "inside", "between", "failed", "correlation": {name: r}, "seconds"}.
+    config: train.Config with `reward` (my.py:function, or a name of rewards.py) and `batches`.
+    Returns {"mean", "inside", "between", "failed", "correlation": {name: r}, "seconds"}.
     """
     spec = config.reward.rpartition("=")[0] or config.reward
     name = spec.rpartition(":")[2]
@@ -49,8 +51,8 @@ def try_reward(config):
 
 
 def with_others(others, spec, name):
-    """A run's list of rewards, the one on trial, and those that need no model, which cost nothing; the
-    additional ones at weight 0."""
+    """A run's list of rewards, the one on trial, and those that need no model, which cost nothing;
+    the additional ones at weight 0."""
     listed = [item.strip() for item in others.split(",") if item.strip()]
     known = {item.rpartition("=")[0].rpartition(":")[2] for item in listed}
     free = [f.__name__ for f in rewards.MODEL_FREE if f.__name__ not in known | {name}]
@@ -59,8 +61,8 @@ def with_others(others, spec, name):
 
 
 def with_clock(reward, device):
-    """The same reward; `seconds` counts the time spent in it. Cameras that rewards share count for the one
-    that asks first."""
+    """The same reward; `seconds` counts the time spent in it. Cameras that rewards share count for
+    the one that asks first."""
     @functools.wraps(reward)
     def timed(videos, scene):
         start = time.perf_counter()
@@ -78,7 +80,8 @@ def with_clock(reward, device):
 
 @torch.no_grad()
 def score_batch(world, timed, config, iteration, device):
-    """One batch as training makes it -> name -> (conditions, members), and what failed, as rewards.score."""
+    """One batch as training makes it -> name -> (conditions, members), and what failed, as
+    rewards.score."""
     numbers = clip_numbers(iteration, config.conditions, world.size, config.seed)
     rngs = [np.random.default_rng((config.seed, iteration, j)) for j in range(config.conditions)]
     condition, scene = world.draw(numbers, rngs)
@@ -93,7 +96,8 @@ def score_batch(world, timed, config, iteration, device):
 
 
 def statistics(scores, name):
-    """What name -> (groups, members), NaN where a score failed, says of one reward (see try_reward)."""
+    """What name -> (groups, members), NaN where a score failed, says of one reward (see
+    try_reward)."""
     x = scores[name]
     inside = {key: y - y.nanmean(1, keepdim=True) for key, y in scores.items()}
     correlation = {}
@@ -111,7 +115,8 @@ def statistics(scores, name):
 
 
 def say(name, found, count, seconds, reasons):
-    """Prints what was found, in at most 80 columns. reasons: why videos have no score, {video: reason}."""
+    """Prints what was found, in at most 80 columns. reasons: why videos have no score, {video:
+    reason}."""
     print(f"mean                      {found['mean']:.4g}")
     print(f"spread inside a group     {found['inside']:.3g}  (what a group can learn from)")
     print(f"spread between groups     {found['between']:.3g}  (what its conditions differ by)")
