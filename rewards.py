@@ -180,6 +180,19 @@ POSES, GRADES = ("trans", "rot"), ("vq", "mq", "ta")
 NAMES = (*POSES, *GRADES, "hpsv3", *(f.__name__ for f in MODEL_FREE))
 
 
+def model_files(names, weights):
+    """The files in the folder `weights` that rewards of these names read: what a run's scores depend on."""
+    folders = []
+    if not {*names}.isdisjoint(POSES):
+        folders += ["map-anything"]
+    if not {*names}.isdisjoint(GRADES):
+        folders += ["VideoReward", "Qwen2-VL-2B-Instruct"]
+    if "hpsv3" in names:
+        folders += ["HPSv3", "Qwen2-VL-7B-Instruct"]  # whose own weights, 15 GB, are not read
+    files = [file for folder in folders for file in sorted((Path(weights) / folder).rglob("*")) if file.is_file()]
+    return [file for file in files if not ("7B" in file.parent.name and file.suffix == ".safetensors")]
+
+
 def load(spec, weights="toy/weights", device="cpu", dtype=None, park=False, estimator=None, schedule="linear",
          stride=1, grey_mq=False, hpsv3_prompt=None, hpsv3_stride=1):
     """"trans=1,rot=1,my.py:f=0.5" -> (reward callables, name -> weight); weight 0: logged, not trained on.

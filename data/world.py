@@ -7,7 +7,7 @@ import torch
 
 import rewards
 import trajectories
-from data.cameras import PathFolder
+from data.cameras import PathFolder, split_name
 from data.clips import ClipCache
 from data.video import read_video
 from model import Condition, load_dit
@@ -26,6 +26,7 @@ class World:
     negative: object         # (1, L, D) negative prompt's embedding, or None
     rewards: list
     reward_weights: dict     # name -> weight
+    inputs: dict             # setting -> files that it names, whose contents may not change while a run goes on
 
 
 def clip_numbers(iteration, count, size, seed):
@@ -81,7 +82,10 @@ def open_clips(config, device):
                                      schedule=config.frame_weights, stride=config.estimator_stride,
                                      grey_mq=config.grey_mq, hpsv3_prompt=config.hpsv3_prompt or None)
     shape, negative = tuple(clips[0].latents.shape), clips.negative[None].to(device)
-    return World(dit, codec, shape, len(clips), draw, negative, rewarded, weights)
+    published = [Path(config.weights) / name for name in (DIT, REDIRECTOR, VAE_FILE)]
+    inputs = {"weights": published + rewards.model_files(weights, config.weights), "clips": clips.files(),
+              "trajectories": sorted({split_name(name)[0] for name in paths.names})}
+    return World(dit, codec, shape, len(clips), draw, negative, rewarded, weights, inputs)
 
 
 def read_source(clip, config, settings):

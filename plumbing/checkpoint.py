@@ -244,7 +244,8 @@ def open_log(path, iteration):
     numbers = [iteration_of(line) for line in lines]
     if min(numbers, default=0) < 0 or iteration == 0 and numbers:
         move_aside(path)
-    kept = [line for line, number in zip(lines, numbers) if 0 <= number < iteration]
+    kept = [line for line, number in zip(lines, numbers) if 0 <= number < iteration
+            or number == iteration and '"loss"' not in line]  # a note on the weights so far
     write_file(path, "".join(line + "\n" for line in kept).encode())
     return open(path, "a", encoding="utf-8")
 
@@ -269,8 +270,18 @@ def what_is_made(config, rewards, inputs):
     if code:
         made["code of rewards"] = code
     for name, files in inputs.items():
-        made[f"content of {name}"] = digest_files(files)
+        made[f"content of {name}"] = digest_files(files, quiet=rank_of()[0] > 0)
     return made
+
+
+def read_norms(out, iteration):
+    """Gradient norms of the last updates before an iteration; [] at the start."""
+    if iteration == 0:
+        return []
+    norms = read_state(out / f"iteration_{iteration:06d}").get("gradient norms", [])
+    if not isinstance(norms, list) or not all(type(x) in (int, float) and 0 <= x < math.inf for x in norms):
+        raise ValueError(f"{out}/iteration_{iteration:06d}/{STATE}: gradient norms: expected finite numbers")
+    return norms
 
 
 class Run:
@@ -279,7 +290,8 @@ class Run:
     config: its settings, with FREE, the names of those that may change on resume; trained: name -> parameter;
     rewards, inputs: see what_is_made.
     out: the folder; done: iterations whose updates the weights hold; saved: iterations of the last checkpoint;
-    skipped: updates left out in a row before `done`, during which nothing is saved.
+    skipped: updates left out in a row before `done`, during which nothing is saved; norms: of the last updates'
+    gradients, which the loop clips by; records: the log's lines so far (rank 0).
     """
 
     def __init__(self, config, trained, optimizer, rewards, inputs=None):
@@ -294,6 +306,9 @@ class Run:
             dist.barrier()  # nobody reads what a run that is ending still writes
         self.done = resume(self.out, trained, optimizer, self.made, {*config.FREE, *PLACES})
         self.saved = self.done
+        self.norms = read_norms(self.out, self.done)
+        self.norms_done = list(self.norms)  # those before `done`: the loop adds to the others as it goes
+        self.records = []
         self.skipped = 0
         self.unlogged = False  # whether the last iteration's line could not be written
         if not self.writes:
@@ -303,9 +318,20 @@ class Run:
             self.name = read_state(self.out / f"iteration_{self.done:06d}").get("run", "")
         remove_leftovers(self.out, "samples")
         self.file = open_log(self.out / "log.jsonl", self.done)
+        lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        self.records = [json.loads(line) for line in lines]
         watched = (self.lock, self.out / "lock"), (self.file, self.out / "log.jsonl")
         self.watched = [(file, path) for file, path in watched if is_still(file, path)]  # some network file
         # systems number the same file anew each time
+
+    def sample(self):
+        """The file of the sample videos that show what is done."""
+        return self.out / f"samples/iteration_{self.done:06d}.mp4"
+
+    def lacks_sample(self):
+        """Whether a run that begins, or that was killed between checkpoint and sample, has none that is due."""
+        due = self.done % self.made["sample_every"] == 0 or self.done == self.made["iterations"]
+        return self.done == 0 or due and not self.sample().exists()
 
     def check_folder(self):
         """OSError where the folder, or its log, was removed or replaced while the run goes on."""
@@ -317,6 +343,12 @@ class Run:
         """An iteration is done: its line in log.jsonl."""
         self.done = record["iteration"] + 1
         self.skipped = record["skipped"]
+        self.norms_done = list(self.norms)
+        self.records.append(record)
+        self.note(record)
+
+    def note(self, record):
+        """A line in log.jsonl."""
         if not self.writes:
             return
         try:
@@ -333,8 +365,15 @@ class Run:
             return
         if self.writes:
             self.check_folder()
-            save_checkpoint(self.out, self.done, self.trained, self.optimizer, self.made, self.name)
+            save_checkpoint(self.out, self.done, self.trained, self.optimizer, self.made,
+                            self.norms_done, self.name)
         self.saved = self.done
+
+    def finish(self):
+        """After the last iteration; RuntimeError where its update was left out, so that the run is not whole."""
+        if self.skipped:
+            raise RuntimeError(f"the last {self.skipped} updates were skipped, as their gradients were no numbers; "
+                               f"{self.saved} of {self.done} iterations are saved")
 
     def save_rest(self, half_done):
         """Before the run ends in whatever way: a checkpoint of what is done and not yet saved.
@@ -359,7 +398,8 @@ class Run:
         for place in (self.out.parent, Path(tempfile.gettempdir())):
             try:
                 folder = Path(tempfile.mkdtemp(prefix=f"{self.out.name}_rescued_", dir=place))
-                save_checkpoint(folder, self.done, self.trained, self.optimizer, self.made, self.name)
+                save_checkpoint(folder, self.done, self.trained, self.optimizer, self.made,
+                                self.norms_done, self.name)
                 self.saved = self.done
                 return folder
             except OSError:

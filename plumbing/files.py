@@ -8,6 +8,8 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tqdm import tqdm
+
 
 # ---- words ----
 
@@ -132,11 +134,11 @@ PIECE = 1 << 26  # bytes hashed at a time: pieces of a large file are hashed sid
 MOST_FILES = 2000  # read whole; of more files, the sizes of all and the content of so many
 
 
-def digest_files(files):
+def digest_files(files, quiet=True):
     """One digest of the contents of files, under their names relative to the folder that holds them all.
 
     The same files in another folder give the same. Of more than MOST_FILES, as many as that are read, evenly
-    spread, and the others count by name and size. OSError where one cannot be read.
+    spread, and the others count by name and size. quiet: no bar. OSError where one cannot be read.
     """
     files = sorted(Path(file) for file in files)
     if not files:
@@ -148,7 +150,8 @@ def digest_files(files):
     pieces = [(file, at) for i, (file, size) in enumerate(zip(files, sizes))
               if i in read or len(files) <= MOST_FILES for at in range(0, size, PIECE)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(digest_piece, pieces))
+        found = list(tqdm(pool.map(digest_piece, pieces), "reading the inputs", len(pieces), delay=2,
+                          disable=quiet, leave=False))
     return digest(listing.encode(errors="surrogateescape") + "".join(found).encode())
 
 

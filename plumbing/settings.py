@@ -108,6 +108,13 @@ def at_least_1(config, *names):
             raise ValueError(f"{name}: expected at least 1, found {getattr(config, name)}")
 
 
+def at_most(config, **most):
+    """ValueError for a setting beyond what makes sense, lest memory or threads run out."""
+    for name, limit in most.items():
+        if getattr(config, name) > limit:
+            raise ValueError(f"{name}: expected at most {limit}, found {getattr(config, name)}")
+
+
 # ---- commands ----
 
 def help_text(doc, settings):
@@ -146,7 +153,8 @@ def run_command(program, doc, commands, argv):
     DEBUG set: with the traceback before it.
     """
     steady_streams()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # until now it ended the process without a word
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as plumbing.early left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "--help" in argv or "-h" in argv:
         named = next((a for a in argv if a in commands), next(iter(commands)))
         print(help_text(doc, commands[named][0]))

@@ -461,7 +461,7 @@ def test_fuzzed_config(tmp_path):
     def read():
         config = parse(train.Config, [str(path)])
         try:
-            train.check(config, 1)
+            config.check(1)
         except ValueError as error:
             raise ValueError(f"{tmp_path}: {error}") from None  # it names the setting, not the file
     fuzz(path, content, read)
