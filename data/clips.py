@@ -85,6 +85,9 @@ class ClipCache:
     def __len__(self):
         return len(self.names)
 
+    def files(self):
+        return [self.folder / name for name in (INDEX, NEGATIVE, *(f"{x}.safetensors" for x in self.names))]
+
     def __getitem__(self, i):
         return load_clip(self.folder / (self.names[i] + ".safetensors"))
 

@@ -1,4 +1,6 @@
 """Encodes a folder of videos for training: `python -m data.prepare`."""
+import plumbing.early  # noqa: F401, first of all: a signal while the rest is imported ends this quietly
+
 import csv
 import io
 import json

@@ -7,7 +7,7 @@ import torch
 
 import rewards
 import trajectories
-from data.cameras import PathFolder
+from data.cameras import PathFolder, split_name
 from data.clips import ClipCache
 from data.video import read_video
 from model import Condition, load_dit
@@ -26,7 +26,8 @@ class World:
     negative: object         # (1, L, D) negative prompt's embedding, or None
     rewards: list
     reward_weights: dict     # name -> weight
-    true_view: object = None  # (clip numbers, c2w (n, T, 4, 4)) -> uint8 (n, T, H, W, 3), where it is known
+    inputs: dict             # setting -> files it names, whose contents may not change during a run
+    true_view: object = None  # (clip numbers, c2w (n, T, 4, 4)) -> uint8 (n, T, H, W, 3), if known
 
 
 def clip_numbers(iteration, count, size, seed):
@@ -82,7 +83,10 @@ def open_clips(config, device):
                                      schedule=config.frame_weights, stride=config.estimator_stride,
                                      grey_mq=config.grey_mq, hpsv3_prompt=config.hpsv3_prompt or None)
     shape, negative = tuple(clips[0].latents.shape), clips.negative[None].to(device)
-    return World(dit, codec, shape, len(clips), draw, negative, rewarded, weights)
+    published = [Path(config.weights) / name for name in (DIT, REDIRECTOR, VAE_FILE)]
+    inputs = {"weights": published + rewards.model_files(weights, config.weights), "clips": clips.files(),
+              "trajectories": sorted({split_name(name)[0] for name in paths.names})}
+    return World(dit, codec, shape, len(clips), draw, negative, rewarded, weights, inputs)
 
 
 def read_source(clip, config, settings):

@@ -17,6 +17,7 @@ from data.video import decode, read_frames, read_video, write_video
 from data.world import condition_of
 from plumbing.files import write_json
 from plumbing.ranks import gather
+from plumbing.guard import seed_everything
 from pretrained.encoders import describe_frame
 from sampler import sample, schedule
 from trajectories import relative
@@ -192,6 +193,7 @@ def validation(world, config, rank, ranks):
 
     def measure():
         device = next(world.dit.parameters()).device
+        seed_everything(config.seed, "validation", rank)  # each time the same luck for rewards that draw
         scores = {name: torch.full((most,), math.nan, device=device) for name in world.reward_weights}
         for at in range(0, len(mine), part):
             numbers = mine[at:at + part]
