@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from data.cameras import check_fov, source_cameras, split_name
+from data.cameras import check_fov, source_cameras, split_name, suffix_of
 from data.clips import Clip, INDEX, NEGATIVE, check_settings, read_index, save_clip
-from data.video import find_videos, natural, read_frames, read_video, to_float, without_suffix
+from data.video import count_frames, find_videos, natural, read_frames, read_video, to_float, without_suffix
 from plumbing.files import one_line, write_file
 from plumbing.ranks import connect
 from plumbing.settings import run_command
@@ -134,7 +135,8 @@ def prepare(config):
         raise ValueError(f"{frames} frames of {height}x{width}: expected {vae.time}k+1 frames, "
                          f"height and width divisible by {2 * vae.space}")
     settings = dict(frames=frames, height=height, width=width, stride=config.stride, fov=fov,
-                    cameras=cameras if cameras == "mapanything" else f"files of {Path(cameras).resolve()}",
+                    cameras=cameras if cameras == "mapanything" else
+                    f"files of {split_name(cameras)[0].resolve()}{suffix_of(cameras)}",
                     estimator_stride=config.estimator_stride, negative_prompt=config.negative_prompt)
     for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):  # tells one set of weights from another
         settings[f"bytes of {file}"] = (weights / file).stat().st_size
@@ -168,9 +170,9 @@ def prepare(config):
             if text is None and not config.captioner:
                 raise ValueError(f"no caption in {config.captions}")
             video, fps, numbers = read_frames(path, frames, config.stride, (height, width))
-            stored = read_video(path, frames=1)[0].shape[1:3]
+            shown = read_video(path, frames=1)[0].shape[1:3]
             video = torch.from_numpy(video).to(device)
-            c2w, intrinsics = source_cameras(video, numbers, stored, name, cameras, fov)
+            c2w, intrinsics = source_cameras(video, numbers, shown, name, cameras, fov, partial(count_frames, path))
         except (ValueError, FileNotFoundError) as error:
             skipped[name] = str(error).removeprefix(f"{path}: ")
             tqdm.write(f"skipped {name}: {skipped[name]}")

@@ -270,6 +270,22 @@ def read_video(path, frames=None, stride=1, size=None):
     return read_frames(path, frames, stride, size)[:2]
 
 
+def count_frames(path, expected=None):
+    """How many frames a video has; where its header says `expected`, that is believed, else they are decoded."""
+    path = Path(path)
+    if path.is_dir():
+        return sum(f.suffix.lower() in IMAGES for f in path.iterdir())
+    try:
+        with av.open(f"file:{path}") as container:
+            stream = film_stream(container)
+            if stream.frames and stream.frames == expected:
+                return expected
+            stream.thread_type = "AUTO"
+            return sum(1 for _ in container.decode(stream))
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path}: its frames cannot be counted ({one_line(error)})") from None
+
+
 def find_videos(folder):
     """Names below a folder, in natural order, of its videos: video files, and folders that hold images."""
     folder = Path(folder)

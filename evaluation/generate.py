@@ -12,7 +12,7 @@ from data.cameras import source_cameras
 from data.clips import Clip
 from data.draw import draw_paths, grid, upscale
 from data.prepare import encode_clip
-from data.video import decode, read_frames, read_video, write_video
+from data.video import count_frames, decode, read_frames, read_video, write_video
 from data.world import condition_of
 from plumbing.ranks import gather
 from pretrained.encoders import describe_frame
@@ -101,8 +101,8 @@ def find_cameras(path, name, clip, mp4, config, estimate):
             if len(c2w) != len(video) or intrinsics is None:
                 raise ValueError(f"source cameras: expected {len(video)} and intrinsics, found {len(c2w)}")
             return torch.from_numpy(c2w)[None], torch.from_numpy(intrinsics)[None]
-    stored = read_video(path, frames=1)[0].shape[1:3]
-    return source_cameras(video, rows, stored, name, cameras, config.fov or None)
+    shown = read_video(path, frames=1)[0].shape[1:3]
+    return source_cameras(video, rows, shown, name, cameras, config.fov or None, partial(count_frames, path))
 
 
 def encode(clip, path, caption, cameras, encoders, config, device):
