@@ -124,6 +124,7 @@ class Config:
         need(self.frames % 4 == 1, f"frames: expected 4k + 1, found {self.frames}")
         need(self.normalise in ("max", "group"), f"normalise: expected max or group, found {self.normalise}")
         need(self.conditions % ranks == 0, f"conditions: {self.conditions} do not divide over {ranks} ranks")
+        need(self.members >= 2, f"members: expected at least 2, or nothing can be learnt, found {self.members}")
         need(self.members % self.updates == 0,
              f"updates: {self.updates} do not divide {self.members} members")
         need(self.lr > 0 and self.eta > 0, f"lr and eta: expected > 0, found {self.lr} and {self.eta}")

@@ -92,7 +92,7 @@ def read_cameras(name):
         cameras = read_file(file, camera, name)
         cameras.poses = opencv_c2w(cameras, told, name)
         return every_frame(cameras)
-    except (EOFError, zipfile.BadZipFile) as e:
+    except (json.JSONDecodeError, EOFError, zipfile.BadZipFile) as e:
         raise ValueError(f"{name}: truncated or broken file ({e})") from None
     except KeyError as e:
         raise ValueError(f"{name}: missing key {e}") from None
@@ -112,10 +112,7 @@ def read_file(file, camera, name):
     text = file.read_text(encoding="utf-8", errors="replace")
     if file.suffix == ".txt":
         return images_txt(file, text) if file.name == "images.txt" else columns(text)
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"no JSON, or cut short ({e})") from None
+    data = json.loads(text)
     if isinstance(data, list):
         data = {"": data}
     if not isinstance(data, dict):

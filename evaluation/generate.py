@@ -15,7 +15,7 @@ from data.prepare import encode_clip
 from data.video import count_frames, decode, read_frames, read_video, write_video
 from data.world import condition_of
 from plumbing.ranks import gather
-from pretrained.encoders import describe_frame
+from pretrained.encoders import check_caption, describe_frame
 from sampler import sample, schedule
 
 
@@ -110,6 +110,7 @@ def encode(clip, path, caption, cameras, encoders, config, device):
     video, fps, _ = clip
     if caption is None:
         caption = describe_frame(video[len(video) // 2], config.blip, device, encoders[0].conv1.weight.dtype)
+        check_caption(caption, f"{config.blip} describes it")
     latents, image, text = encode_clip(torch.from_numpy(video).to(device), caption, *encoders)
     return Clip(str(path), str(path), caption, fps, latents, image, text, *cameras)
 
@@ -143,7 +144,7 @@ def demonstration(world, config):
             panels = [upscale(x.cpu().numpy(), max(1, 192 // x.shape[1])) for x in videos]
             panels = [panels[0]] + [draw_paths(x, [scene.c2w[j].cpu().numpy()]) for x in panels[1:]]
             rows.append(grid(panels, ["source", "base", "now"]))
-        write_video(path, np.concatenate(rows, 1), scene.fps)
+        write_video(path, np.concatenate(rows, 1), float(scene.fps[0]))
     return show
 
 

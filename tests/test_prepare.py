@@ -277,6 +277,7 @@ def test_changed_captions_are_encoded_again(source, weights, cache, tmp_path):
 def test_captioner_sees_the_middle_frame(source, weights, tmp_path, monkeypatch):
     seen = lambda frame, *_: f"brightness {frame[-8:, -8:].float().mean() / 10 - 1:.0f}"
     monkeypatch.setattr(data.prepare, "describe_frame", seen)
+    monkeypatch.setattr(data.prepare, "load_captioner", lambda *_: None)
     run(source, weights, tmp_path / "out", captioner="blip2")
     assert ClipCache(tmp_path / "out")[0].caption == "a caption for clip 0"  # its row
     run(source, weights, tmp_path / "no_file", captioner="blip2", captions="")
