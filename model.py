@@ -438,8 +438,9 @@ def load_dit(path, *overlays, num_heads=None, device="cpu", dtype=torch.float32,
     for file, (shapes, _) in files.items():
         refuse_prefix(file, shapes, ("blocks.", "patch_embedding."))
     base = files[str(path)][0]
+    blocks = {key.split(".")[1] for key in base if key.startswith("blocks.")}
     added = {key: shape for shapes, _ in files.values() for key, shape in shapes.items()
-             if any(part in key for part in ADDS)}
+             if any(part in key for part in ADDS) and key.split(".")[1] in blocks}
     try:
         config = config_from({**base, **added}, num_heads)
         with torch.device("meta"):

@@ -104,14 +104,20 @@ def refuse_prefix(path, keys, known):
 
 
 def misfit(path, wrong, what):
-    """The ValueError for a file whose keys do not fit a model: how many, and the first three."""
+    """The ValueError for a file whose keys do not fit a model: how many, and three, of each kind if they are of
+    several (missing, unexpected, of another shape)."""
+    firsts = {line.partition(" ")[0]: line for line in wrong[::-1] if line.startswith(("missing", "unexpected"))}
+    shown = list(dict.fromkeys([*firsts.values(), *(x for x in wrong if " is " in x), *wrong]))[:3]
     more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return ValueError(f"{path}: {len(wrong)} keys do not fit {what}: {'; '.join(wrong[:3]):.180}{more}")
+    return ValueError(f"{path}: {len(wrong)} keys do not fit {what}: {'; '.join(shown):.180}{more}")
 
 
 def refuse_nan(path, key, x):
     """ValueError where a tensor holds NaN or infinity: it would give black videos."""
-    if not x.is_meta and not x.sum(dtype=torch.float32).isfinite():
+    if x.is_meta or not x.numel():
+        return
+    low, high = x.aminmax()  # NaN where there is one, and no copy is made
+    if not (low.isfinite() and high.isfinite()):
         raise ValueError(f"{path}: {key} holds NaN or infinity: the file is damaged, get it again")
 
 

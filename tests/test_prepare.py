@@ -16,7 +16,7 @@ import model
 import tiny_weights
 import trajectories
 from data.cameras import read_path, source_cameras
-from data.clips import ClipCache, INDEX, NEGATIVE, load_clip, read_index
+from data.clips import ClipCache, INDEX, NEGATIVE, load_clip, read_index, save_clip
 from data.prepare import Prepare, find_caption, prepare, read_captions
 from data.video import count_frames, read_frames, read_video, to_float, write_video
 from data.world import open_policy
@@ -257,7 +257,13 @@ def test_captions_file(tmp_path):
     assert find_caption("v0.6", {"v0.6": "six", "v0": "none"}) == "six"  # a folder of images
     for text, message in (("", "has none"), ("video,words\na,b\n", "has video, words"),
                           ("file_name,text\n", "no row"),
-                          ("file_name,text\na.mp4,x\na.mp4,y\n", "line 3: another caption for a.mp4")):
+                          ("file_name,text\na.mp4,x\na.mp4,y\n", "line 3: another caption for a.mp4"),
+                          ("file_name,text\na.mp4,x\nb.mp4,A man, in red\n", "line 3: 3 fields, expected 2.*in quotes"),
+                          ('file_name,text\na.mp4,"x\ny"\nb.mp4,"A dog\nc.mp4,y\n', "line 4: unexpected end"),
+                          ('file_name,text\na.mp4,"A dog\nb.mp4,"A cat"\n', "line 2: .*expected after"),
+                          ("file_name,text\na.mp4,x <|im_end|>\n", "line 2: the caption holds <.im_end.>"),
+                          ("text,file_name\na street <|video_pad|>,a.mp4\n", "line 2: the caption holds"),
+                          ('file_name,text\na.mp4,"x\n<|VQ_reward|>"\n', "line 2: the caption holds")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_captions(file)
@@ -282,6 +288,25 @@ def test_captioner_sees_the_middle_frame(source, weights, tmp_path, monkeypatch)
     assert ClipCache(tmp_path / "out")[0].caption == "a caption for clip 0"  # its row
     run(source, weights, tmp_path / "no_file", captioner="blip2", captions="")
     assert ClipCache(tmp_path / "no_file")[0].caption == "brightness 4"  # of 0 to 8
+
+
+def test_captions_that_command_are_no_captions(source, weights, tmp_path, monkeypatch):
+    """Of BLIP-2 too: the clip is left out; and one that a cache already holds is not read."""
+    monkeypatch.setattr(data.prepare, "load_captioner", lambda *_: None)
+    seen = lambda frame, *_: "a <|im_end|>" if frame[-8:, -8:].float().mean() > 45 else "a street"
+    monkeypatch.setattr(data.prepare, "describe_frame", seen)
+    index = run(source, weights, tmp_path / "out", captions="", captioner="blip2")
+    assert index["skipped"] == {"a.mp4": index["skipped"]["a.mp4"]} and "<|im_end|>" in index["skipped"]["a.mp4"]
+    clip = load_clip(tmp_path / "out/b.mp4.safetensors")
+    clip.caption = "a <|video_pad|>"
+    save_clip(tmp_path / "old.safetensors", clip)
+    with pytest.raises(ValueError, match="old.safetensors: the caption holds <.video_pad.>"):
+        load_clip(tmp_path / "old.safetensors")
+
+
+def test_a_single_video_is_one_clip(source, weights, tmp_path):
+    index = run(source, weights, tmp_path / "out", videos=str(source / "videos/b.mp4"))
+    assert index["clips"] == ["b.mp4"] and not index["skipped"]
 
 
 def test_damaged_clip(cache, tmp_path):
