@@ -54,20 +54,23 @@ class Scene:
     """What n videos should show. scene[i:j] or scene[[0, 0, 1]] takes rows.
 
     c2w (n,T,4,4): target path, metres, relative to the source's first camera; intrinsics (n,4): fx/W, fy/H,
-    cx/W, cy/H; prompt: n strings; fps: float; source uint8 (n,T,H,W,3) or None; source_c2w (n,T,4,4) or None.
+    cx/W, cy/H; prompt: n strings; fps (n,): frames per second, of each; source uint8 (n,T,H,W,3) or None;
+    source_c2w (n,T,4,4) or None.
     """
     c2w: torch.Tensor
     intrinsics: torch.Tensor
     prompt: list
-    fps: float
+    fps: torch.Tensor  # or a number, the same for all
     source: torch.Tensor = None
     source_c2w: torch.Tensor = None
     look: object = None  # () -> the cameras of the videos being scored; see `cameras`
 
+    def __post_init__(self):
+        self.fps = torch.as_tensor(self.fps, dtype=torch.float32).expand(len(self.prompt))
+
     def __getitem__(self, rows):
         take = lambda x: np.array(x, object)[rows].tolist() if isinstance(x, list) else x[rows]
-        mine = {name: take(x) for name, x in vars(self).items()
-                if x is not None and name not in ("fps", "look")}
+        mine = {name: take(x) for name, x in vars(self).items() if x is not None and name != "look"}
         if self.look:
             mine["look"] = lambda: tuple(x[rows] for x in self.look())
         return replace(self, **mine)

@@ -130,6 +130,8 @@ class Config:
              f"normalise: expected max or group, found {self.normalise}")
         need(self.conditions % ranks == 0,
              f"conditions: {self.conditions} do not divide over {ranks} ranks")
+        need(self.members >= 2,
+             f"members: expected at least 2, or nothing can be learnt, found {self.members}")
         need(self.members % self.updates == 0,
              f"updates: {self.updates} do not divide {self.members} members")
         for name in ("lr", "eta", "clip", "shift"):

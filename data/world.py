@@ -76,7 +76,7 @@ def open_clips(config, device):
         videos = [read_source(clip, config, clips.settings) for clip in rows]
         videos = None if any(x is None for x in videos) else torch.stack(videos).to(device)
         scene = rewards.Scene(target.to(device), intrinsics.to(device), [clip.caption for clip in rows],
-                              rows[0].fps, videos, source.to(device))
+                              torch.tensor([clip.fps for clip in rows], device=device), videos, source.to(device))
         return condition, scene
 
     rewarded, weights = rewards.load(config.rewards, config.weights, device, park=config.park,

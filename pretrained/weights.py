@@ -91,17 +91,48 @@ def open_tensors(path):
     return shapes, read
 
 
+def refuse_prefix(path, keys, known):
+    """ValueError where a file's keys are known ones behind a prefix, as wrappers and converters leave it
+    (module., model.diffusion_model., _orig_mod.). known: keys, or beginnings of keys, that tell."""
+    for key in keys:
+        for start in known:
+            before = key.find("." + start) + 1
+            if before and not any(key.startswith(x) for x in known):
+                prefix, first = key[:before], ", ".join(sorted(keys)[:3])
+                raise ValueError(f"{path}: its {len(keys)} keys begin with {prefix!r}, expected them without it: save "
+                                 f"it with the keys renamed ({first:.150}, ...)")
+
+
+def misfit(path, wrong, what):
+    """The ValueError for a file whose keys do not fit a model: how many, and three, of each kind if they are of
+    several (missing, unexpected, of another shape)."""
+    firsts = {line.partition(" ")[0]: line for line in wrong[::-1] if line.startswith(("missing", "unexpected"))}
+    shown = list(dict.fromkeys([*firsts.values(), *(x for x in wrong if " is " in x), *wrong]))[:3]
+    more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return ValueError(f"{path}: {len(wrong)} keys do not fit {what}: {'; '.join(shown):.180}{more}")
+
+
+def refuse_nan(path, key, x):
+    """ValueError where a tensor holds NaN or infinity: it would give black videos."""
+    if x.is_meta or not x.numel():
+        return
+    low, high = x.aminmax()  # NaN where there is one, and no copy is made
+    if not (low.isfinite() and high.isfinite()):
+        raise ValueError(f"{path}: {key} holds NaN or infinity: the file is damaged, get it again")
+
+
 def need(path, state, what, dims):
     """ValueError unless the keys of `dims`, from which a shape is read, are there with as many dimensions."""
+    refuse_prefix(path, state, dims)
     wrong = [k for k in dims if k not in state or state[k].dim() != dims[k]]
     if wrong:
-        raise ValueError(f"{path}: no {what}: missing or misshapen {', '.join(wrong)}; its first keys are "
-                         f"{', '.join(sorted(state)[:3])}")
+        raise ValueError(f"{path}: no {what}: missing or misshapen {', '.join(wrong[:3])}; the first of its "
+                         f"{len(state)} keys are {', '.join(sorted(state)[:3]):.150}")
 
 
 def fill(model, state, path, device, dtype):
     """Gives a model built on the meta device its weights, one by one, cast and moved; frozen, in eval mode.
-    ValueError that lists every missing, unexpected and wrongly shaped key."""
+    ValueError that counts the missing, unexpected and wrongly shaped keys, or names one that holds NaN."""
     if not dtype.is_floating_point:
         raise ValueError(f"dtype {dtype}, expected floating point")
     expected = model.state_dict()
@@ -114,8 +145,12 @@ def fill(model, state, path, device, dtype):
         elif not v.is_floating_point():
             wrong.append(f"{k} is {v.dtype}, expected floating point")
     if wrong:
-        raise ValueError(f"{path}: {len(wrong)} keys do not fit {type(model).__name__}: " + "; ".join(wrong))
-    model.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
+        raise misfit(path, wrong, type(model).__name__)
+    placed = {}
+    for k, v in state.items():
+        placed[k] = v.to(device, dtype)
+        refuse_nan(path, k, placed[k])
+    model.load_state_dict(placed, assign=True)
     return model.eval().requires_grad_(False)
 
 

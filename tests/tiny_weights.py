@@ -120,7 +120,7 @@ def write(folder, seed=0):
     save_tokenizer(folder / TOKENIZER)
     (folder / "paths").mkdir(exist_ok=True)
     for name in ("static", *trajectories.PATHS):
-        np.save(folder / f"paths/{name}.npy", cameras.named_path(name))
+        np.savez(folder / f"paths/{name}.npz", c2w=cameras.named_path(name))
     return folder
 
 
