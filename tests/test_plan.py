@@ -78,7 +78,7 @@ def test_live_bytes():
 def test_memory_against_the_loop(settings):
     """Peaks of the real functions on real tensors, counted live, are within 15 % of the estimate."""
     config = train.Config(frames=9, height=24, width=40, conditions=2, members=8, reward_batch=5,
-                          weights=str(ROOT / "weights"))
+                          weights=str(ROOT / "toy/weights"))
     for name, value in settings.items():
         setattr(config, name, value)
     stay, peaks = plan.memory(config)
@@ -86,8 +86,8 @@ def test_memory_against_the_loop(settings):
     shape = (16, 3, 6, 10)
     measured = {}
     with plan.Live() as live:
-        dit = model.load_dit(ROOT / "weights/toy_base.safetensors", num_heads=HEADS)
-        codec = Codec(load_file(ROOT / "weights/toy_codec.safetensors"))
+        dit = model.load_dit(ROOT / "toy/weights/toy_base.safetensors", num_heads=HEADS)
+        codec = Codec(load_file(ROOT / "toy/weights/toy_codec.safetensors"))
         dit.checkpoint = config.checkpointing
         parameters = model.trainable(dit)
         live.add(*dit.parameters(), *codec.state.values())
@@ -128,14 +128,14 @@ def test_memory_against_the_loop(settings):
 
 def test_all_steps_are_kept_whatever_the_size():
     small = dict(frames=5, height=24, width=40, steps=9, conditions=1, members=2048, micro_batch=64)
-    every, eight = (plan.memory(train.Config(**small, **kind, weights=str(ROOT / "weights")))[1]["rollout"]
+    every, eight = (plan.memory(train.Config(**small, **kind, weights=str(ROOT / "toy/weights")))[1]["rollout"]
                     for kind in (dict(strategy="all", size=1), dict(size=8)))
     assert every == pytest.approx(eight, rel=0.02)
 
 
-def test_dry_run_needs_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "train.py", "config/geo_align.py", "--dry-run",
-                           f"--out={tmp_path / 'o'}", "--weights=nowhere", "--conditions=1"], cwd=ROOT,
+def test_plan_needs_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "benchmarks.plan", "config/geo_align.py", "--weights=nowhere",
+                           f"--out={tmp_path / 'o'}", "--conditions=1"], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for fact in ("of which 329,840,640 train", "65,520 a network row", "3.96 GB a checkpoint",
