@@ -521,6 +521,7 @@ class Plan(train.Config):
     ranks: int = 1                     # processes, one on each card
     card: float = 0.0                  # memory of a card, GB; 0: fit is not asked
     rate: float = 150.0                # TFLOP/s of a card in the network: 48 % of an A100's or A800's 312
+    largest: bool = False              # also where it fits: tell the largest settings that would (a minute)
     measured: str = ""                 # json file of `python -m benchmarks.bench card`, in place of --rate
 
 
@@ -539,9 +540,10 @@ def plan(config):
             print(f"{name if i == 0 else '':<11} {line}")
     if not config.card:
         return
-    sizes = largest(config, config.ranks, config.card)
-    for i, line in enumerate(sizes or ["no single setting makes it fit: take fewer frames and a smaller picture"]):
-        print(f"{'largest' if i == 0 else '':<11} {line}")
+    if config.largest or not fit:
+        none = ["no single setting makes it fit: take fewer frames and a smaller picture"]
+        for i, line in enumerate(largest(config, config.ranks, config.card) or none):
+            print(f"{'largest' if i == 0 else '':<11} {line}")
     verdict = "fits" if fit else "does not fit"
     print(f"{'verdict':<11} {verdict} {config.ranks} card(s) of {config.card:g} GB")
     if not fit:

@@ -25,6 +25,7 @@ from plumbing.files import digest, write_file
 from plumbing.ranks import rank_of
 
 WEIGHTS, MOMENTS = "self_attn.safetensors", "optimizer.safetensors"
+METADATA = "geo_align"  # key of what a file of weights says of itself; one key, since their order is not kept
 
 
 def differing(made, now):
@@ -58,7 +59,10 @@ def save_checkpoint(out, iteration, trained, optimizer, made, norms=()):
     """Everything a run needs to go on, whole or not at all: written beside, then renamed."""
     moments = {f"{key}.{name}": optimizer.state[p][key].detach().cpu()
                for name, p in trained.items() for key in optimizer.state[p]}
-    files = {WEIGHTS: save({name: p.detach().cpu().contiguous() for name, p in trained.items()}),
+    about = {"what": "self-attention trained by Geo-Align, to lay over its base", "iteration": iteration,
+             "settings": {name: x for name, x in made.items() if name not in ("out", "iterations")}}
+    files = {WEIGHTS: save({name: p.detach().cpu().contiguous() for name, p in trained.items()},
+                           {METADATA: json.dumps(about)}),
              MOMENTS: save(moments)}
     state = {"iteration": iteration, "config": made, "gradient norms": list(norms),
              "digests": {name: digest(content) for name, content in files.items()}}

@@ -170,7 +170,7 @@ def test_plan_needs_nothing(tmp_path, capsys):
 def test_what_does_not_fit_ends_with_1(capsys):
     toy = (ROOT / "config/toy.py", f"--weights={ROOT / 'toy/weights'}", "--conditions=2", "--members=2",
            "--reward_batch=1")
-    out, code = run_plan(capsys, *toy, "--card=0.2")
+    out, code = run_plan(capsys, *toy, "--card=0.2", "--largest")
     assert code == 0 and "verdict     fits" in out and "NOT" not in out
     config = plan.Plan(**dict(vars(parse(plan.Plan, [str(x) for x in toy])), card=0.2))
     frames = int(re.search(r"--frames=(\d+)", out)[1])
