@@ -31,6 +31,7 @@ WEIGHTS, MOMENTS, STATE = "self_attn.safetensors", "optimizer.safetensors", "sta
 FILES = (WEIGHTS, MOMENTS, STATE)
 KEYS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of every parameter
 PLACES = ("weights", "clips", "trajectories", "out")  # settings that say where; what is there is digested
+METADATA = "geo_align"  # key of what a file of weights says of itself; one key, as their order is not kept
 
 
 def differing(made, now):
@@ -135,15 +136,20 @@ def resume(out, trained, optimizer, made, free):
     return 0
 
 
-def save_checkpoint(out, iteration, trained, optimizer, made, norms=(), run=""):
+def save_checkpoint(out, iteration, trained, optimizer, made, norms=(), run="",
+                    free=("out", "iterations")):
     """Everything a run needs to go on, whole or not at all: written beside, then renamed.
 
-    norms: see Run. Then removes the run's own checkpoints but for the newest made["keep"].
+    norms: see Run; free: settings that the weights' metadata leaves out. Then removes the run's own
+    checkpoints but for the newest made["keep"].
     """
+    settings = {name: x for name, x in made.items() if name not in free}
+    about = {"what": "what Geo-Align trained, to lay over its base", "iteration": iteration,
+             "settings": settings}
     moments = {f"{key}.{name}": optimizer.state[p][key].detach().cpu()
                for name, p in trained.items() for key in optimizer.state[p]}
-    files = {WEIGHTS: save({name: p.detach().cpu().contiguous() for name, p in trained.items()}),
-             MOMENTS: save(moments)}
+    weights = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
+    files = {WEIGHTS: save(weights, {METADATA: json.dumps(about)}), MOMENTS: save(moments)}
     state = {"iteration": iteration, "run": run, "config": made, "gradient norms": list(norms),
              "digests": {name: digest(content) for name, content in files.items()}}
     files[STATE] = json.dumps(state, indent=1).encode()
@@ -366,7 +372,7 @@ class Run:
         if self.writes:
             self.check_folder()
             save_checkpoint(self.out, self.done, self.trained, self.optimizer, self.made,
-                            self.norms_done, self.name)
+                            self.norms_done, self.name, self.free)
         self.saved = self.done
 
     def finish(self):
@@ -399,7 +405,7 @@ class Run:
             try:
                 folder = Path(tempfile.mkdtemp(prefix=f"{self.out.name}_rescued_", dir=place))
                 save_checkpoint(folder, self.done, self.trained, self.optimizer, self.made,
-                                self.norms_done, self.name)
+                                self.norms_done, self.name, self.free)
                 self.saved = self.done
                 return folder
             except OSError:
