@@ -260,6 +260,8 @@ def finite(x):
     """A record as JSON can hold it: null for what is no finite number."""
     if isinstance(x, dict):
         return {key: finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
