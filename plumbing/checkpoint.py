@@ -312,7 +312,8 @@ class Run:
         self.lock = lock_folder(self.out) if self.writes else None  # held until this process ends
         if dist.is_initialized():
             dist.barrier()  # nobody reads what a run that is ending still writes
-        self.done = resume(self.out, trained, optimizer, self.made, {*config.FREE, *PLACES})
+        self.free = {*config.FREE, *PLACES}  # settings that may change on resume
+        self.done = resume(self.out, trained, optimizer, self.made, self.free)
         self.saved = self.done
         self.norms = read_norms(self.out, self.done)
         self.norms_done = list(self.norms)  # those before `done`: the loop adds to the others as it goes
