@@ -9,7 +9,7 @@
 The same command again resumes from --out. Exit codes: 0 done, 1 bad input or failed run (one line
 says why), 75 stopped by SIGTERM, SIGINT or SIGHUP after writing a checkpoint (torchrun: 1).
 """
-import plumbing.early  # noqa: F401, first of all: a signal while the rest is imported ends this quietly
+import plumbing.early  # noqa: F401, before all: a signal during the imports ends this quietly
 
 import math
 import sys
@@ -125,6 +125,8 @@ class Config:
             if type(x) is int:
                 least = 0 if name in may_be_0 else 1
                 need(x >= least, f"{name}: expected at least {least}, found {x}")
+        at_most(self, conditions=1 << 16, members=1 << 12, rooms=1 << 12, threads=1 << 10,
+                steps=1 << 12, validate=1 << 16)
         need(self.frames % 4 == 1, f"frames: expected 4k + 1, found {self.frames}")
         need(self.normalise in ("max", "group"),
              f"normalise: expected max or group, found {self.normalise}")
@@ -144,13 +146,16 @@ class Config:
              f"betas: expected two numbers in [0, 1), found {self.betas}")
         need(self.strategy == "random" or not self.window_per_condition,
              f"window_per_condition: expected strategy random, found {self.strategy}")
-        need(self.first <= self.steps, f"first: expected at most {self.steps} steps, found {self.first}")
+        need(self.first <= self.steps,
+             f"first: expected at most {self.steps}, the steps, found {self.first}")
         self.window(0)  # refuses one that does not fit
-        need(self.max_skips < self.keep, f"max_skips: expected below keep, {self.keep}, found {self.max_skips}")
-        at_most(self, conditions=1 << 16, members=1 << 12, rooms=1 << 12, threads=1 << 10)
+        need(self.max_skips < self.keep,
+             f"max_skips: expected below keep, {self.keep}, found {self.max_skips}")
         if self.world == "toy":
-            for name in ("clips", "trajectories", "estimator_stride", "grey_mq", "hpsv3_prompt", "park"):
-                need(getattr(self, name) == getattr(Config, name), f"{name}: the toy has no use for it")
+            for name in ("clips", "trajectories", "estimator_stride", "grey_mq", "hpsv3_prompt",
+                         "park"):
+                need(getattr(self, name) == getattr(Config, name),
+                     f"{name}: the toy has no use for it")
             for name, size in TOY_SIZE.items():
                 need(getattr(self, name) in (size, getattr(Config, name)),
                      f"{name}: expected {size}, the toy's, found {getattr(self, name)}")

@@ -260,6 +260,8 @@ def finite(x):
     """A record as JSON can hold it: null for what is no finite number."""
     if isinstance(x, dict):
         return {key: finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
@@ -310,8 +312,8 @@ class Run:
         self.lock = lock_folder(self.out) if self.writes else None  # held until this process ends
         if dist.is_initialized():
             dist.barrier()  # nobody reads what a run that is ending still writes
-        self.free = (*config.FREE, *PLACES)
-        self.done = resume(self.out, trained, optimizer, self.made, set(self.free))
+        self.free = {*config.FREE, *PLACES}  # settings that may change on resume
+        self.done = resume(self.out, trained, optimizer, self.made, self.free)
         self.saved = self.done
         self.norms = read_norms(self.out, self.done)
         self.norms_done = list(self.norms)  # those before `done`: the loop adds to the others as it goes

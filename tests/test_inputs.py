@@ -31,7 +31,7 @@ import trajectories
 from data.clips import ClipCache, INDEX, NEGATIVE, TENSORS, load_clip, read_index
 from data.video import find_videos, write_video
 from evaluation.cases import find_clips
-from evaluation.scores import keep_settings, read_results
+from evaluation.scores import PROTOCOL, keep_settings, read_results
 from plumbing.files import digest
 from plumbing.settings import parse
 from pretrained.weights import TEXT_FILE, VAE_FILE, open_tensors, read_weights
@@ -118,11 +118,13 @@ def world(tmp_path_factory):
             "good.py": "lr = 1e-4\n",
             "reward.py": "def f(videos, scene):\n    return videos.float().mean((1, 2, 3, 4))\n"
                          "def one(videos):\n    return 0\nnumber = 3\n",
+            "leaves_exit.py": "import sys\nsys.exit(3)\n", "leaves_interrupt.py": "raise KeyboardInterrupt\n",
+            "leaves_quiet.py": "class Quiet(BaseException):\n    def __str__(self):\n        1 / 0\nraise Quiet\n",
             "own.py": f"rewards = '{w}/evil.py:f=1'\n", "evil.py": f"open({str(w / 'ran')!r}, 'w')\n",
             "syntax.py": "def f(:\n", "raises.py": "import no_such_package\n", "words.csv": "a,b\n1,2\n",
             "none.csv": "file_name,text\n", "two.csv": "file_name,text\na.mp4,x\na.mp4,y\n",
-            "bare.json": '{"protocol": 1}', "results.json": json.dumps(RESULTS),
-            "old.json": '{"protocol": 0}', "cut.json": '{"protocol": 1, "met',
+            "bare.json": json.dumps({"protocol": PROTOCOL}), "results.json": json.dumps(RESULTS),
+            "old.json": '{"protocol": 0}', "cut.json": '{"protocol": 2, "met',
             "log.jsonl": '{"iteration": 0}\nno json\n{"iteration": 2}\n', "clips.txt": "a\nb\n"}.items():
         (w / name).write_text(text)
     (w / "latin.csv").write_bytes("file_name,text\na.mp4,caf\xe9\n".encode("latin-1"))
@@ -178,7 +180,7 @@ def world(tmp_path_factory):
     assert not (w / "ran").exists()  # nothing in any of these files was run
 
 
-RESULTS = {"protocol": 1, "settings": {"estimator": "vipe"}, "methods": {"base": {"cases": {
+RESULTS = {"protocol": PROTOCOL, "settings": {"estimator": "vipe"}, "methods": {"base": {"cases": {
     "a_camera_1_speed_1": {"clip": "a", "path": "pan_right", "speed": 1.0, "TransErr": 0.1, "RotErr": 2.0}},
     "notes": {}}}}
 
@@ -192,7 +194,7 @@ class Evil:
         return open, (str(self.folder / "ran"), "w")
 
 
-TRAIN = "train.py --iterations=1 --rooms=0 --conditions=1 --members=1"
+TRAIN = "train.py --iterations=1 --rooms=0 --conditions=1 --members=2"
 CLIPS = "train.py --iterations=1 --world=clips --frames=9 --height=32 --width=48 --weights={w}/weights"
 MORE = " --clips={w}/lost_clip --trajectories={w}/paths"
 PROTOCOL = "evaluate.py --frames=9 --height=32 --width=48 --estimator={w}/paths"
@@ -219,7 +221,7 @@ BAD = [  # command, with {w} the folder above; what its line must say
     (TRAIN + " --lr", "expected --name=value"),
     (TRAIN + " --lr=1e999", "expected float, found inf"),
     (TRAIN + " --lr=1" + 400 * "0", "expected float"),
-    (TRAIN + " --lr=-1", "lr and eta: expected > 0"),
+    (TRAIN + " --lr=-1", "lr: expected > 0, found -1.0"),
     (TRAIN + " --v=(1,2)", "v and omega: expected (lowest, highest, mean, sd)"),
     (TRAIN + " --v=(0.3,0.1,0.2,0.1)", "speed bounds 0.3, 0.1"),
     (TRAIN + " --omega=('a','b','c','d')", "expected tuple"),
@@ -229,6 +231,22 @@ BAD = [  # command, with {w} the folder above; what its line must say
     (TRAIN + " --timeout=0", "timeout: expected at least 1, found 0"),
     (TRAIN + " --seed=-1", "seed: expected at least 0, found -1"),
     (TRAIN + " --reward_batch=-1", "reward_batch: expected at least 0, found -1"),
+    (TRAIN + " --seed=99999999999999999999", "expected int, found 99999999999999999999"),
+    (TRAIN + " --v=" + 500 * "(", "expected tuple"),
+    (TRAIN + " --omega={{[]:1}}", "expected tuple"),
+    (TRAIN + " --rewards=a\0b=1", "expected text without null characters"),
+    (TRAIN + " --conditions=99999999999", "conditions: expected at most 65536"),
+    (TRAIN + " --members=99999999999", "members: expected at most 4096"),
+    (TRAIN + " --threads=99999999999", "threads: expected at most 1024"),
+    (TRAIN + " --rooms=99999999999", "rooms: expected at most 4096"),
+    (TRAIN + " --first=7", "first: expected at most 6, the steps, found 7"),
+    (TRAIN + " --keep=3", "max_skips: expected below keep, 3, found 3"),
+    (TRAIN + " --out=", "--out=: expected a folder, found nothing"),
+    *((TRAIN + f" --{name}={x}", f"{name}: expected {size}, the toy's, found {x}") for name, x, size in
+      (("frames", 81, 5), ("height", 480, 24), ("width", 48, 40))),
+    *((TRAIN + f" --{name}={x}", f"{name}: the toy has no use for it") for name, x in
+      (("clips", "x"), ("trajectories", "x"), ("estimator_stride", 2), ("grey_mq", True),
+       ("hpsv3_prompt", "x"), ("park", True))),
     (TRAIN + " --updates=7", "updates: 7 do not divide"),
     (TRAIN + " --size=6", "window size: expected 1 to"),
     (TRAIN + " --strategy=sideways", "expected progressive, random or all, found 'sideways'"),
@@ -244,6 +262,8 @@ BAD = [  # command, with {w} the folder above; what its line must say
     (TRAIN + " --rewards={w}/syntax.py:f=1", "syntax.py: SyntaxError"),
     (TRAIN + " --rewards={w}/raises.py:f=1",
      "raises.py: ModuleNotFoundError: No module named 'no_such_package'"),
+    *((TRAIN + " --rewards={w}/" + f"leaves_{kind}.py:f=1", f"leaves_{kind}.py: {said}") for kind, said in
+      (("exit", "SystemExit: 3"), ("interrupt", "KeyboardInterrupt"), ("quiet", "Quiet"))),
     (TRAIN + " --rewards={w}/reward.py:g=1", "expected a function g(videos, scene), found none"),
     (TRAIN + " --rewards={w}/reward.py:one=1", "expected one(videos, scene), found one(videos)"),
     (CLIPS, "--clips=FOLDER is needed"),
@@ -294,7 +314,7 @@ BAD = [  # command, with {w} the folder above; what its line must say
     (PREPARE + SOURCES + " --frames=-3", "-3 frames"),
     (PREPARE + SOURCES + " --height=-32", "-32x48"),
     (PREPARE + SOURCES + " --stride=0", "stride: expected at least 1, found 0"),
-    ("evaluate.py tyo", "no command 'tyo'; did you mean toy?"),
+    ("evaluate.py compre", "no command 'compre'; did you mean compare?"),
     (PROTOCOL + " --videos={w}/videos", "give --weights=FOLDER"),
     (PROTOCOL + " --generated={w}/made --path=3", "did you mean paths?"),
     (PROTOCOL + " --generated={w}/made", "expected <clip>_camera_<1-10>_speed_<s>.mp4, found anything.mp4"),
@@ -323,8 +343,8 @@ BAD = [  # command, with {w} the folder above; what its line must say
      "expected two different results.json, or their folders, or more"),
     ("evaluate.py compare {w}/results.json {w}/nowhere.json", "nowhere.json"),
     ("evaluate.py compare {w}/results.json {w}/cut.json", "cut.json: damaged"),
-    ("evaluate.py compare {w}/results.json {w}/old.json", "old.json: protocol 0, expected 1"),
-    ("evaluate.py compare {w}/results.json {w}/list.json", "list.json: protocol None, expected 1"),
+    ("evaluate.py compare {w}/results.json {w}/old.json", "old.json: protocol 0, expected"),
+    ("evaluate.py compare {w}/results.json {w}/list.json", "list.json: protocol None, expected"),
     ("evaluate.py compare {w}/results.json {w}/bare.json", "bare.json: damaged"),
     (RETAKE, "retake: expected a clip and --weights=FOLDER"),
     (RETAKE + GOOD + " --clip={w}/nowhere.mp4", "nowhere.mp4: no such video"),
@@ -486,7 +506,7 @@ def test_fuzzed_index_results_and_settings(tmp_path):
     fuzz(tmp_path / INDEX, json.dumps(index).encode(), lambda: read_index(tmp_path), 1000)
     file = tmp_path / "r.json"
     fuzz(file, json.dumps(RESULTS).encode(), lambda: read_results(file), 1000)
-    settings = {"protocol": 1, "frames": 9, "name": "x"}
+    settings = {"protocol": PROTOCOL, "frames": 9, "name": "x"}
     fuzz(tmp_path / "settings.json", json.dumps(settings).encode(),
          lambda: keep_settings(tmp_path, {"frames": 9, "name": "x"}), 1000)
 
