@@ -41,7 +41,7 @@ from data.video import write_video
 from data.world import open_policy
 from evaluation.cases import case_digest, say_what_is_asked, split_case, what_is_asked
 from evaluation.compare import Compare, Curves, compare, draw_curves
-from evaluation.generate import Generating, encode, find_cameras, read_clip, rerender
+from evaluation.generate import Generating, find_cameras, make_clip, read_clip, rerender
 from evaluation.report import finish
 from evaluation.retake import Retake, retake
 from evaluation.scores import (
@@ -151,7 +151,7 @@ def prepare_sources(config, clips, out, mine, estimate, device, quiet):
                 if captions and caption is None:
                     raise ValueError(f"no caption in {config.captions}")
                 cameras = find_cameras(path, clips[clip], read, mp4, config, estimate)
-                prepared = encode(read, path, caption, cameras, encoders, config, device)
+                prepared = make_clip(read, path, caption, cameras, encoders, config, device)
                 save_clip(conditions / f"{clip}.safetensors", prepared)
             mp4.with_suffix(".failed").unlink(missing_ok=True)
         except (ValueError, FileNotFoundError) as error:

@@ -27,8 +27,10 @@ def text_mask(text, scale=1):
 
 def upscale(video, factor):
     """uint8 (T, H, W, 3) -> (T, factor H, factor W, 3), bicubic: for the toy's tiny videos."""
+    if factor == 1:
+        return np.asarray(video)
     x = torch.from_numpy(np.asarray(video)).movedim(-1, 1).float()
-    x = F.interpolate(x, scale_factor=factor, mode="bicubic") if factor > 1 else x
+    x = F.interpolate(x, scale_factor=factor, mode="bicubic")
     return x.round().clamp(0, 255).byte().movedim(1, -1).numpy()
 
 
@@ -63,6 +65,7 @@ def line_alpha(points, start, end, width):
     u = ((offset * along).sum(-1) / np.maximum((along ** 2).sum(-1), 1e-12)).clip(0, 1)
     distance = np.linalg.norm(offset - u[..., None] * along, axis=-1).min(1)
     return (width / 2 + 0.5 - distance).clip(0, 1)
+
 
 PATH_COLORS = ((255, 255, 255), (255, 150, 30), (60, 200, 255), (120, 230, 90))  # white, orange, blue, green
 

@@ -1,6 +1,7 @@
 """Several evaluations together (`evaluate.py compare`), and several training runs (`evaluate.py
 curves`)."""
 import itertools
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ def compare(config):
     results = {name: read_results(file) for name, file in zip(names, files)}
     refuse_what_differs(results)
     methods, last, base_of = named_methods(results, dict(zip(names, files)))
+    cases = {case for method in methods.values() for case in method["cases"]}
+    if unknown := [case for case in items(config.show) if case not in cases]:
+        raise ValueError(f"show: no case {unknown[0]!r}, expected for example {min(cases)}")
     pairs = [(last[a], last[b]) for a, b in itertools.combinations(names, 2)]
     pairs += [(base_of[name], last[name]) for name in names if base_of[name] is not None]
     pairs = [(a, b) for a, b in pairs if a != b] or [(last[names[0]], last[names[0]])]  # the same base twice
@@ -116,7 +120,41 @@ def draw_curves(config):
         raise ValueError("curves: expected a log.jsonl or a run's folder, or several")
     logs = {page.find_log(path): page.read_log(path) for path in items(config.logs)}
     names = page.distinct(logs)
-    lines = [f"{name}: {len(records)} iterations" for name, records in zip(names, logs.values())]
+    done = [sum(any(key.startswith("reward/") for key in record) for record in records)
+            for records in logs.values()]  # the last validation is a line of its own
+    lines = [f"{name}: {count} iterations" for name, count in zip(names, done)]
     page.write(config.out, f"Training: {', '.join(names)}", [
-        page.lines(lines), page.training(config.logs), page.facts(facts(config, started))])
+        page.html_lines(lines), page.training(config.logs), page.html_facts(facts(config, started))])
     print("\n".join([*lines, config.out]))
+
+
+# ---- the end of a run that has no evaluation ----
+
+def finish_run(folder):
+    """Write <folder>/report.html of a run's log and samples, and print three lines and its path."""
+    folder = Path(folder)
+    lines = lines_of_run(page.read_log(folder))
+    page.write(folder / "report.html", f"Training: {page.distinct([folder])[0]}", [
+        page.html_lines(lines), page.training(str(folder))])
+    print("\n".join([*lines, str(folder / "report.html")]))
+
+
+def lines_of_run(records):
+    """Three lines on a training log, first to last: position, rotation, image. By the validation rewards, or
+    where there are none, by the first and last ten iterations' rewards."""
+    series = page.series_of(records)
+    lines = []
+    for label, names, unit, factor in (
+            ("position error", ("trans",), "m", -1), ("rotation error", ("rot",), "deg", -180 / math.pi),
+            ("image", ("hpsv3", "vq", "mq", "sharpness"), "", 1)):
+        known = [key for name in names for key in (f"valid/{name}", f"reward/{name}") if key in series]
+        if not known:
+            lines.append(f"{label:16}no such reward in this run")
+            continue
+        values = factor * series[known[0]][1]
+        count = 1 if known[0].startswith("valid") else 10
+        before = values[:count].mean()
+        after = values[-count:].mean()
+        what = known[0].replace("valid/", "validation, ").replace("reward/", "reward, ")
+        lines.append(f"{label:16}{before:#.3g} -> {after:#.3g} {unit}".rstrip() + f" ({what})")
+    return lines

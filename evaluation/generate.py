@@ -111,7 +111,7 @@ def find_cameras(path, name, clip, mp4, config, estimate):
     return source_cameras(video, rows, shown, name, cameras, config.fov or None, partial(count_frames, path))
 
 
-def encode(clip, path, caption, cameras, encoders, config, device):
+def make_clip(clip, path, caption, cameras, encoders, config, device):
     """A clip as read_clip returns it, its caption (None: BLIP-2's) and cameras -> data.Clip."""
     video, fps, _ = clip
     if caption is None:
@@ -122,7 +122,7 @@ def encode(clip, path, caption, cameras, encoders, config, device):
 
 
 def rerender(dit, codec, clip, target, name, negative, config, device):
-    """A data.Clip filmed along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named
+    """A data.Clip re-rendered along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named
     `name`."""
     condition = condition_of([clip], target[None], config, device)
     return generate(dit, codec, condition, [name], negative, steps=config.steps, shift=config.shift,

@@ -53,7 +53,7 @@ figcaption span { font-weight: 400; color: var(--faint) }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 20px; list-style: none; padding: 0; margin: 8px 0;
           font-size: 14px }
 .legend svg { width: 28px; height: 10px; margin-right: 6px; vertical-align: middle }
-.film { overflow-x: auto }
+.player { overflow-x: auto }
 video { width: 100%; min-width: 560px; height: auto; display: block; background: #000; margin: 8px 0 }
 svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; display: block }
 .legend svg { display: inline-block }
@@ -95,7 +95,7 @@ def section(title, *parts):
     return f"<h2>{esc(title)}</h2>{body}" if body else ""
 
 
-def lines(texts):
+def html_lines(texts):
     """Lines of text as they stand in the terminal."""
     text = esc("\n".join(texts))
     return f'<pre class="lines" tabindex="0" role="region" aria-label="result">{text}</pre>'
@@ -105,13 +105,13 @@ def note(text):
     return f'<p class="note">{esc(text)}</p>'
 
 
-def facts(found):
+def html_facts(found):
     """{name: text} -> a list of them."""
     rows = "".join(f"<dt>{esc(name)}</dt><dd>{esc(text)}</dd>" for name, text in found.items())
     return section("This run", f"<dl>{rows}</dl>" if rows else "")
 
 
-def table(t):
+def html_table(t):
     """A table (report.table) -> HTML, all text escaped; words to the left, numbers to the right
     with their intervals below. It scrolls sideways by itself, by keyboard too."""
     columns = [[cell for cell in column if cell] for column in zip(*t["rows"])]
@@ -259,7 +259,7 @@ def video(frames, fps, name):
         content = base64.b64encode(Path(f"{folder}/video.mp4").read_bytes()).decode()
     poster = base64.b64encode(jpeg(frames[-1])).decode()  # the last frame: there paths have parted
     height, width = frames.shape[1:3]
-    return (f'<div class="film"><video controls loop muted playsinline preload="auto" width="{width}" '
+    return (f'<div class="player"><video controls loop muted playsinline preload="auto" width="{width}" '
             f'height="{height}" aria-label="{esc(name)}" poster="data:image/jpeg;base64,{poster}" '
             f'src="data:video/mp4;base64,{content}"></video></div>')
 
@@ -319,14 +319,14 @@ def cases(found):
         notes += unread
         if row is not None:
             rows.setdefault(fps, []).append(row)  # of several rates, a video of each
-        rest += [f"<h3>{esc(case['title'])}</h3>", table(case["scores"])]
+        rest += [f"<h3>{esc(case['title'])}</h3>", html_table(case["scores"])]
         rest += [path_charts(case["paths"])] if case["paths"] else []
-    films = []
+    videos = []
     for fps, of_rate in rows.items():
         for k in range(0, len(of_rate), 4):  # a video of more than four rows is too high for a screen
-            films.append(video(below(of_rate[k:k + 4]), fps, "the cases, side by side"))
+            videos.append(video(below(of_rate[k:k + 4]), fps, "the cases, side by side"))
     words = "White: the path asked for; in colour: the camera found in the video. Seen from above."
-    return section("Cases", *films, note(words) if films else "", *notes, *rest)
+    return section("Cases", *videos, note(words) if videos else "", *notes, *rest)
 
 
 # ---- training logs ----
@@ -465,7 +465,8 @@ def strip(folder, most=6):
         except (ValueError, OSError):
             continue  # the run may still be writing it
         width = (frames.shape[2] + 4) // len(names)
-        split = [frames[:, :, i * width:i * width + width - 4] for i in range(len(names))]
+        step = math.ceil(width / 360)  # as many columns as a strip has would be too wide
+        split = [frames[:, ::step, i * width:i * width + width - 4:step] for i in range(len(names))]
         if not columns:
             columns += split[:-1]
             labels += names[:-1]
@@ -486,6 +487,6 @@ def training(text):
     logs = {name: read_log(file) for name, file in zip(names, files)}
     samples = []
     for name, file in zip(names, files):
-        film = strip(file.parent / "samples")
-        samples += [f"<h3>Samples of {esc(name)}</h3>", film] if film else []
+        player = strip(file.parent / "samples")
+        samples += [f"<h3>Samples of {esc(name)}</h3>", player] if player else []
     return section("Training", curves(logs), *samples)

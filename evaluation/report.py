@@ -88,7 +88,7 @@ def can_move(case, metric):
     return metric != "TransErr" or split_case(case)[1] > 4
 
 
-def compare(a, b, metric):
+def paired(a, b, metric):
     """Paired comparison of {case: scores} b with a on the cases both have -> dict; None where there
     are none.
 
@@ -123,7 +123,7 @@ def short(name):
     return re.sub(r"-iteration_0*(\d+)$", r" @ \1", name)
 
 
-def summary(methods, a, b):
+def three_lines(methods, a, b):
     """Three lines on method b against a, or on b alone where they are one: position, rotation,
     image."""
     lines = []
@@ -134,7 +134,7 @@ def summary(methods, a, b):
     asked += [("imaging quality", "imaging_quality", "")] if image == "imaging_quality" else []
     number = lambda x: f"{x:#.3g}" if x >= 0.001 else f"{x:.4f}"
     for label, metric, unit in asked:
-        x = compare(methods[a]["cases"], methods[b]["cases"], metric)
+        x = paired(methods[a]["cases"], methods[b]["cases"], metric)
         if x is None:
             line = "no case has it" if a == b else "no case has it from both"
         elif a == b:
@@ -151,7 +151,7 @@ def summary(methods, a, b):
 
 
 def change(x, metric):
-    """"-35 % [-41, -28]" of what `compare` found; a difference where a share says nothing (dB)."""
+    """"-35 % [-41, -28]" of what `paired` found; a difference where a share says nothing (dB)."""
     if metric == "PSNR" or x["relative"] is None:
         return f"{x['difference']:+.2f}" + ("" if x["interval"] is None else
                                             " [{:+.2f}, {:+.2f}]".format(*x["interval"]))
@@ -160,13 +160,13 @@ def change(x, metric):
                                               " [{:+.0f}, {:+.0f}]".format(*(100 * v for v in bounds)))
 
 
-def summaries(methods, pairs):
+def lines_of_pairs(methods, pairs):
     """The lines of every pair of methods, [(a, b)]; named where it is not the one there is."""
     lines = []
     for a, b in pairs:
         if len(pairs) > 1 or len(methods) > 2:
             lines.append(f"{b} against {a}:")
-        lines += summary(methods, a, b)
+        lines += three_lines(methods, a, b)
     return lines
 
 
@@ -281,10 +281,10 @@ def papers_tables(methods, columns, speeds, paths, paper):
 
 
 def comparison(methods, a, b, metrics, speed=None):
-    """Table of `compare` for the methods named a and b."""
+    """Table of `paired` for the methods named a and b."""
     rows = []
     for metric in metrics:
-        x = compare(only(methods[a]["cases"], speed), only(methods[b]["cases"], speed), metric)
+        x = paired(only(methods[a]["cases"], speed), only(methods[b]["cases"], speed), metric)
         if x is None:
             continue
         title = heading(metric) if METRICS[metric][1] else f"{METRICS[metric][0]}, distance from 1 ↓"
@@ -422,7 +422,7 @@ def training_facts(checkpoints):
 def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=None):
     """Write tables.md and report.html to the folder out; print three lines for each pair of
     methods, how many cases failed, and the page's path."""
-    lines = summaries(methods, pairs)
+    lines = lines_of_pairs(methods, pairs)
     found = tables(methods, [pair for pair in pairs if pair[0] != pair[1]], paper)
     failed = sum("failed" in case for method in methods.values() for case in method["cases"].values())
     if failed:
@@ -430,9 +430,9 @@ def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=Non
     text = "\n".join(lines)
     write_file(out / "tables.md", f"```\n{text}\n```\n\n{markdown(found)}".encode())
     page.write(out / "report.html", title, [
-        page.lines(lines), page.cases(shown_cases(methods, pairs[0], asked)),
-        page.training(log), page.section("Tables", *map(page.table, found)),
-        page.facts(run or {})])
+        page.html_lines(lines), page.cases(shown_cases(methods, pairs[0], asked)),
+        page.training(log), page.section("Tables", *map(page.html_table, found)),
+        page.html_facts(run or {})])
     print(f"{text}\n{out / 'report.html'}")
 
 

@@ -9,7 +9,7 @@ from data.cameras import check_fov, named_path, split_name
 from data.draw import draw_paths, grid
 from data.video import write_video
 from data.world import open_policy
-from evaluation.generate import Generating, encode, find_cameras, read_clip, rerender
+from evaluation.generate import Generating, find_cameras, make_clip, read_clip, rerender
 from evaluation.scores import open_estimator
 from plumbing.checkpoint import find_checkpoint
 from plumbing.settings import at_least_1
@@ -19,7 +19,7 @@ from pretrained.weights import weights_sizes
 
 @dataclass
 class Retake(Generating):
-    """python evaluate.py retake CLIP: your own video, filmed anew along another camera path."""
+    """python evaluate.py retake CLIP: your own video, re-rendered along another camera path."""
     clip: str = ""              # video file or folder of images; may be given as a plain argument
     camera: str = "arc_left"    # ReCamMaster's path by number or name, static, or a camera file
     speed: float = 1.0          # of the camera path
@@ -55,7 +55,7 @@ def retake(config):
         cameras = find_cameras(path, path.name, read, source, config, estimate)
     del estimate
     encoders = open_encoders(config.weights, device)
-    clip = encode(read, path, config.prompt or None, cameras, encoders, config, device)
+    clip = make_clip(read, path, config.prompt or None, cameras, encoders, config, device)
     codec, negative = encoders[0], encoders[1].embed([NEGATIVE_PROMPT])
     del encoders
     load_captioner.cache_clear()  # makes room

@@ -45,7 +45,7 @@ def try_reward(config):
         reasons |= failures[name]
     scores = {key: torch.cat([batch[key] for batch in batches]).double().cpu() for key in batches[0]}
     own = next(reward for reward in timed if name in reward.names)
-    found = statistics(scores, name) | {"seconds": own.seconds}
+    found = spread_and_correlation(scores, name) | {"seconds": own.seconds}
     say(name, found, scores[name].numel(), sum(reward.seconds for reward in timed), reasons)
     return found
 
@@ -95,7 +95,7 @@ def score_batch(world, timed, config, iteration, device):
     return {name: x.view(-1, config.members) for name, x in scores.items()}, failures
 
 
-def statistics(scores, name):
+def spread_and_correlation(scores, name):
     """What name -> (groups, members), NaN where a score failed, says of one reward (see
     try_reward)."""
     x = scores[name]

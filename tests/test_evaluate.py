@@ -242,7 +242,7 @@ def test_missing_and_failed_cases_are_listed(elsewhere):
     assert "cat_camera_9_speed_1.npz" in methods["B"]["cases"]["cat_camera_9_speed_1"]["failed"]
     text = Path("out/tables.md").read_text()
     assert "## Failed: 2" in text and "here, 5 of 6 cases" in text
-    assert report.compare(*(m["cases"] for m in methods.values()), "position")["cases"] == 4
+    assert report.paired(*(m["cases"] for m in methods.values()), "position")["cases"] == 4
 
 
 def test_finished_cases_are_kept_and_failed_ones_tried_again(elsewhere, monkeypatch):
@@ -381,7 +381,8 @@ def test_what_cannot_be_compared(elsewhere, edit, why):
     edited("b/results.json", edit)
     with pytest.raises(ValueError, match=why):
         main(["compare", "a/results.json", "d"])
-    for argv, error in ((["a", "a/results.json"], "two different"), (["a", "none"], "none: no results.json")):
+    for argv, error in ((["a", "a/results.json"], "two different"), (["a", "none"], "none: no results.json"),
+                        (["a", "b", "--show=x"], "show: no case 'x'")):
         with pytest.raises((ValueError, OSError), match=error):
             main(["compare", *argv])
 
@@ -617,7 +618,7 @@ def test_retakes_of_what_is_no_video(clips, tmp_path, clip, why):
 # ---- the command line ----
 
 def test_help_and_unknown_commands(capsys):
-    for argv, words in ((["--help"], "--videos=DAVIS"), (["retake", "--help"], "your own video, filmed anew"),
+    for argv, words in ((["--help"], "--videos=DAVIS"), (["retake", "--help"], "your own video, re-rendered"),
                         ([], "retake")):
         run_command("evaluate.py", evaluate.__doc__, evaluate.COMMANDS, argv or ["--help"])
         assert words in capsys.readouterr().out

@@ -13,6 +13,7 @@ from browser import CHROMIUM, Browser
 import trajectories
 from data.video import read_video, write_video
 from evaluation import page
+from evaluation.compare import finish_run, lines_of_run
 from evaluation.report import table
 
 
@@ -57,7 +58,7 @@ def straight(scale=1.0, frames=5):
 
 
 def small_page(tmp_path):
-    """A page of all there is: lines, two cases with films, curves of two runs, samples, a table,
+    """A page of all there is: lines, two cases with videos, curves of two runs, samples, a table,
     facts."""
     for name, level in (("source", 40), ("base", 120), ("tuned", 200)):
         write_video(tmp_path / f"{name}.mp4", np.full((5, 48, 64, 3), level, np.uint8), 8)
@@ -74,9 +75,9 @@ def small_page(tmp_path):
         panels = np.full((5, 60, 3 * 64 + 8, 3), 10 * i, np.uint8)
         write_video(tmp_path / f"a/samples/iteration_{i:06d}.mp4", panels, 8)
     wide = table("Wide", ["Method"] + 20 * ["a heading"], [["m"] + 20 * ["1.0000 [0.5000, 1.5000]"]], "note")
-    return written(tmp_path, page.lines(["position error  1 -> 2 m"]), page.cases(cases),
+    return written(tmp_path, page.html_lines(["position error  1 -> 2 m"]), page.cases(cases),
                    page.training(f"{tmp_path / 'a'},{tmp_path / 'b/log.jsonl'}"),
-                   page.section("Tables", page.table(wide)), page.facts({"date": "today"}))
+                   page.section("Tables", page.html_table(wide)), page.html_facts({"date": "today"}))
 
 
 # ---- the whole page ----
@@ -86,8 +87,8 @@ def test_page_escapes_and_loads_nothing(tmp_path):
     (tmp_path / "log").write_text("".join(json.dumps({"iteration": i, evil: i, f"a/{evil}": i, f"b{evil}": 1})
                                           + "\n" for i in (0, 1)))
     case = a_case([(evil, tmp_path / "none.mp4")], [(evil, straight())], evil, [[evil, evil]])
-    text, parsed = written(tmp_path, page.lines([evil]), page.cases([case]), page.training(str(tmp_path / "log")),
-                           page.table(table(evil, [evil], [[evil]], evil)), page.facts({evil: evil}), title=evil)
+    text, parsed = written(tmp_path, page.html_lines([evil]), page.cases([case]), page.training(str(tmp_path / "log")),
+                           page.html_table(table(evil, [evil], [[evil]], evil)), page.html_facts({evil: evil}), title=evil)
     known = ("html head meta title style body main h1 h2 h3 div table tr th td p figure figcaption span svg text "
              "path polyline ul li pre dl dt dd")
     assert {tag for tag, _ in parsed.tags} <= set(known.split())
@@ -150,7 +151,7 @@ def test_the_page_in_a_browser(tmp_path):
 
 # ---- videos ----
 
-def film(text, folder):
+def first_video(text, folder):
     """The page's first video: frames, rate."""
     (folder / "back.mp4").write_bytes(base64.b64decode(re.search(r"video/mp4;base64,([^\"]*)", text)[1]))
     return read_video(folder / "back.mp4")
@@ -166,7 +167,7 @@ def test_all_cases_play_in_one_video(tmp_path):
     paths = [("target", straight()), ("base", straight(0.5))]
     text = page.cases([a_case(videos, paths), a_case(videos[:1] + videos[3:])])
     assert text.count("<video") == 1 and "broken.mp4" in text
-    frames, fps = film(text, tmp_path)
+    frames, fps = first_video(text, tmp_path)
     assert len(frames) == 5 and fps == 8 and frames.shape[2] == 3 * 96 + 8
     upper = frames.shape[1] // 2 - 60
     assert np.abs(frames[2, upper, [40, 140, 240]].mean(-1) - [40, 120, 200]).max() < 4
@@ -192,7 +193,7 @@ def test_samples_become_a_strip_over_iterations(tmp_path):
         gap = np.zeros((5, 32, 4, 3), np.uint8)
         write_video(tmp_path / f"iteration_{i:06d}.mp4",
                     np.concatenate([panels[0], gap, panels[1], gap, panels[2]], 2), 8)
-    frames, fps = film(page.strip(tmp_path), tmp_path)
+    frames, fps = first_video(page.strip(tmp_path), tmp_path)
     assert fps == 8 and frames.shape[2] == 5 * 48 + 4 * 4
     assert np.abs(frames[0, -8, 24::52].mean(-1) - [30, 60, 100, 120, 140]).max() < 4
 
@@ -305,6 +306,20 @@ def test_a_smoothed_line_is_a_line():
     assert np.abs(page.smooth(y) - y)[5:-5].max() < 1e-9
     raw, smooth = points(page.chart("a", [("c0 thin", x, y), ("c0", x, page.smooth(y))], "", ""))
     assert raw.shape == smooth.shape and np.abs(raw - smooth)[5:-5].max() < 0.11
+
+
+def test_the_end_of_a_run_without_an_evaluation(tmp_path, capsys):
+    """By validation from the first to the last; by ten iterations' means where there is none."""
+    records = [{"iteration": i, "valid/trans": -0.2 + 0.005 * i, "reward/rot": -math.radians(3 if i < 10 else 2)}
+               for i in range(21)]
+    lines = lines_of_run(records)
+    assert lines == ["position error  0.200 -> 0.100 m (validation, trans)",
+                     "rotation error  3.00 -> 2.00 deg (reward, rot)",
+                     "image           no such reward in this run"]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    finish_run(tmp_path)
+    assert capsys.readouterr().out.splitlines() == [*lines, str(tmp_path / "report.html")]
+    assert lines[0] in (tmp_path / "report.html").read_text().replace("&gt;", ">")
 
 
 @pytest.mark.parametrize("paths, names", [

@@ -8,7 +8,7 @@ import pytest
 
 from evaluation import report
 from evaluation.cases import case_digest, case_name, split_case
-from evaluation.report import compare, interval, mean
+from evaluation.report import interval, mean, paired
 
 
 def cases(scores, metric="position"):
@@ -63,18 +63,18 @@ def test_mean_leaves_out_what_failed_or_does_not_apply():
 def test_comparison_on_the_common_subset():
     a = cases({("x", 1): 1.0, ("x", 2): 2.0, ("y", 1): 3.0, ("y", 2): None})
     b = cases({("x", 1): 0.5, ("x", 2): 2.5, ("y", 1): None, ("y", 2): 9.0, ("z", 1): 9.0})
-    found = compare(a, b, "position")
+    found = paired(a, b, "position")
     assert (found["cases"], found["a"], found["b"], found["difference"]) == (2, 1.5, 1.5, 0)
     assert found["improved"] == 1 and found["movable"] == 2 and found["relative"] == 0
     assert found["interval"] is None and found["relative_interval"] is None
-    assert compare(a, {}, "position") is None
+    assert paired(a, {}, "position") is None
 
 
 @pytest.mark.parametrize("metric, a, b, improved", [
     ("TransErr", 0.02, 0.01, 1), ("TransErr", 0.0, 0.0, 0), ("aesthetic_quality", 0.5, 0.6, 1),
     ("MEt3R", 0.3, 0.4, 0), ("Dyn-MEt3R", 0.3, 0.4, 1), ("scale", 1.3, 0.9, 1), ("scale", 0.9, 1.2, 0)])
 def test_what_counts_as_improved(metric, a, b, improved):
-    found = compare(cases({("x", 1): a}, metric), cases({("x", 1): b}, metric), metric)
+    found = paired(cases({("x", 1): a}, metric), cases({("x", 1): b}, metric), metric)
     assert found["improved"] == improved
     if metric == "scale":
         assert found["difference"] == pytest.approx(abs(b - 1) - abs(a - 1))
@@ -85,16 +85,16 @@ def test_a_relative_interval_is_that_of_the_ratio():
     """Every case 20 % better: the interval is that one number, however different the cases are."""
     a = cases({(clip, 5): x for clip, x in zip("abcd", (1.0, 2.0, 5.0, 9.0))})
     b = {name: {"position": 0.8 * case["position"]} for name, case in a.items()}
-    found = compare(a, b, "position")
+    found = paired(a, b, "position")
     assert found["relative_interval"] == pytest.approx((-0.2, -0.2)) and found["interval"][0] < -1
     tiny = {name: {"position": 1e-17} for name in a}
-    assert compare(tiny, a, "position")["relative"] is None  # no share of what is rounding
+    assert paired(tiny, a, "position")["relative"] is None  # no share of what is rounding
 
 
 def test_cases_that_cannot_move_do_not_count_as_not_improved():
     """TransErr is 0 on pure rotations whatever the estimate: 1 of 1, not 1 of 2."""
     a, b = (cases({("x", 1): 0.0, ("x", 5): x}, "TransErr") for x in (0.2, 0.1))
-    assert [compare(a, b, "TransErr")[k] for k in ("improved", "movable", "cases")] == [1, 1, 2]
+    assert [paired(a, b, "TransErr")[k] for k in ("improved", "movable", "cases")] == [1, 1, 2]
 
 
 def test_digests_tell_sources_and_paths_apart():
@@ -159,7 +159,7 @@ def test_no_column_is_lost_where_one_method_has_no_score(which):
     dashes = [row for row in camera["rows"] if row[-1] == "–"]
     assert [row[0] for row in dashes] == [which, which]
     assert made["tuned against base, all speeds"]["notes"] == ["No case has a score from both."]
-    assert report.summary(methods, "base", "tuned")[0] == "position error  no case has it from both"
+    assert report.three_lines(methods, "base", "tuned")[0] == "position error  no case has it from both"
 
 
 def test_transerr_is_given_with_and_without_pure_rotations():
@@ -201,14 +201,14 @@ def test_three_lines():
          for clip, x in (("a", 0.1), ("b", 0.3))}
     b = {name: {"position": x["position"] / 2, "rotation": 2.0, "PSNR": 22.0} for name, x in a.items()}
     methods = {name: {"cases": x, "notes": {}} for name, x in (("base", a), ("toy @ 80", b))}
-    lines = report.summary(methods, "base", "toy @ 80")
+    lines = report.three_lines(methods, "base", "toy @ 80")
     assert lines == ["position error  0.200 -> 0.100 m (-50 % [-50, -50])",
                      "rotation error  2.00 -> 2.00 deg (+0 % [+0, +0])",
                      "image (PSNR)    20.0 -> 22.0 dB (+2.00 [+2.00, +2.00])"]
-    assert report.summary(methods, "base", "base")[0] == "position error  0.200 m [0.100, 0.300]"
-    assert report.summaries(methods, [("base", "toy @ 80")]) == lines  # nothing to tell apart
+    assert report.three_lines(methods, "base", "base")[0] == "position error  0.200 m [0.100, 0.300]"
+    assert report.lines_of_pairs(methods, [("base", "toy @ 80")]) == lines  # nothing to tell apart
     three = methods | {"run-with-a-long-name @ 80": methods["toy @ 80"]}
-    lines = report.summaries(three, [("base", name) for name in list(three)[1:]])
+    lines = report.lines_of_pairs(three, [("base", name) for name in list(three)[1:]])
     assert lines[4] == "run-with-a-long-name @ 80 against base:" and len(lines) == 8
     assert max(map(len, lines)) <= 80
 

@@ -12,7 +12,7 @@ import trajectories
 from data.video import read_video
 from data.world import World
 from evaluation.generate import demonstration
-from evaluation.trial import statistics, with_others
+from evaluation.trial import spread_and_correlation, with_others
 from plumbing.settings import choose_command
 from rewards import Scene
 
@@ -89,12 +89,12 @@ def test_statistics_of_a_reward_by_hand():
     """Two groups of two: deviations inside 1 and 1, means 2 apart; another reward is twice it, one minus it."""
     x = torch.tensor([[0.0, 2.0], [2.0, 4.0]], dtype=torch.float64)
     offset = torch.tensor([[5.0], [-9.0]])  # what differs between groups only is no correlation inside them
-    found = statistics({"x": x, "twice": 2 * x + offset, "minus": -x, "none": 0 * x}, "x")
+    found = spread_and_correlation({"x": x, "twice": 2 * x + offset, "minus": -x, "none": 0 * x}, "x")
     assert (found["mean"], found["inside"], found["between"], found["failed"]) == (2, 1, 1, 0)
     assert found["correlation"] == {"twice": pytest.approx(1), "minus": pytest.approx(-1),
                                     "none": pytest.approx(math.nan, nan_ok=True)}
     x[0, 0] = math.nan
-    found = statistics({"x": x, "y": x.nan_to_num()}, "x")
+    found = spread_and_correlation({"x": x, "y": x.nan_to_num()}, "x")
     assert found["failed"] == 1 and found["inside"] == pytest.approx((2 / 3) ** 0.5)
 
 
