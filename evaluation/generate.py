@@ -37,17 +37,17 @@ def prepare(dit, condition, negative, guidance):
 
 @torch.no_grad()
 def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0, tail=None,
-             rows=1):
+             rows=1, shape=None):
     """Condition of C rows -> uint8 videos (C, T, H, W, 3), by the plain ODE.
 
     The noise depends on seed and ids (C names) alone, so two models get the same. negative: the negative
     prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail: sampler.schedule's and
-    rollout's; rows: decode's.
+    rollout's; rows: decode's; shape: of a latent, where there is no source to have it from.
     """
     prepared, negative = prepare(dit, condition, negative, guidance)
     latents = sample(dit, prepared, sigmas=schedule(steps, shift), seed=seed, tail=tail,
-                     shape=tuple(condition.source.shape[1:]), condition_ids=list(ids), guidance=guidance,
-                     negative=negative, device=condition.source.device)
+                     shape=shape or tuple(condition.source.shape[1:]), condition_ids=list(ids),
+                     guidance=guidance, negative=negative, device=condition.text.device)
     return decode(codec, latents, rows)
 
 
@@ -57,8 +57,9 @@ def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidanc
 class Generating:
     """Settings of all that generates videos with the published weights."""
     weights: str = ""           # folder of the published weights
-    ckpt: str = ""              # beside or in place of ReDirector's: files, checkpoints' or runs' folders
+    ckpt: str = ""              # laid over the policy in `weights`: files, checkpoints' or runs' folders
     cameras: str = ""           # source cameras: a file, or a folder of one for each video; empty: estimated
+                                # where the policy takes them (ReCamMaster does not)
     fov: float = 0.0            # horizontal field of view, degrees, where camera files have no intrinsics
     blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id, where captions are not given
     vipe: str = "vipe"          # ViPE's program
@@ -92,9 +93,11 @@ def read_clip(path, config, stride=1):
 def find_cameras(path, name, clip, mp4, config, estimate):
     """Cameras of a clip as read_clip returns it: c2w (T, 4, 4), metres, relative to the first, and intrinsics
     (4,). From config.cameras, a file, or a folder that has one for the video called `name`; where that is
-    empty, estimated from `mp4`, the clip as the model sees it."""
+    empty, estimated from `mp4`, the clip as the model sees it; without an estimator either, None and None."""
     video, _, rows = clip
     cameras = config.cameras
+    if not cameras and estimate is None:
+        return None, None
     if not cameras:
         def cameras(_):
             c2w, intrinsics = estimate(mp4)
@@ -116,7 +119,7 @@ def encode(clip, path, caption, cameras, encoders, config, device):
 
 def rerender(dit, codec, clip, target, name, negative, config, device):
     """A data.Clip filmed along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named `name`."""
-    condition = condition_of([clip], target[None], config, device)
+    condition = condition_of(dit, [clip], target[None], config, device)
     return generate(dit, codec, condition, [name], negative, steps=config.steps, shift=config.shift,
                     guidance=config.guidance, seed=config.seed)[0].cpu().numpy()
 
