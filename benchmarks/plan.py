@@ -24,7 +24,7 @@ from grpo import micro_batches, policy_loss
 from model import Condition, Config, DiT, config_from, trainable, trains
 from plumbing.settings import run_command
 from pretrained.vae import VAE
-from pretrained.weights import DIT, REDIRECTOR, open_tensors
+from pretrained.weights import find_policy, open_tensors
 from sampler import chunks, rollout, schedule, window
 from toy.rooms import Codec, HEADS, PATCH, TEXT
 
@@ -94,9 +94,10 @@ def parts(config):
         codec = Codec({key: torch.empty(shape) for key, shape in shapes.items()})
         return (config_from(open_tensors(folder / "toy_base.safetensors")[0], HEADS), codec,
                 (16, frames, config.height // PATCH, config.width // PATCH), (1, TEXT))
-    base, redirector = folder / DIT, folder / REDIRECTOR
-    found = base.is_file() and redirector.is_file()
-    dit = config_from({**open_tensors(base)[0], **open_tensors(redirector)[0]}) if found else FUN_CAMERA
+    dit = FUN_CAMERA  # ReDirector's, unless the folder's files say otherwise
+    files = find_policy(folder).files
+    if all(file.is_file() for file in files):
+        dit = config_from({key: shape for file in files for key, shape in open_tensors(file)[0].items()})
     codec = VAE(16, [96, 96, 192, 384, 384], 2, [False, True, True])  # as published
     return dit, codec, (16, frames, config.height // 8, config.width // 8), (512, dit.text_dim)
 
@@ -120,6 +121,17 @@ def memory(config, ranks=1, dtype=None):
                  for a, b in zip(*measured))  # every block needs the same
 
 
+def empty_condition(dit, C, text, shape):
+    """C conditions without contents, with the parts that this DiT takes. shape: of a latent."""
+    config = dit.config
+    image = torch.empty(C, 257, config.image_dim) if config.image_dim else None
+    source = torch.empty(C, *shape) if dit.takes_source else None
+    if dit.takes_poses:
+        return Condition(torch.empty(C, *text), None, source, torch.empty(C, shape[1], config.pose_dim))
+    maps = lambda: torch.empty(C, 24, shape[1], 8 * shape[2], 8 * shape[3]) if config.camera_dim else None
+    return Condition(torch.empty(C, *text), image, source, maps(), maps())
+
+
 def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     """`memory` of a DiT with as many blocks as dit_config says, under Live."""
     dit = DiT(dit_config)
@@ -141,10 +153,8 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     n = len(window(0, config.steps, config.size, config.strategy, first=config.first or None))
     C, G, rows = config.conditions // ranks, config.members, config.micro_batch or None
     branches = 1 if config.guidance == 1 else 2
-    maps = lambda: torch.empty(C, 24, shape[1], 8 * shape[2], 8 * shape[3])
-    image = torch.empty(C, 257, dit_config.image_dim) if dit_config.image_dim else None
     peaks, live.peak = {}, live.now
-    condition = Condition(torch.empty(C, *text), image, torch.empty(C, *shape), maps(), maps())
+    condition = empty_condition(dit, C, text, shape)
     with torch.no_grad():
         prepared = dit.prepare(condition)
         negative = dit.prepare(condition) if branches == 2 else None
@@ -204,6 +214,7 @@ def report(config, ranks=1):
     ours, paper = mean(share, config.tail or None, config.updates), mean(False)
     ours_cost, paper_cost = (cost(x, config.checkpointing) for x in (ours, paper))
     tokens = shape[1] * (shape[2] // 2) * (shape[3] // 2)
+    halves = f"{tokens:,} of the target, as many of the source" if dit.takes_source else "of the target"
     stay, peaks = memory(config, ranks)
     size = lambda n: f"{n / 1e9:.2f} GB" if n > 1e9 else f"{n / 1e6:.1f} MB"
     sizes = lambda x: ", ".join(f"{name} {size(n)}" for name, n in x.items())
@@ -213,7 +224,7 @@ def report(config, ranks=1):
         "run": f"{config.iterations} iterations, {config.iterations * C * G:,} videos, "
                f"{config.iterations * config.updates:,} optimiser steps",
         "parameters": f"{total:,}, of which {trained:,} train",
-        "tokens": f"{2 * tokens:,} a network row: {tokens:,} of the target, as many of the source",
+        "tokens": f"{(1 + dit.takes_source) * tokens:,} a network row: {halves}",
         "evaluations": "per condition and iteration, mean over the run's windows "
                        "(backward 2, recomputation 1)",
         " ours": f"{ours[0]:.1f} rollout + {ours[1]:.1f} update x {3 + config.checkpointing} "
