@@ -94,9 +94,10 @@ def parts(config):
         codec = Codec({key: torch.empty(shape) for key, shape in shapes.items()})
         return (config_from(open_tensors(folder / "toy_base.safetensors")[0], HEADS), codec,
                 (16, frames, config.height // PATCH, config.width // PATCH), (1, TEXT))
-    dit = FUN_CAMERA  # ReDirector's, unless the folder's files say otherwise
+    plain = dict(in_dim=16, image_dim=None, camera_dim=None, roce=False)  # Wan T2V
+    dit = dataclasses.replace(FUN_CAMERA, **(plain if config.world == "captions" else {}))
     files = find_policy(folder).files
-    if all(file.is_file() for file in files):
+    if all(file.is_file() for file in files):  # they say what it is
         dit = config_from({key: shape for file in files for key, shape in open_tensors(file)[0].items()})
     codec = VAE(16, [96, 96, 192, 384, 384], 2, [False, True, True])  # as published
     return dit, codec, (16, frames, config.height // 8, config.width // 8), (512, dit.text_dim)
@@ -135,7 +136,7 @@ def empty_condition(dit, C, text, shape):
 def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     """`memory` of a DiT with as many blocks as dit_config says, under Live."""
     dit = DiT(dit_config)
-    if config.world == "clips":  # nothing else of it is a module
+    if config.world != "toy":  # nothing else of it is a module
         state = {k: torch.empty(x.shape, dtype=dtype) for k, x in codec.state_dict().items()}
         codec.load_state_dict(state, assign=True)
         del state

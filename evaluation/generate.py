@@ -128,24 +128,28 @@ def rerender(dit, codec, clip, target, name, negative, config, device):
 
 def demonstration(world, config):
     """What is shown while training: a function (path) that writes an mp4 of source | base | now for a few
-    conditions, the target path drawn in. The base's videos are sampled here, before any update."""
+    conditions, the target path drawn in; without a source, base | now. The base's videos are sampled here,
+    before any update."""
     count = 3 if config.world == "toy" else 1
     rngs = [np.random.default_rng((config.seed, 1 << 32, j)) for j in range(count)]
     condition, scene = world.draw(list(range(count)), rngs)
     now = partial(generate, world.dit, world.codec, condition, [f"show {j}" for j in range(count)],
                   world.negative, steps=config.steps, shift=config.shift, guidance=config.guidance,
-                  seed=config.seed, rows=config.reward_batch)
+                  seed=config.seed, rows=config.reward_batch, shape=world.shape)
     base = now()
     source = scene.source
-    if source is None:
+    if source is None and condition.source is not None:
         source = decode(world.codec, condition.source, config.reward_batch)
 
     def show(path):
+        columns = {"base": base, "now": now()} if source is None else {
+            "source": source, "base": base, "now": now()}
         rows = []
-        for j, videos in enumerate(zip(source, base, now())):
+        for j, videos in enumerate(zip(*columns.values())):
             panels = [upscale(x.cpu().numpy(), max(1, 192 // x.shape[1])) for x in videos]
-            panels = [panels[0]] + [draw_paths(x, [scene.c2w[j].cpu().numpy()]) for x in panels[1:]]
-            rows.append(grid(panels, ["source", "base", "now"]))
+            if scene.c2w is not None:
+                panels[1:] = [draw_paths(x, [scene.c2w[j].cpu().numpy()]) for x in panels[1:]]
+            rows.append(grid(panels, list(columns)))
         write_video(path, np.concatenate(rows, 1), scene.fps)
     return show
 
