@@ -114,7 +114,7 @@ class Config:
             if not ok:
                 raise ValueError(message)
         reads = {"toy": (), "clips": ("clips", "trajectories"), "captions": ("captions",)}
-        need(self.world in reads, f"world: expected {', '.join(reads)}, found {self.world!r}")
+        need(self.world in reads, f"world: expected toy, clips or captions, found {self.world!r}")
         fits = self.height % 16 == 0 and self.width % 16 == 0
         need(fits or self.world == "toy",
              f"height and width: expected multiples of 16, found {self.height} x {self.width}")
