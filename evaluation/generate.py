@@ -173,7 +173,8 @@ def validation(world, config, rank, ranks):
             condition, scene = world.draw([j % world.size for j in numbers], rngs)
             videos = generate(world.dit, world.codec, condition, [f"valid {j}" for j in numbers],
                               world.negative, steps=config.steps, shift=config.shift,
-                              guidance=config.guidance, seed=config.seed, rows=config.reward_batch)
+                              guidance=config.guidance, seed=config.seed, rows=config.reward_batch,
+                              shape=world.shape)
             found, _ = rewards.score(world.rewards, videos, scene, config.reward_batch or None)
             for name, x in found.items():
                 scores[name][at:at + len(numbers)] = x
