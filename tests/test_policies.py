@@ -20,6 +20,7 @@ from data.prepare import Prepare, prepare
 from data.video import read_video, write_video
 from data.world import open_policy
 from evaluation import outside
+from evaluation.ablation import without_geometry
 from evaluation.retake import Retake, retake
 from evaluation.scores import save_poses
 from model import load_dit
@@ -72,6 +73,13 @@ def run(world, out, policy, clips, *more):
 
 
 # ---- which policy a folder holds ----
+
+def test_geometry_is_what_the_ablation_leaves_out():
+    assert without_geometry("trans=1, rot=1,sharpness=0.01,my.py:f=2") == "sharpness=0.01,my.py:f=2"
+    for spec in ("trans=1,rot=1", "vq=1"):
+        with pytest.raises(ValueError, match="expected some of trans, rot and some of quality"):
+            without_geometry(spec)
+
 
 def test_policies_are_told_by_their_files(world, tmp_path):
     found = {policy: find_policy(world / policy) for policy in tiny_weights.PARTS}
