@@ -4,6 +4,7 @@
     scores    every number of a video                       report    tables, page the page of them
     toy       the protocol in the toy world                 retake    a video of your own
     compare   several evaluations together                  outside   ViPE, VBench, MEt3R as programs
+    warping   TrajectoryCrafter and CogNVS, there and back  ablation  Table 3 in the toy world
 
 Skip it until a number in a table surprises you.
 """

@@ -1,13 +1,14 @@
-"""The paper's Table 3 in the toy world: `python evaluate.py ablation` trains twice and compares with the base.
+"""The paper's Table 3 in the toy world: `python evaluate.py ablation` trains two runs and judges them.
 
-Once with the full reward of a config file, once with what is left of it without the geometry (`trans`, `rot`).
-Both runs go on where they were, as every run does.
+One has the full reward of a config file, one what is left of it without the geometry (`trans`, `rot`). The same
+command again goes on where it stopped.
 """
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluation.report import ablation_table, markdown
 from evaluation.toy import Toy, evaluate_toy
 from plumbing.checkpoint import find_checkpoint
 from plumbing.files import read_json
@@ -54,6 +55,8 @@ def ablation(config):
     out = Path(config.out)
     settings = train(config, out / "full_reward")
     train(config, out / "video_quality_reward", f"--rewards={without_geometry(settings['rewards'])}")
-    evaluate_toy(Toy(ckpt=f"{out / 'video_quality_reward'},{out / 'full_reward'}", weights=settings["weights"],
-                     rooms=config.rooms, out=str(out / "evaluation"), speeds="1", steps=settings["steps"],
-                     shift=settings["shift"]))
+    runs = f"{out / 'video_quality_reward'},{out / 'full_reward'}"
+    evaluate_toy(Toy(ckpt=runs, weights=settings["weights"], rooms=config.rooms, out=str(out / "evaluation"),
+                     speeds="1", steps=settings["steps"], shift=settings["shift"]))
+    methods = read_json(out / "evaluation/results.json")["methods"]
+    print(markdown([ablation_table(methods)]))

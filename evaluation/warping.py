@@ -6,9 +6,9 @@ Both warp each source frame into the target view and complete it, by code and we
     (CogNVS runs, and writes <case>.mp4 into a folder R)
     python evaluate.py warp --method=CogNVS --evaluation=E --out=W --back=R   its videos, under our names
     python evaluate.py --videos=DAVIS --weights=... --frames=49 --out=E --generated=W/CogNVS
-Written to --out: inputs/<clip>.mp4; poses/<case>.npz with T1 and T2 (T, 4, 4), world-to-camera, OpenCV, metres,
-of source and target: forward_warp of either method moves the points of frame i by T2[i] inv(T1[i]); for
-TrajectoryCrafter commands.sh, whose --target_pose takes the source's camera to stand still.
+Written to --out: inputs/<clip>.mp4; poses/<case>.npz with T1 and T2 (T, 4, 4) of source and target,
+world-to-camera, OpenCV, metres: forward_warp of either method moves the points of frame i by T2[i] inv(T1[i]).
+For TrajectoryCrafter also commands.sh, whose --target_pose takes the source's camera to stand still.
 Sources: TrajectoryCrafter (Yu et al., ICCV 2025), CogNVS (Chen et al., arXiv 2507.12646).
 """
 import shlex
@@ -39,7 +39,7 @@ class Warp:
     """python evaluate.py warp: what a warping method needs for an evaluation's cases, and its videos back."""
     method: str = ""            # TrajectoryCrafter or CogNVS
     evaluation: str = ""        # folder of an evaluation made with --frames=49
-    cameras: str = ""           # source cameras: empty: that evaluation's; static; a file, or a folder of them
+    cameras: str = ""           # source cameras: a file, a folder of them, or static; empty: that evaluation's
     paths: str = "1,2,3,4,5,6,7,8,9,10"  # ReCamMaster's, by number or name (paper)
     speeds: str = "1"           # of the paths
     back: str = ""              # folder where the method wrote its videos: they are taken over
@@ -96,8 +96,8 @@ def command(case, clip, target):
     """TrajectoryCrafter's command line for a case; ValueError where its --target_pose has no such path."""
     values, radius, distance, angle = fit_target_pose(target)
     if distance > LIMITS[0] or angle > LIMITS[1]:
-        raise ValueError(f"--target_pose cannot express it: its nearest is off by {distance:.2f} depth units and "
-                         f"{angle:.2f} degrees; its Warper can, from poses/{case}.npz")
+        raise ValueError(f"--target_pose cannot express it: its nearest is off by {distance:.2f} depth units "
+                         f"and {angle:.2f} degrees; its Warper can, from poses/{case}.npz")
     words = ["python", "inference.py", "--video_path", f"inputs/{clip}.mp4", "--out_dir", "made",
              "--exp_name", case, "--camera", "target", "--mode", "gradual", "--mask", "--stride", "1",
              "--video_length", str(len(target)), "--radius_scale", "1e9" if radius == FAR else "1e-9",
@@ -154,7 +154,7 @@ def send(config, clips, numbers, speeds):
     if lines:
         write_file(out / "commands.sh", ("\n".join(lines) + "\n").encode())
     write_json(out / "cases.json", {"method": config.method, "cases": cases, "refused": refused})
-    print(f"{out}: {len(clips)} inputs, {len(cases)} poses" + f", {len(lines)} lines of commands.sh" * bool(lines))
+    print(f"{out}: {len(clips)} inputs, {len(cases)} poses, {len(lines)} lines of commands.sh")
     for case, why in list(refused.items())[:5]:
         print(f"  {case}: {why}")
     return cases

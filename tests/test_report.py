@@ -173,13 +173,13 @@ def test_table_3_has_the_papers_rows_and_ours():
     methods = {name: {"cases": {"bear_camera_9_speed_1": {"TransErr": x, "RotErr": 1.0, "position": x}}, "notes": {},
                       "rewards": rewards}
                for name, x, rewards in (("base", 0.3, ""), ("a", 0.2, "vq=1"), ("b", 0.1, "trans=1,vq=1"))}
-    found = {t["title"]: t for t in report.tables(methods)}["Table 3: rewards"]
-    rows = {row[0]: dict(zip(found["header"], row)) for row in found["rows"]}
-    assert [*rows] == ["no RL (paper)", "video quality reward (paper)", "full reward (paper)", "no RL: base",
-                       "video quality reward: a", "full reward: b"]
-    assert rows["full reward (paper)"]["TransErr ↓"] == "0.0140" and rows["full reward: b"]["TransErr ↓"] == "0.1000"
-    assert rows["video quality reward (paper)"]["RotErr (deg) ↓"] == "1.6082"
-    assert rows["full reward: b"]["Position error (m) ↓"] == "0.1000"
+    found = {t["title"]: t for t in report.tables(methods)}["Table 3: rewards, at speed 1"]
+    rows = [dict(zip(found["header"], row)) for row in found["rows"]]
+    kinds = ["no RL", "video quality reward", "full reward"]
+    assert [row["Reward"] for row in rows] == [*kinds, *(f"{kind} (paper)" for kind in kinds)]
+    assert [row["Method"] for row in rows] == ["base", "a", "b", "", "", ""]
+    assert rows[5]["TransErr ↓"] == "0.0140" and rows[4]["RotErr (deg) ↓"] == "1.6082"
+    assert rows[2]["TransErr ↓"] == rows[2]["Position error (m) ↓"] == "0.1000"
     assert "140 iterations on 16 GPUs" in found["notes"][0]
     del methods["a"]
     assert not any(t["title"].startswith("Table 3") for t in report.tables(methods))
