@@ -148,7 +148,7 @@ def test_recammaster_trains_and_goes_on(world, tmp_path):
     """Everything that trains moves and is saved; a checkpoint lies over the published file."""
     cache(world, tmp_path / "clips", "ReCamMaster")
     log, trained = run(world, tmp_path / "run", "ReCamMaster", tmp_path / "clips", "--guidance=2")
-    assert all(record["ratio_error"] == 0 and record["grad_norm"] > 0 for record in log)
+    assert all(record["ratio_error"] == 0 and record["grad_norm"] > 0 for record in log), log
     assert {name.split(".")[2] for name in trained} == {"self_attn", "cam_encoder", "projector"}
     base = open_policy(world / "ReCamMaster", None, torch.device("cpu")).state_dict()
     assert all(not torch.equal(x, base[name]) for name, x in trained.items())
