@@ -1,29 +1,29 @@
 """Evaluation: did it get better, and at what? (paper, section 4)
 
-    python evaluate.py --videos=DAVIS --weights=... --ckpt=out        the paper's protocol, base against tuned
-    python evaluate.py --videos=DAVIS --weights=... --baselines=...   other published policies beside it
-    python evaluate.py --videos=DAVIS --generated=W/CogNVS            videos made elsewhere
-    python evaluate.py warp --method=CogNVS --evaluation=...          to methods that warp, and back
-    python evaluate.py toy --ckpt=out/toy                             Tables 1 and 2 in the toy world
-    python evaluate.py ablation                                       Table 3 there, which trains two runs
-    python evaluate.py compare out/a out/b                            evaluations, on the cases all have
-    python evaluate.py curves out/a out/b                             training logs, also while runs go on
-    python evaluate.py try my.py:f                                    is this reward any good? trains nothing
-    python evaluate.py retake clip.mp4 --camera=arc_left --speed=1.5 --weights=...  your own video
+    python evaluate.py --videos=DAVIS --weights=... --ckpt=out   the paper's protocol, base and tuned
+    python evaluate.py --videos=DAVIS --weights=... --baselines=...   other policies beside it
+    python evaluate.py --videos=DAVIS --generated=W/CogNVS       videos made elsewhere
+    python evaluate.py warp --method=CogNVS --evaluation=...     to methods that warp, and back
+    python evaluate.py toy --ckpt=out/toy                        Tables 1 and 2 in the toy world
+    python evaluate.py ablation                                  Table 3 there: trains two runs
+    python evaluate.py compare out/a out/b                       evaluations, on the cases all have
+    python evaluate.py curves out/a out/b                        training logs, also of runs going on
+    python evaluate.py try my.py:f                               is this reward any good? no training
+    python evaluate.py retake clip.mp4 --camera=arc_left --speed=1.5 --weights=...   your own video
 
-`python evaluate.py [COMMAND] --help` lists the settings. The first two can run under torchrun; the ranks then
-share the cases. The same command again goes on from where it stopped. It writes to --out:
-    sources/<clip>.mp4                        the source as the model saw it
-    conditions/<clip>.safetensors             the same encoded (a baseline's: <method>/conditions)
-    <method>/videos/<clip>_camera_<n>_speed_<s>.mp4, and the like in <method>/poses and <method>/cases
-    results.json, tables.md, report.html      every case; the paper's tables; all of it to look at
+`python evaluate.py [COMMAND] --help` lists the settings. The first two can run under torchrun; the
+ranks then share the cases. The same command again goes on from where it stopped. In --out:
+    sources/<clip>.mp4                    the source as the model saw it
+    conditions/<clip>.safetensors         and encoded (a baseline's: <method>/conditions)
+    <method>/videos/<clip>_camera_<n>_speed_<s>.mp4, and the like in <method>/poses and /cases
+    results.json, tables.md, report.html  every case; the paper's tables; all of it to look at
 
 The protocol is ReDirector's, which the paper follows: every clip (its largest 4k+1 frames) along
-ReCamMaster's ten paths. TransErr and RotErr compare estimated with target cameras. TransErr aligns scale
-first and is exactly 0 on the four pure rotations, so it is also given for the paths that move, and errors in
-metres without alignment. An estimate of n frames is compared with the path of n frames at the same speed, as
-ReDirector does it (some methods make 49 frames at most). Deviation: VBench's scores are means over videos of
-each video's score, so that intervals and pairs can be had.
+ReCamMaster's ten paths. TransErr and RotErr compare estimated with target cameras. TransErr aligns
+scale first and is exactly 0 on the four pure rotations, so it is also given for the paths that
+move, and errors in metres without alignment. An estimate of n frames is compared with the path of n
+frames at the same speed, as ReDirector does it (some methods make 49 frames at most). Deviation:
+VBench's scores are means over videos of each video's score, so that intervals and pairs can be had.
 """
 import os
 import sys
@@ -42,29 +42,29 @@ from data.prepare import find_caption, read_captions
 from data.video import write_video
 from data.world import open_policy
 from evaluation.ablation import Ablation, ablation
-from evaluation.cases import (
-    case_digest, case_name, find_checkpoints, find_clips, find_generated, items, listed, split_case)
+from evaluation.cases import case_digest, say_what_is_asked, split_case, what_is_asked
 from evaluation.compare import Compare, Curves, compare, draw_curves
 from evaluation.generate import Generating, encode, find_cameras, read_clip, rerender
-from evaluation.page import read_log
 from evaluation.report import finish
 from evaluation.retake import Retake, retake
 from evaluation.scores import (
-    checkpoint_digest, keep_settings, open_estimator, score_met3r, score_poses, score_vbench)
+    keep_all_settings, open_estimator, score_met3r, score_poses, score_vbench)
 from evaluation.toy import Toy, evaluate_toy
+from evaluation.trial import try_reward
 from evaluation.warping import Warp, warp
 from plumbing.files import digest, read_json, write_file
 from plumbing.ranks import connect, rank_of
-from plumbing.settings import at_least_1, run_command
+from plumbing.settings import run_command
 from pretrained.encoders import NEGATIVE_PROMPT, load_captioner, open_encoders
 from pretrained.vae import load_vae
-from pretrained.weights import VAE_FILE, find_policy, weights_sizes
-from trajectories import path_number
+from pretrained.weights import VAE_FILE, find_policy
+from train import Config
 
 
 @dataclass
 class Evaluate(Generating):
-    """python evaluate.py: the paper's protocol, for videos made here (ckpt: several, by commas) or elsewhere.
+    """python evaluate.py: the paper's protocol, for videos made here (ckpt: several, by commas) or
+    elsewhere.
     """
     videos: str = ""            # folder of source videos, or of folders of images (DAVIS/JPEGImages/480p)
     clips: str = ""             # only these, comma-separated or one a line in a file; empty: all
@@ -82,16 +82,6 @@ class Evaluate(Generating):
     redirector_python: str = ""  # python of its environment; empty: this one
     log: str = ""               # training logs to draw in the report: files or runs' folders, by commas
     show: str = ""              # cases in the report, comma-separated; empty: best, median, worst change
-
-
-@dataclass
-class Asked:
-    """What an evaluation is asked for."""
-    clips: dict        # clip -> video below config.videos; empty where only videos made elsewhere are scored
-    cases: list        # names <clip>_camera_<n>_speed_<s>
-    checkpoints: dict  # method -> file (None: the base), of config.weights' policy
-    policies: dict     # method -> (weights, checkpoint, folder of conditions), of those that generate here
-    files: dict        # method -> case -> video, of all methods
 
 
 def evaluate(config):
@@ -115,20 +105,22 @@ def evaluate(config):
         say_what_is_asked(config, asked)
 
     # Sources: the clips as the model sees them, and encoded.
-    encodings = dict.fromkeys((weights, conditions) for weights, _, conditions in asked.policies.values())
-    mine = list(asked.clips)[rank::ranks]
+    quiet = rank > 0
+    mine = list(asked.clips)[rank::ranks]  # this rank's share
+    encodings = dict.fromkeys((weights, folder) for weights, _, folder in asked.policies.values())
     for weights, conditions in encodings or {("", out / "conditions"): None}:
-        prepare_sources(config, asked.clips, out, weights, conditions, mine, estimate, device, rank > 0)
+        prepare_sources(config, asked.clips, out, weights, conditions, mine, estimate, device, quiet)
     wait()
 
     # Videos: of base and tuned models and of baselines, from the same noise.
+    mine = asked.cases[rank::ranks]
     for method in asked.policies:
-        generate_videos(config, method, asked, asked.cases[rank::ranks], device, rank > 0)
+        generate_videos(config, method, asked, mine, device, quiet)
 
     # Scores: cameras and MEt3R by every rank for its own cases, VBench by the first.
     notes = {}
     for method in asked.files:
-        notes[method] = score_cases(config, method, asked, out, asked.cases[rank::ranks], estimate, rank > 0)
+        notes[method] = score_cases(config, method, asked, out, mine, estimate, quiet)
     wait()
     if rank == 0:
         methods = {}
@@ -142,9 +134,9 @@ def evaluate(config):
 # ---- the three steps ----
 
 def prepare_sources(config, clips, out, weights, conditions, mine, estimate, device, quiet):
-    """Write every clip of `mine` as the model sees it to out/sources and, to generate with the policy in
-    `weights` (if any), encoded to the folder `conditions`. What is wrong with a clip is written there as
-    <clip>.failed, in its place."""
+    """Write every clip of `mine` as the model sees it to out/sources and, to generate with the
+    policy in `weights` (if any), encoded to the folder `conditions`. What is wrong with a clip is
+    written there as <clip>.failed, in its place."""
     sources = out / "sources"
     todo = [clip for clip in mine
             if not all((sources / f"{clip}{end}").exists() for end in (".mp4", ".digest"))
@@ -180,8 +172,8 @@ def prepare_sources(config, clips, out, weights, conditions, mine, estimate, dev
 
 
 def generate_videos(config, method, asked, mine, device, quiet):
-    """Generate the videos of the cases `mine` that are not there yet, by the published policy with a
-    checkpoint's weights, if any, laid over it. The noise depends on seed and case alone."""
+    """Generate the videos of the cases `mine` that are not there yet, by the published policy with
+    a checkpoint's weights, if any, laid over it. The noise depends on seed and case alone."""
     weights, checkpoint, conditions = asked.policies[method]
     todo = [case for case in mine if not asked.files[method][case].exists()
             and (conditions / f"{split_case(case)[0]}.safetensors").exists()]
@@ -199,7 +191,8 @@ def generate_videos(config, method, asked, mine, device, quiet):
 
 
 def score_cases(config, method, asked, out, mine, estimate, quiet):
-    """Camera scores and MEt3R of the cases `mine`, each in out/<method>/cases -> notes {tool: note}."""
+    """Camera scores and MEt3R of the cases `mine`, each in out/<method>/cases -> notes {tool:
+    note}."""
     notes = {}
     if not config.redirector or not asked.clips:
         notes["MEt3R"] = "not installed: MEt3R (needs --redirector, its checkout, and --videos)"
@@ -218,7 +211,8 @@ def score_cases(config, method, asked, out, mine, estimate, quiet):
 
 
 def collect_scores(config, method, asked, out, notes):
-    """All scores of a method, VBench's added -> {"cases": {case: scores}, "notes": {tool: note}}."""
+    """All scores of a method, VBench's added -> {"cases": {case: scores}, "notes": {tool:
+    note}}."""
     scores = {case: read_json(out / method / "cases" / f"{case}.json") for case in asked.cases}
     there = {case: asked.files[method][case] for case in asked.cases if scores[case]["made"]}
     found, note = score_vbench(out / method, config.vbench or sys.executable, there)
@@ -231,104 +225,21 @@ def collect_scores(config, method, asked, out, notes):
     return {"cases": scores, "notes": notes | ({"VBench": note} if note else {})}
 
 
-# ---- what is asked for, and refused ----
+@dataclass
+class Try(Config):
+    """python evaluate.py try my.py:f [config/geo_align.py]: what a reward says of two batches of a
+    run."""
+    reward: str = ""            # my.py:function, or a name of rewards.py; may be given plainly
+    batches: int = 2            # of conditions x members videos each
 
-def find_policies(config):
-    """{method: (weights, checkpoint or None, folder of conditions)} of what generates here: base and tuned of
-    config.weights, and the baselines, by their policies' names. ValueError, OSError for what cannot be."""
-    if not config.weights and (config.ckpt or config.baselines):
-        raise ValueError("ckpt and baselines: --weights=FOLDER is needed")
-    policies = {}
-    if config.weights:
-        for method, checkpoint in find_checkpoints(config.ckpt).items():
-            policies[method] = config.weights, checkpoint, Path(config.out) / "conditions"
-    for weights in items(config.baselines):
-        name = find_policy(weights).name
-        if name in policies:
-            raise ValueError(f"baselines: expected one {name}, found another in {weights}")
-        policies[name] = weights, None, Path(config.out) / name / "conditions"
-    for weights, *_ in policies.values():
-        policy = find_policy(weights)
-        weights_sizes(weights)  # all there?
-        if not policy.source:
-            raise ValueError(f"{weights}: {policy.name} takes no source video")
-    return policies
-
-
-def what_is_asked(config):
-    """Settings -> Asked. ValueError, OSError for what cannot be."""
-    numbers = listed(config.paths, "paths", path_number)
-    speeds = listed(config.speeds, "speeds", float)
-    at_least_1(config, "height", "width", "steps")
-    if not (config.weights or config.generated):
-        raise ValueError("give --weights=FOLDER to generate videos, or --generated=FOLDER to score some")
-    if (config.weights or config.clips) and not config.videos:
-        raise ValueError("--videos=FOLDER is needed, the source videos")
-    if config.redirector and not (Path(config.redirector) / "evaluate.py").is_file():
-        raise FileNotFoundError(f"{config.redirector}/evaluate.py: no such file, expected ReDirector's")
-    for log in items(config.log):
-        read_log(log)
-    if config.captions:
-        read_captions(config.captions)
-
-    # methods: those that generate here, and folders of videos made elsewhere
-    clips = find_clips(config.videos, config.clips) if config.videos else {}
-    policies = find_policies(config)
-    folders = [Path(folder) for folder in items(config.generated)]
-    elsewhere = {folder.resolve().name: find_generated(folder) for folder in folders}
-    if len({*policies, *elsewhere}) < len(policies) + len(folders):
-        raise ValueError(f"generated: expected folders of different names, none {', '.join(policies)}")
-
-    # cases: every clip along every path at every speed
-    names = list(clips) or sorted({split_case(case)[0] for videos in elsewhere.values() for case in videos})
-    cases = [case_name(clip, number, speed) for clip in names for speed in speeds for number in numbers]
-    if odd := [case for case in cases if split_case(case) is None]:
-        raise ValueError(f"speeds: expected numbers such as 1 and 1.5, found {odd[0].split('_')[-1]}")
-    if unknown := [case for case in items(config.show) if case not in cases]:
-        raise ValueError(f"show: no case {unknown[0]!r}, expected for example {cases[0]}")
-    for method, videos in elsewhere.items():
-        if not set(videos) & set(cases):
-            raise ValueError(f"{method}: none of its {len(videos)} videos has such a clip, path and speed")
-    files = {}
-    for method in policies:
-        files[method] = {case: Path(config.out) / method / "videos" / f"{case}.mp4" for case in cases}
-    for method, videos in elsewhere.items():
-        files[method] = {case: videos.get(case, Path(method) / f"{case}.mp4") for case in cases}
-    checkpoints = find_checkpoints(config.ckpt) if config.weights else {}
-    return Asked(clips, cases, checkpoints, policies, files)
-
-
-def keep_all_settings(config, asked, out):
-    """ValueError where out holds something made with other settings (scores.keep_settings)."""
-    shape = {"frames": config.frames, "height": config.height, "width": config.width}
-    made = {**shape, "cameras": config.cameras or config.estimator, "fov": config.fov,
-            "captions": config.captions}
-    sampling = {name: getattr(config, name) for name in ("steps", "shift", "guidance", "seed")}
-    keep_settings(out / "sources", shape)
-    for method, (weights, checkpoint, conditions) in asked.policies.items():
-        encoded = made | weights_sizes(weights)
-        keep_settings(conditions, encoded)
-        keep_settings(out / method / "videos",
-                      encoded | sampling | {"checkpoint": checkpoint_digest(checkpoint)})
-    for method in asked.files:
-        keep_settings(out / method / "cases",
-                      {"estimator": config.estimator, "pipeline": config.vipe_pipeline})
-
-
-def say_what_is_asked(config, asked):
-    """Prints the number of cases, and how many of them the folders of videos made elsewhere have."""
-    print(f"{len(asked.cases)} cases for each of {', '.join(asked.files)}")
-    for folder in items(config.generated):
-        videos = find_generated(folder)
-        known = len(set(asked.cases) & set(videos))
-        print(f"{Path(folder).resolve().name}: has {known} of them, and {len(videos) - known} other videos")
+    FILE = str(Path(__file__).parent / "config/toy.py")  # where none is named
 
 
 COMMANDS = {  # name -> settings, what it does, and the setting that may be given plainly
     "evaluate": (Evaluate, evaluate, None), "toy": (Toy, evaluate_toy, None),
     "warp": (Warp, warp, None), "ablation": (Ablation, ablation, None),
     "compare": (Compare, compare, "results"), "curves": (Curves, draw_curves, "logs"),
-    "retake": (Retake, retake, "clip")}
+    "try": (Try, try_reward, "reward"), "retake": (Retake, retake, "clip")}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """GRPO: from rewards to advantages (paper Eq. 5-6), and the objective (Eq. 7).
 
-No KL term by default, as in the paper; max-std normalisation and per-step reweighting are LongCat-Video's.
+No KL term by default, as in the paper. The normalisation by the largest deviation and the weight of
+each step are LongCat-Video's.
 
-What is known of one update per iteration (r = 1 throughout, the clip never acts): with lambda_t the gradient of
-Eq. 7 is -(3/2) A eps dv / D at every step, D latent elements (3/2 tends to 1 where the std is capped). Up to
-that factor it equals GRPO-Guard's normalised ratio (arXiv 2510.22319) and Flash-GRPO's rectified loss (arXiv
-2605.15980). lambda_t uses the capped sigma_t, as LongCat's authors confirm (their repository's issue 80).
-Because D divides, gradients are tiny at video size, and AdamW needs an eps below them: see train.Config.eps.
+What is known of one update per iteration, where r = 1 throughout and the clip never acts: with
+lambda_t the gradient of Eq. 7 is -(3/2) A eps dv / D at every step, D latent elements; 3/2 tends to
+1 where the std is capped. Up to that factor it is GRPO-Guard's normalised ratio (arXiv 2510.22319)
+and Flash-GRPO's rectified loss (arXiv 2605.15980). lambda_t uses the capped sigma_t, as LongCat's
+authors confirm (issue 80 of their repository). Because D divides, gradients are tiny at video size,
+and AdamW needs an eps far below them: see train.Config.eps.
 """
 import torch
 
@@ -28,8 +30,8 @@ def succeeded(rewards, weights):
 def centre(reward, ok):
     """A reward's deviation from its group's mean (C, G), and the group's standard deviation (C,).
 
-    ok (C, G): members that count; the others' deviation is 0. Double precision: equal rewards have a
-    deviation of exactly 0.
+    ok (C, G): members that count; the others' deviation is 0. In double precision, so that equal
+    rewards have a deviation of exactly 0.
     """
     count = ok.sum(1, keepdim=True).clamp(min=1)
     reward = torch.where(ok, reward.double(), 0)
@@ -48,12 +50,13 @@ def group_std(rewards, weights):
 def advantages(rewards, weights, normalise="max", bound=5.0, floor=1e-6):
     """Advantages (C, G) float32 of all ranks' C groups of G members, from named rewards (Eq. 5-6).
 
-    rewards: name -> (C, G), higher is better, NaN or inf where a member failed; weights: name -> float.
-    Each reward is divided by the largest group deviation, so that a group whose rewards hardly differ stays
-    small. Where even the largest is below `floor` (in the reward's unit) the advantage is 0, not noise.
-    normalise="group" divides by each group's own deviation instead (the original GRPO, for ablation).
-    A member with any failed reward counts for neither mean nor deviation, and its advantage is exactly 0.
-    The sum is clamped to +-bound.
+    rewards: name -> (C, G), higher is better, NaN or inf where a member failed; weights: name ->
+      float.
+    Each reward is divided by the largest group deviation, so that a group whose rewards hardly
+    differ stays small. Where even the largest is below floor (in the reward's unit) the advantage
+    is 0, not noise. normalise="group" divides by each group's own (original GRPO, for ablation).
+    A member with any failed reward counts for neither mean nor deviation; its advantage is exactly
+    0. The sum is clamped to +-bound.
     """
     check_normalise(normalise)
     ok = succeeded(rewards, weights)
@@ -73,7 +76,7 @@ def advantages(rewards, weights, normalise="max", bound=5.0, floor=1e-6):
 # ---- the objective ----
 
 def micro_batches(rollout, k, rows=None):
-    """(conditions, members) slices for policy_loss at window step k, `rows` network rows at most in each.
+    """(conditions, members) slices for policy_loss at window step k, at most `rows` rows in each.
 
     At a shared first step one row serves a whole group, whatever its size.
     """
@@ -81,20 +84,21 @@ def micro_batches(rollout, k, rows=None):
     return [(c, slice(None) if M == 1 else m) for c, m in chunks(C, M, rows, rollout.branches)]
 
 
-def policy_loss(policy, rollout, k, advantages, total=None, conditions=slice(None), members=slice(None),
-                clip=1e-4, reweight=True, kl=0.0, reference=None):
-    """The share of L (Eq. 7) of window step k and slices of conditions and members: (0-dim loss, statistics).
+def policy_loss(policy, rollout, k, advantages, total=None, conditions=slice(None),
+                members=slice(None), clip=1e-4, reweight=True, kl=0.0, reference=None):
+    """The share of L (Eq. 7) of window step k and slices of conditions and members.
 
     L is the sum, over window steps, conditions and members, of
       -lambda_t min(r A, clip(r, 1 - clip, 1 + clip) A) / total
     with r = p_new / p_old and lambda_t = sigma_t / sqrt(dt).
     advantages: (C, G). total: conditions x members x window steps, failed ones too (None: this
-    rollout's). Over ranks, gradients are summed if it counts the conditions of all, averaged (DDP) if its own.
-    Where a group shares x the network runs once per condition and its velocity serves all members: the
-    gradients of G losses add up at that one v, and one backward carries their sum.
-    reweight=False leaves lambda_t out (ablation). kl > 0 adds kl lambda_t^2 KL(new || reference) per member
-    (LongCat-Video; ablation), `reference` another policy: the base.
-    Statistics stay tensors, so nothing waits for the device: give the list of them to `summary`.
+      rollout's). Over ranks, gradients are summed if it counts all ranks' conditions, averaged
+      (DDP) if its own.
+    reweight=False leaves lambda_t out (ablation). kl > 0 adds kl lambda_t^2 KL(new || reference)
+      per member (LongCat-Video; ablation), reference another policy: the base.
+    Where a group shares x the network runs once per condition and its velocity serves all members:
+    the gradients of G losses add up at that one v, and one backward carries their sum.
+    Returns the 0-dim loss, and statistics for `summary`; they stay tensors, so nothing waits.
     """
     check_reference(kl, reference)
     total = rollout.log_prob.numel() if total is None else total
@@ -105,29 +109,33 @@ def policy_loss(policy, rollout, k, advantages, total=None, conditions=slice(Non
     old = rollout.log_prob[k][conditions, members]                           # (c, m)
     A = advantages[conditions, members]
     negative = None if rollout.negative is None else rollout.negative[conditions]
-    levels = rollout.levels(k, conditions)                                   # t and t_next, 0-dim or (c,)
+    levels = rollout.levels(k, conditions)                                   # 0-dim or (c,)
 
     def score(policy):
         """log p (c, m), mean and std of the transitions that were taken, under a policy."""
         t, _ = rows_of(levels, x)
-        v = velocity(policy, x.flatten(0, 1), t, rollout.condition[conditions], negative, rollout.guidance)
-        v = v.unflatten(0, x.shape[:2]).expand_as(x_next)  # one velocity serves a group that shares x
+        v = velocity(policy, x.flatten(0, 1), t, rollout.condition[conditions], negative,
+                     rollout.guidance)
+        v = v.view(x.shape).expand_as(x_next)  # one velocity serves a group that shares x
         t, t_next = rows_of(levels, x_next)
         _, log_prob, mean, std = sde_step(
-            x.expand_as(x_next).flatten(0, 1), v.flatten(0, 1), t, t_next, rollout.eta, rollout.tau,
-            rollout.t_max, x_next=x_next.flatten(0, 1))
+            x.expand_as(x_next).flatten(0, 1), v.flatten(0, 1), t, t_next, rollout.eta,
+            rollout.tau, rollout.t_max, x_next=x_next.flatten(0, 1))
         return log_prob.view(old.shape), mean, std
 
     log_prob, mean, std = score(policy)
     t, t_next = rows_of(levels, x_next)
-    lambda_t = std.flatten() / (t - t_next).flatten() if reweight else torch.ones_like(std.flatten())
+    lambda_t = std.flatten() / (t - t_next).flatten()  # sigma_t / sqrt(dt)
+    if not reweight:
+        lambda_t = torch.ones_like(lambda_t)
     if len(lambda_t) > 1:
         lambda_t = lambda_t.view(old.shape)  # conditions at different noise levels
 
     ratio = torch.exp(log_prob - old)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     loss = -(lambda_t * torch.minimum(ratio * A, clipped * A)).sum() / total  # Eq. 7
-    stats = {"ratio": ratio.detach().flatten(), "clipped": ((ratio.detach() - 1).abs() > clip).flatten()}
+    is_clipped = (ratio.detach() - 1).abs() > clip
+    stats = {"ratio": ratio.detach().flatten(), "clipped": is_clipped.flatten()}
     if kl:
         with torch.no_grad():
             _, base_mean, _ = score(reference)
@@ -140,15 +148,15 @@ def policy_loss(policy, rollout, k, advantages, total=None, conditions=slice(Non
 
 
 def rows_of(levels, x):
-    """Noise levels, each 0-dim or one per condition (c,) -> 0-dim, or one per row of x (c, m, ...)."""
+    """Noise levels, 0-dim or one per condition (c,) -> 0-dim, or one per row of x (c, m, ...)."""
     return [level.repeat_interleave(x.shape[1]) if level.ndim else level for level in levels]
 
 
 def summary(stats):
     """policy_loss's statistics of all micro-batches as one set of 0-dim tensors.
 
-    On the first pass ratio_error, max |r - 1|, must be well below the clip range: else the update's numerics
-    are not the rollout's.
+    On the first pass ratio_error, max |r - 1|, must be well below the clip range: else the update's
+    numerics are not the rollout's.
     """
     ratio = torch.cat([s["ratio"] for s in stats])
     out = {"loss": torch.stack([s["loss"] for s in stats]).sum(),
@@ -162,9 +170,10 @@ def summary(stats):
 # ---- refusals ----
 
 def check_rewards(rewards, weights):
-    """ValueError unless rewards and weights have the same names and all rewards one shape (C, G)."""
+    """ValueError unless rewards and weights have the same names, and all rewards one shape."""
     if set(rewards) != set(weights):
-        raise ValueError(f"weights: expected one for each of {sorted(rewards)}, found {sorted(weights)}")
+        raise ValueError(f"weights: expected one for each of {sorted(rewards)}, "
+                         f"found {sorted(weights)}")
     shapes = {name: tuple(reward.shape) for name, reward in rewards.items()}
     if not shapes or len(set(shapes.values())) > 1:
         raise ValueError(f"rewards: expected one shape (conditions, members), found {shapes}")

@@ -34,6 +34,7 @@ import inspect
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,12 @@ import torch.nn.functional as F
 
 import trajectories
 from pretrained.reward_models import hpsv3, luma, mapanything, on_device, videoalign
+
+
+class Cameras(NamedTuple):
+    """Where n videos were taken from, as the geometry reward's estimator sees it."""
+    c2w: torch.Tensor         # (n, T, 4, 4) metres, relative to each video's first camera; NaN where it failed
+    intrinsics: torch.Tensor  # (n, 4) fx/W, fy/H, cx/W, cy/H
 
 
 @dataclass
@@ -57,11 +64,24 @@ class Scene:
     fps: float
     source: torch.Tensor = None
     source_c2w: torch.Tensor = None
+    look: object = None  # () -> the cameras of the videos being scored; see `cameras`
 
     def __getitem__(self, rows):
         take = lambda x: np.array(x, object)[rows].tolist() if isinstance(x, list) else x[rows]
-        mine = {name: take(x) for name, x in vars(self).items() if x is not None and name != "fps"}
+        mine = {name: take(x) for name, x in vars(self).items()
+                if x is not None and name not in ("fps", "look")}
+        if self.look:
+            mine["look"] = lambda: tuple(x[rows] for x in self.look())
         return replace(self, **mine)
+
+    @property
+    def cameras(self):
+        """The estimated Cameras of the videos being scored: asked for when first needed, then shared by all
+        rewards. TypeError outside of `score`."""
+        if self.look is None:
+            raise TypeError("scene.cameras: there is none, as score was given no reward of `load`'s")
+        c2w, intrinsics = self.look()
+        return Cameras(trajectories.relative(c2w), intrinsics.clone())
 
 
 # ---- scoring: in micro-batches, one failure costs one member ----
@@ -97,6 +117,17 @@ def score(rewards, videos, scene, micro_batch=None):
         raise ValueError(f"videos: expected uint8 ({len(scene.prompt)}, T, H, W, 3) as the scene has rows, "
                          f"found {videos.dtype} {tuple(videos.shape)}")
     scores, failures = {}, {}
+    estimate = estimator_of(rewards)
+    scenes = {}  # of each micro-batch: one for all rewards, so that its cameras are estimated once
+
+    def scene_of(rows):
+        key = rows.start, rows.stop
+        if key not in scenes:
+            scenes[key] = scene[rows]
+            if estimate:
+                scenes[key].look = functools.cache(functools.partial(estimate, videos[rows], scene[rows]))
+        return scenes[key]
+
     given = [x for x in (videos, *vars(scene).values()) if torch.is_tensor(x)]
     versions = [x._version for x in given]  # count what is done to a tensor in place
     for reward in rewards:
@@ -107,7 +138,7 @@ def score(rewards, videos, scene, micro_batch=None):
         with on_device(getattr(reward, "module", None), videos.device):
             for rows in batches:
                 try:
-                    got = reward(videos[rows], scene[rows])
+                    got = reward(videos[rows], scene_of(rows))
                 except (TypeError, NameError, AttributeError, ImportError, OSError) as error:
                     what = f"{type(error).__name__}: {error}"
                     raise ValueError(f"reward {', '.join(names)}: {what}") from error
@@ -127,6 +158,12 @@ def score(rewards, videos, scene, micro_batch=None):
             failed = scores[name].isnan().nonzero().flatten().tolist()
             failures[name] = {i: failures[name].get(i, "no score (NaN)") for i in failed}
     return scores, failures
+
+
+def estimator_of(rewards):
+    """The pose estimator that rewards of `load` share: a function (videos, scene) -> (c2w, intrinsics), rows
+    as videos; None where they have none."""
+    return next((reward.estimate for reward in rewards if hasattr(reward, "estimate")), None)
 
 
 # ---- geometry (Eq. 3-4) ----
@@ -263,10 +300,22 @@ def load(spec, weights="toy/weights", device="cpu", dtype=None, park=False, esti
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     folder, home = Path(weights), "cpu" if park else device
     poses, grades = (tuple(name for name in names if name in chosen) for names in (POSES, GRADES))
+    opened = functools.cache(lambda: estimator or mapanything(folder / "map-anything", home, stride))
+
+    def estimate(videos, scene):
+        """What scene.cameras is asked of: one estimator for all rewards, opened when first needed."""
+        if hasattr(opened(), "cameras"):
+            return opened().cameras(videos)
+        return opened()(videos, scene), scene.intrinsics
+
+    def seen(videos, scene):
+        return (scene.look() if scene.look else estimate(videos, scene))[0]
+
     rewards = []
     if poses:
-        estimator = estimator or mapanything(folder / "map-anything", home, stride)
-        rewards.append(geometry(estimator, poses, schedule))
+        seen.module = getattr(opened(), "module", None)
+        rewards.append(geometry(seen, poses, schedule))
+        rewards[0].estimate = estimate
     if grades:
         base = folder / "Qwen2-VL-2B-Instruct"
         rewards.append(videoalign(folder / "VideoReward", base, grades, grey_mq, home, dtype))
@@ -274,5 +323,7 @@ def load(spec, weights="toy/weights", device="cpu", dtype=None, park=False, esti
         file, base = folder / "HPSv3/HPSv3.safetensors", folder / "Qwen2-VL-7B-Instruct"
         rewards.append(hpsv3(file, base, hpsv3_prompt, hpsv3_stride, home, dtype))
     rewards += [f for f in MODEL_FREE if f.__name__ in chosen]
-    rewards += [_from_file(path, name) for name, path in files.items()]
+    for name, path in files.items():
+        rewards.append(_from_file(path, name))
+        rewards[-1].estimate = estimate
     return rewards, chosen

@@ -1,14 +1,14 @@
 """The mixed ODE-SDE sampler: schedule, steps, window, rollout (paper Sec. 3.3, after MixGRPO).
 
-Flow matching: x_t = (1-t) x_0 + t eps, t = 1 is noise; a policy predicts v = eps - x_0. Inside a sliding
-window of steps the sampler is stochastic, so that transitions have a density to do policy gradients with;
-everywhere else it is the deterministic ODE. The equations are those of Flow-GRPO (SDE), MixGRPO (window, fast
-tail) and LongCat-Video (capped std, shared initial noise).
+Flow matching: x_t = (1-t) x_0 + t eps, t = 1 is noise; a policy predicts v = eps - x_0. Inside a
+sliding window of steps the sampler is stochastic, so that transitions have a density to do policy
+gradients with. Everywhere else it is the deterministic ODE. The equations are those of Flow-GRPO
+(SDE), MixGRPO (window, fast tail) and LongCat-Video (capped std, shared initial noise).
 
-A `policy` is any callable policy(x, t, condition) -> velocity: x (B, ...), t 0-dim or (B,) in [0, 1], and a
-condition of b rows, b dividing B, where row r of x belongs to condition r // (B // b). A condition can be
-indexed ([i:j] or [[0, 2]]) and concatenated (.cat([a, b])); nothing else is known of it here. All state is
-float32, whatever the policy's dtype.
+A policy is any callable policy(x, t, condition) -> velocity: x (B, ...), t 0-dim or (B,), and a
+condition of b rows, b dividing B: row r of x belongs to condition r // (B // b). A condition can be
+indexed ([i:j] or [[0, 2]]) and concatenated (.cat([a, b])); nothing else is known of it here. All
+state is float32, whatever the policy's dtype.
 """
 import dataclasses
 import hashlib
@@ -21,16 +21,17 @@ import torch
 # ---- schedule and steps ----
 
 def schedule(steps, shift):
-    """Noise levels for `steps` denoising steps, (steps+1,) float32 from 1 to 0; shift > 1 pushes to noise."""
+    """Noise levels (steps+1,) float32, from 1 to 0; a shift above 1 pushes them to noise."""
     check_schedule(steps, shift)
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return (shift * u / (1 + (shift - 1) * u)).float()
 
 
 def compress(sigmas, start, fraction):
-    """Levels from sigmas[start] to 0 in max(1, int(fraction * m)) steps instead of m, even before the shift.
+    """Levels from sigmas[start] to 0 in a fraction of the steps, evenly spaced before the shift.
 
-    MixGRPO's fast tail. sigmas is a `schedule`: its shift is read off its middle.
+    MixGRPO's fast tail: of m steps max(1, int(fraction * m)) are kept. sigmas is a `schedule`: its
+    shift is read off its middle.
     """
     steps = len(sigmas) - 1
     keep = max(1, int(fraction * (steps - start)))
@@ -51,20 +52,20 @@ def as_level(t, x):
 
 
 def ode_step(x, v, t, t_next):
-    """One Euler step of dx/dt = v from level t down to t_next; x, v (B, ...), t 0-dim or (B,). Float32."""
+    """One Euler step of dx/dt = v, from t down to t_next; x, v (B, ...), levels 0-dim or (B,)."""
     x = x.float()
     return x + (as_level(t_next, x) - as_level(t, x)) * v.float()
 
 
 def sde_step(x, v, t, t_next, eta=1.0, tau=0.45, t_max=None, noise=None, x_next=None):
-    """An Euler-Maruyama step of an SDE with the ODE's marginals, sigma_t = eta sqrt(t / (1 - t)) (Flow-GRPO).
+    """An Euler-Maruyama step of the SDE with the ODE's marginals (Flow-GRPO).
 
-    x, v (B, ...); t > t_next noise levels, 0-dim or (B,). Give `noise` (B, ...) to sample (absent: drawn from
-    torch's global generator) or `x_next` (B, ...) to score a step already taken.
-    sigma_t is infinite at t = 1. Two cures: `tau` caps the step's std, in the drift too (LongCat-Video, the
-    default); `t_max`, the schedule's second value, replaces a larger t in 1 - t (Flow-GRPO, MixGRPO; then
-    tau=None). With neither, t = 1 raises ValueError.
-    Returns x_next (B, ...), log_prob (B,), mean (B, ...), std (0-dim; (B, 1, ..., 1) if t is (B,)), float32.
+    Its diffusion is sigma_t = eta sqrt(t / (1 - t)), infinite at t = 1. Two cures: tau caps the
+    step's std, in the drift too (LongCat-Video, the default); t_max, the schedule's second value,
+    replaces a larger t in 1 - t (Flow-GRPO, MixGRPO; then tau=None). With neither, t = 1 raises.
+    x, v (B, ...); t > t_next: noise levels, 0-dim or (B,).
+    noise (B, ...) samples a step (None: torch's global generator); x_next (B, ...) scores one.
+    Returns x_next (B, ...), log_prob (B,), mean (B, ...), std (0-dim, or (B, 1, ..., 1)), float32.
     log_prob is the mean over elements, not the sum: ratios stay readable at any latent size.
     """
     check_noise(t, eta, tau, t_max)
@@ -84,14 +85,15 @@ def sde_step(x, v, t, t_next, eta=1.0, tau=0.45, t_max=None, noise=None, x_next=
     x_next = x_next.float()
     # Not `noise`: scoring later repeats these very sums, so that the ratio is exactly 1.
     z = (x_next - mean) / std
-    log_prob = -0.5 * z.square().flatten(1).mean(1) - std.log().flatten() - math.log(2 * math.pi) / 2
+    log_prob = -0.5 * z.square().flatten(1).mean(1)
+    log_prob = log_prob - std.log().flatten() - math.log(2 * math.pi) / 2
     return x_next, log_prob, mean, std
 
 
 def dpm_step(x, x0, t, t_next, x0_before=None, t_before=None):
-    """One step of DPM-Solver++(2M), data prediction, midpoint; first order without the one before."""
-    def log_snr(t):
-        return torch.log((1 - t) / t)  # infinite at t = 0 and 1: the expressions below have limits there
+    """A step of DPM-Solver++(2M), data prediction, midpoint; of first order without x0_before."""
+    def log_snr(t):  # infinite at t = 0 and 1, where the expressions below have limits
+        return torch.log((1 - t) / t)
     x = x.float()
     x0 = x0.float()
     t = as_level(t, x)
@@ -105,16 +107,16 @@ def dpm_step(x, x0, t, t_next, x0_before=None, t_before=None):
 
 # ---- window ----
 
-def window(iteration, steps, size=4, strategy="progressive", stride=1, iters_per_window=1, first=None,
-           seed=0, condition=None):
-    """The consecutive steps that are stochastic and trained on at an iteration (from 0): a tuple of indices.
+def window(iteration, steps, size=4, strategy="progressive", stride=1, iters_per_window=1,
+           first=None, seed=0, condition=None):
+    """The steps that are stochastic and trained on at an iteration (from 0): consecutive indices.
 
-    A function of its arguments alone, so that it is right after a resume. Always `size` wide, never the last
-    step (t -> 0), and within the first `first` steps if given; ValueError where that cannot be.
-    progressive: advance by `stride` every `iters_per_window` iterations; back to 0 before width would be lost
-    random: uniform start, drawn anew every iteration (LongCat-Video: size 1, first 6 of 16), and for every
-      `condition` where its number is given (Flash-GRPO)
-    all: every usable step (Flow-GRPO); `size` is not used
+    A function of its arguments alone, so that it is right after a resume. Always `size` wide, never
+    the last step (t -> 0), among the first `first` if given; ValueError where that cannot be.
+    progressive: moves by stride every iters_per_window iterations; to 0 before it would lose width
+    random: starts anywhere, anew every iteration (LongCat-Video: size 1, first 6 of 16), and for
+      each condition where its number is given (Flash-GRPO)
+    all: every usable step (Flow-GRPO); size is not used
     """
     usable = steps - 1 if first is None else min(first, steps - 1)
     if strategy == "all":
@@ -126,7 +128,9 @@ def window(iteration, steps, size=4, strategy="progressive", stride=1, iters_per
         starts = starts[::stride]
         start = starts[iteration // iters_per_window % len(starts)]
     elif strategy == "random":
-        key = (seed, iteration, "window") if condition is None else (seed, iteration, "window", condition)
+        key = [seed, iteration, "window"]
+        if condition is not None:
+            key.append(condition)
         start = starts[hash_of(*key) % len(starts)]
     return tuple(range(start, start + size))
 
@@ -138,7 +142,7 @@ def hash_of(*key):
 
 
 def normal(shape, *key):
-    """Normal noise that depends on the key alone; drawn on the CPU, so that the device does not matter."""
+    """Normal noise of a key; drawn on the CPU, so that the device does not matter."""
     generator = torch.Generator().manual_seed(hash_of(*key))
     return torch.randn(shape, generator=generator)
 
@@ -146,7 +150,7 @@ def normal(shape, *key):
 # ---- velocity ----
 
 def velocity(policy, x, t, condition, negative=None, guidance=1.0):
-    """The policy's velocity (B, ...) float32 at x (B, ...), guided if there is a negative and guidance not 1.
+    """The policy's velocity (B, ...) float32 at x (B, ...), guided where there is a negative.
 
     v = v_neg + guidance (v_pos - v_neg), both branches from one batch [negative; positive].
     """
@@ -160,7 +164,7 @@ def velocity(policy, x, t, condition, negative=None, guidance=1.0):
 
 
 def chunks(conditions, members, rows=None, branches=1):
-    """Slices (of conditions, of members) that cover conditions x members in order, each one network call.
+    """Slices (of conditions, of members), each one network call, that cover all in order.
 
     A call has at most `rows` rows (None: no limit), `branches` of them for each member.
     """
@@ -175,15 +179,15 @@ def chunks(conditions, members, rows=None, branches=1):
 
 @dataclass
 class Rollout:
-    """Samples, and what a policy update needs. C conditions, G members, n window steps, latents (...)."""
+    """Samples of C conditions, G members each, and what an update of n window steps needs."""
     latents: torch.Tensor   # (C, G, ...) at t = 0
-    steps: tuple            # n indices into the schedule; or a list of C such tuples, where windows differ
+    steps: tuple            # n indices into the schedule; C such tuples where windows differ
     t: torch.Tensor         # (n,) noise levels of the window's steps; (n, C) where windows differ
     t_next: torch.Tensor    # likewise
-    x: list                 # n of (C, G, ...) before the step; the first (C, 1, ...) where groups share it
-    x_next: list            # n of (C, G, ...) after the step (x_next[k] is x[k + 1], not a copy)
+    x: list                 # n of (C, G, ...) before the step; first (C, 1, ...) where shared
+    x_next: list            # n of (C, G, ...) after the step; x_next[k] is x[k + 1], not a copy
     log_prob: torch.Tensor  # (n, C, G)
-    condition: object       # from here on: what it was sampled with; an update must repeat it for r to be 1
+    condition: object       # from here on: what an update must repeat for r to be 1
     negative: object
     guidance: float
     eta: float
@@ -199,10 +203,10 @@ class Rollout:
                                    x_next=[x[:, members] for x in self.x_next])
 
     def levels(self, k, conditions):
-        """t and t_next of window step k: 0-dim, or (c,) for a slice of conditions whose windows differ."""
+        """t and t_next of window step k: 0-dim, or (c,) where a slice's windows differ."""
         if self.t.ndim == 1:
             return self.t[k], self.t_next[k]
-        if len(set(self.steps[conditions])) == 1:  # as in the rollout: one number, whatever the batch
+        if len(set(self.steps[conditions])) == 1:  # one number, as in the rollout
             conditions = range(len(self.steps))[conditions][0]
         return self.t[k, conditions], self.t_next[k, conditions]
 
@@ -213,12 +217,11 @@ class Rollout:
 
 
 def rollout(policy, condition, members, window, *, condition_ids, negative=None, **options):
-    """Sample `members` latents for each of C conditions, stochastic in the window's steps only -> Rollout.
+    """Sample `members` latents of each of C conditions, stochastic in the window only -> Rollout.
 
     condition, negative: C rows each; condition_ids: C numbers or strings naming them.
-    window: consecutive steps, without the last; may be empty. Or a list of C such tuples of one length:
-    members of a group share their window, conditions of a batch may differ (Flash-GRPO). Conditions of one
-    window are sampled together.
+    window: consecutive steps, without the last; may be empty. Or C such tuples of one length:
+      members of a group share their window, conditions may differ (Flash-GRPO).
     options: see rollout_together.
     """
     if not window or not isinstance(window[0], (tuple, list, range)):
@@ -229,8 +232,9 @@ def rollout(policy, condition, members, window, *, condition_ids, negative=None,
     if len(set(windows)) == 1:
         return rollout(policy, condition, members, windows[0], condition_ids=condition_ids,
                        negative=negative, **options)
+    # Conditions of one window are sampled together, then all put back in order.
     parts = []
-    order = []  # the conditions' numbers, as they come out of the parts
+    order = []
     for steps in sorted(set(windows)):
         rows = [j for j, other in enumerate(windows) if other == steps]
         order += rows
@@ -251,17 +255,20 @@ def rollout(policy, condition, members, window, *, condition_ids, negative=None,
 
 
 @torch.no_grad()
-def rollout_together(policy, condition, members, window, *, sigmas, shape, seed, condition_ids, iteration=0,
-                     eta=1.0, tau=0.45, t_max=None, negative=None, guidance=1.0, micro_batch=None,
-                     share_noise=True, share_prefix=True, tail=None, device="cpu", noise_of=normal):
+def rollout_together(policy, condition, members, window, *, sigmas, shape, seed, condition_ids,
+                     iteration=0, eta=1.0, tau=0.45, t_max=None, negative=None, guidance=1.0,
+                     micro_batch=None, share_noise=True, share_prefix=True, tail=None, device="cpu",
+                     noise_of=normal):
     """A `rollout` of C conditions with one window.
 
     sigmas: a `schedule`; shape: of one latent; eta, tau, t_max: see sde_step.
-    Noise depends on (seed, iteration, condition id, member) alone: not on ranks, device or micro-batch.
-    micro_batch: rows per network call at most, both branches of guidance counted (None: all at once).
-    share_noise: groups start from one noise (LongCat-Video, MixGRPO). share_prefix: then it is one latent up
-      to the first window step, and needs one velocity there too. Exact; False computes all G, for comparison.
-    tail: fraction of the steps after the window to keep, by DPM-Solver++(2M) (MixGRPO-Flash: 0.4); None: ODE.
+    noise_of: noise of a key (seed, iteration, condition id, member, what): neither ranks, nor
+      device, nor micro-batch matter.
+    micro_batch: rows per network call at most, both branches of guidance counted (None: all).
+    share_noise: groups start from one noise (LongCat-Video, MixGRPO).
+    share_prefix: then it is one latent up to the first window step, and needs one velocity there
+      too. Exact; False computes all G, for comparison.
+    tail: share of the steps after the window to keep, by DPM-Solver++(2M) (MixGRPO-Flash: 0.4).
     """
     window = tuple(window)
     check_steps(window, len(sigmas) - 1)
@@ -272,18 +279,21 @@ def rollout_together(policy, condition, members, window, *, sigmas, shape, seed,
     levels = None if tail is None else compress(sigmas, stop, tail).to(device)
     sigmas = sigmas.to(device)
     at = torch.tensor(window, dtype=torch.long, device=device)
-    out = Rollout(None, window, sigmas[at], sigmas[at + 1], [], [], torch.zeros(n, C, G, device=device),
-                  condition, negative, guidance, eta, tau, t_max, 0)
+    out = Rollout(None, window, sigmas[at], sigmas[at + 1], [], [],
+                  torch.zeros(n, C, G, device=device), condition, negative, guidance, eta, tau,
+                  t_max, 0)
 
     def draw(count, what, *shape):  # (C, count, *shape), on the CPU
-        return torch.stack([torch.stack([noise_of(shape, seed, iteration, i, g, what) for g in range(count)])
-                            for i in condition_ids])
+        return torch.stack([
+            torch.stack([noise_of(shape, seed, iteration, i, g, what) for g in range(count)])
+            for i in condition_ids])
 
     def evaluate(x, t):  # (C, M, ...) -> velocity (C, M, ...)
         v = torch.empty_like(x, memory_format=torch.contiguous_format)
         for c, m in chunks(*x.shape[:2], micro_batch, out.branches):
             guide = condition[c], None if negative is None else negative[c], guidance
-            v[c, m] = velocity(policy, x[c, m].flatten(0, 1), t, *guide).unflatten(0, x[c, m].shape[:2])
+            rows = x[c, m]
+            v[c, m] = velocity(policy, rows.flatten(0, 1), t, *guide).view(rows.shape)
         out.evaluations += out.branches * x.shape[0] * x.shape[1]
         return v
 
@@ -303,8 +313,8 @@ def rollout_together(policy, condition, members, window, *, sigmas, shape, seed,
         eps = noise[:, :, k].to(device)  # (C, G, ...)
         out.x.append(x)
         x_next, log_prob, _, _ = sde_step(
-            x.expand_as(eps).flatten(0, 1), v.expand_as(eps).flatten(0, 1), sigmas[i], sigmas[i + 1],
-            eta, tau, t_max, noise=eps.flatten(0, 1))
+            x.expand_as(eps).flatten(0, 1), v.expand_as(eps).flatten(0, 1), sigmas[i],
+            sigmas[i + 1], eta, tau, t_max, noise=eps.flatten(0, 1))
         x = x_next.view(eps.shape)
         out.x_next.append(x)
         out.log_prob[k] = log_prob.view(C, G)
@@ -313,14 +323,15 @@ def rollout_together(policy, condition, members, window, *, sigmas, shape, seed,
         for i in range(len(levels) - 1):
             x0 = x - levels[i] * evaluate(x, levels[i])
             is_inner = 0 < i < len(levels) - 2  # first order at both ends
-            x = dpm_step(x, x0, levels[i], levels[i + 1], x0_before if is_inner else None, levels[i - 1])
+            x = dpm_step(x, x0, levels[i], levels[i + 1], x0_before if is_inner else None,
+                         levels[i - 1])
             x0_before = x0
     out.latents = x.expand(C, G, *shape)
     return out
 
 
 def sample(policy, condition, *, sigmas, shape, seed, condition_ids, **options):
-    """One sample per condition by the plain ODE, (C, ...): a `rollout` with an empty window; same options."""
+    """One sample per condition, (C, ...), by the plain ODE: a `rollout` with an empty window."""
     return rollout(policy, condition, 1, (), sigmas=sigmas, shape=shape, seed=seed,
                    condition_ids=condition_ids, **options).latents[:, 0]
 
@@ -329,30 +340,34 @@ def sample(policy, condition, *, sigmas, shape, seed, condition_ids, **options):
 
 def check_schedule(steps, shift):
     if steps < 1 or not shift > 0:
-        raise ValueError(f"schedule: expected at least 1 step and a shift > 0, found {steps} and {shift}")
+        raise ValueError("schedule: expected at least 1 step and a shift > 0, "
+                         f"found {steps} and {shift}")
 
 
 def check_noise(t, eta, tau, t_max):
     if eta <= 0:
-        raise ValueError(f"eta: expected > 0, found {eta}; without noise there is no density, use ode_step")
+        raise ValueError(f"eta: expected > 0, found {eta}; without noise there is no density")
     if tau is None and t_max is None and bool((torch.as_tensor(t) >= 1).any()):
         raise ValueError("sde_step at t = 1 needs tau or t_max: sigma_t is infinite there")
 
 
 def check_window(steps, size, first, usable, strategy):
     if strategy not in ("progressive", "random", "all"):
-        raise ValueError(f"window strategy: expected progressive, random or all, found {strategy!r}")
+        raise ValueError("window strategy: expected progressive, random or all, "
+                         f"found {strategy!r}")
     if not 1 <= size <= usable:
-        raise ValueError(f"window size: expected 1 to {usable} (steps {steps}, first {first}), found {size}")
+        raise ValueError(f"window size: expected 1 to {usable} (steps {steps}, first {first}), "
+                         f"found {size}")
 
 
 def check_steps(window, steps):
     consecutive = not window or window == tuple(range(window[0], window[0] + len(window)))
     if not consecutive or (window and (window[0] < 0 or window[-1] > steps - 2)):
-        raise ValueError(f"window: expected consecutive steps within 0..{steps - 2}, found {window}")
+        raise ValueError(f"window: expected consecutive steps within 0..{steps - 2}, "
+                         f"found {window}")
 
 
 def check_windows(windows, condition_ids):
     if len(windows) != len(condition_ids) or len({len(steps) for steps in windows}) != 1:
-        raise ValueError(f"window: expected one for each of {len(condition_ids)} conditions, all of one "
-                         f"length, found {windows}")
+        raise ValueError(f"window: expected one for each of {len(condition_ids)} conditions, "
+                         f"all of one length, found {windows}")

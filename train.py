@@ -1,12 +1,13 @@
-"""Geo-Align's training loop: condition -> rollout -> decode -> rewards -> advantages -> objective -> step.
+"""Geo-Align's training loop: condition, rollout, decode, rewards, advantages, objective, step.
 
-    python train.py                                           the toy world, on a laptop (config/toy.py)
+    python train.py                                the toy world, on a laptop (config/toy.py)
     python train.py config/toy.py --seed=1 --out=out/seed1
-    torchrun --nproc-per-node=8 train.py config/geo_align.py --weights=... --clips=... --trajectories=...
-    python -m benchmarks.plan config/geo_align.py --ranks=8   what that would cost, on each of 8 cards
+    torchrun --nproc-per-node=8 train.py config/geo_align_fast.py \\
+        --weights=... --clips=... --trajectories=...
+    python -m benchmarks.plan config/geo_align_fast.py --ranks=8   what that would cost
 
-The same command again resumes from --out. Exit codes: 0 done, 1 bad input or failed run (one line says why),
-75 stopped by SIGTERM or SIGINT after writing a checkpoint (torchrun then ends with 1 and a traceback).
+The same command again resumes from --out. Exit codes: 0 done, 1 bad input or failed run (one line
+says why), 75 stopped by SIGTERM or SIGINT after writing a checkpoint (torchrun then ends with 1).
 """
 import math
 import sys
@@ -29,8 +30,8 @@ from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, s
 from model import trainable
 from plumbing.checkpoint import Run
 from plumbing.ranks import (
-    Clock, Interrupts, Stop, assert_ranks_agree, deafen, end_process, gather, largest, launch, rank_of,
-    say_why)
+    Clock, Interrupts, Stop, assert_ranks_agree, deafen, end_process, gather, largest, launch,
+    rank_of, say_why)
 from plumbing.settings import help_text, parse
 from plumbing.tell import (
     describe, on_all_ranks, progress, tell, warn_of_eps, warn_of_failures)
@@ -42,74 +43,74 @@ from toy.world import open_toy
 class Config:
     """One comment per field: what it is, its unit, where its default comes from."""
     # the world
-    world: str = "toy"                 # "toy": rooms, shipped weights; "clips": real, published models;
-                                       # "captions": prompts alone, for a policy that takes no video
+    world: str = "toy"                 # toy: rooms, shipped weights; clips: real, published models;
+                                       # captions: prompts alone, for a policy without a source
     weights: str = "toy/weights"       # folder of the official files (clips) or of the toy's
     clips: str = ""                    # folder that `python -m data.prepare` wrote
     captions: str = ""                 # captions: text file, one prompt a line
-    trajectories: str = ""             # folder of camera paths, of any format that data/cameras reads
+    trajectories: str = ""             # folder of camera paths, in formats that data/cameras reads
     frames: int = 81                   # video length, 4k + 1 (ReDirector; paper's missing)
     height: int = 480                  # pixels (ReDirector)
     width: int = 832                   # pixels (ReDirector)
-    v: tuple = (0.005, 0.06, 0.025, 0.015)  # m/frame: lowest, highest, mean, sd of Eq. 10 (ours: unknown)
-    omega: tuple = (0.05, 0.8, 0.3, 0.2)  # deg/frame: the same of Eq. 11 (ours: unknown)
+    v: tuple = (0.005, 0.06, 0.025, 0.015)  # m/frame: lowest, highest, mean, sd of Eq. 10 (ours)
+    omega: tuple = (0.05, 0.8, 0.3, 0.2)  # deg/frame: the same of Eq. 11 (ours)
     # rollout
     conditions: int = 8                # per iteration, over all ranks; divisible by their number
     members: int = 8                   # G, videos per condition (ours: paper's unknown)
     steps: int = 25                    # N, denoising steps (MixGRPO)
     shift: float = 5.0                 # of the schedule (Wan)
-    strategy: str = "progressive"      # progressive (MixGRPO), random (LongCat) or all steps (Flow-GRPO)
+    strategy: str = "progressive"      # progressive (MixGRPO), random (LongCat), all (Flow-GRPO)
     size: int = 4                      # steps in the window (MixGRPO)
     stride: int = 1                    # progressive: steps advanced ...
     iters_per_window: int = 25         # ... every so many iterations (MixGRPO)
-    first: int = 0                     # window only among the first so many steps; 0: all (LongCat: 6 of 16)
-    window_per_condition: bool = False  # random: a window for each condition, not for all (Flash-GRPO)
+    first: int = 0                     # window among the first so many steps; 0: all (LongCat: 6)
+    window_per_condition: bool = False  # random: each condition has its own (Flash-GRPO)
     eta: float = 1.0                   # SDE noise (LongCat)
-    tau: float = 0.45                  # cap of a step's std (LongCat); 0: Flow-GRPO's cure for t = 1 instead
-    guidance: float = 1.0              # classifier-free guidance of the policy (paper's unknown); 1: off
+    tau: float = 0.45                  # cap of a step's std (LongCat); 0: Flow-GRPO's cure instead
+    guidance: float = 1.0              # classifier-free guidance of the policy; 1: off (ours)
     share_noise: bool = True           # one initial noise per group (LongCat, MixGRPO)
     share_prefix: bool = True          # compute once what a group shares; off: same numbers, slower
-    tail: float = 0.0                  # keep this share of the steps after the window (MixGRPO-Flash: 0.4)
+    tail: float = 0.0                  # share of later steps kept (MixGRPO-Flash: 0.4); 0: all
     micro_batch: int = 0               # network rows per call; 0: all at once
     # rewards and objective
-    rewards: str = "trans=1,rot=1,vq=1,mq=1,hpsv3=1"  # and my_file.py:function=weight (ours: unknown)
-    frame_weights: str = "linear"      # w_i of Eq. 3-4: linear (ours; paper: growing), uniform, quadratic
+    rewards: str = "trans=1,rot=1,vq=1,mq=1,hpsv3=1"  # also my_file.py:function=weight (ours)
+    frame_weights: str = "linear"      # w_i of Eq. 3-4: linear, uniform, quadratic (paper: growing)
     estimator_stride: int = 1          # estimate the camera of every so many frames only
     reward_batch: int = 1              # videos per reward call; 0: all at once
     park: bool = False                 # keep reward models on the CPU between uses
-    grey_mq: bool = False              # motion quality of the grey video, against colour hacking (LongCat)
-    hpsv3_prompt: str = ""             # for all, as "A high-quality image" (LongCat); empty: the caption
-    normalise: str = "max"             # by the largest group deviation (Eq. 5), or each "group"'s own (GRPO)
+    grey_mq: bool = False              # motion quality of the grey video (LongCat)
+    hpsv3_prompt: str = ""             # for all: "A high-quality image" (LongCat); empty: captions
+    normalise: str = "max"             # by the largest group deviation (Eq. 5), or group (GRPO)
     reweight: bool = True              # lambda_t of Eq. 7
     clip: float = 1e-4                 # e of Eq. 7; small because log-probs are means (MixGRPO)
-    kl: float = 0.0                    # times lambda_t^2 KL(policy || base) (LongCat); 0: none (paper)
-    updates: int = 1                   # optimiser steps an iteration, each on its share of every group
+    kl: float = 0.0                    # times lambda_t^2 KL(policy || base) (LongCat; paper: none)
+    updates: int = 1                   # optimiser steps an iteration, each on a share of each group
     lr: float = 1e-5                   # AdamW, constant (ours: paper's unknown)
     betas: tuple = (0.9, 0.999)        # AdamW (torch)
-    eps: float = 1e-15                 # AdamW; must lie far below the gradient's size, 2e-9 at 1.3B (ours)
-    weight_decay: float = 1e-4         # AdamW
-    grad_clip: float = 3.0             # cut a gradient to so many times the median norm so far; 0: never (ours)
+    eps: float = 1e-15                 # AdamW; far below the gradient's size, 2e-9 at 1.3B (ours)
+    weight_decay: float = 1e-4         # AdamW (MixGRPO)
+    grad_clip: float = 3.0             # longest gradient, in median norms so far; 0: any (ours)
     # the run
     iterations: int = 140              # (paper)
     seed: int = 0                      # of noise, conditions and paths
-    out: str = "out"                   # folder for checkpoints, log.jsonl and samples; resumes from it
+    out: str = "out"                   # folder for checkpoints, log.jsonl, samples; resumes there
     save_every: int = 10               # iterations between checkpoints
     keep: int = 2                      # checkpoints kept
     sample_every: int = 10             # iterations between sample videos, and between validations
-    validate: int = 8                  # fixed conditions that validation samples by the ODE and scores; 0: none
+    validate: int = 8                  # fixed conditions, sampled by the ODE and scored; 0: none
     rooms: int = 8                     # toy: test rooms judged at the end, ten paths each; 0: none
     compile: bool = False              # torch.compile the transformer's blocks
-    checkpointing: bool = True         # recompute blocks in the backward pass, but for attention's product
+    checkpointing: bool = True         # recompute blocks in the backward pass, but not attention
     threads: int = 0                   # CPU threads per process; 0: torch's choice
     timeout: int = 1800                # seconds until a rank that does not answer ends the run
-    max_failures: float = 0.25         # stop where more than this share of an iteration's videos fail
+    max_failures: float = 0.25         # stop where more than this share of videos fails
     max_skips: int = 3                 # stop at so many updates in a row with non-finite gradients
 
-    FREE = ("out", "iterations", "save_every", "keep", "sample_every", "timeout", "max_failures", "max_skips",
-            "threads", "park", "reward_batch", "rooms", "validate")  # may change on resume
+    FREE = ("out", "iterations", "save_every", "keep", "sample_every", "timeout", "max_failures",
+            "max_skips", "threads", "park", "reward_batch", "rooms", "validate")  # on resume
 
     def check(self, ranks, folders=True):
-        """ValueError where settings cannot work together; `folders`: or where those of the data are missing."""
+        """ValueError where settings cannot work; folders: or where the data's are missing."""
         def need(ok, message):
             if not ok:
                 raise ValueError(message)
@@ -118,25 +119,27 @@ class Config:
         fits = self.height % 16 == 0 and self.width % 16 == 0
         need(fits or self.world == "toy",
              f"height and width: expected multiples of 16, found {self.height} x {self.width}")
-        need(len(self.v) == 4 and len(self.omega) == 4, "v and omega: expected (lowest, highest, mean, sd)")
-        trajectories.draw_speeds(np.random.default_rng(0), self.v, self.omega)  # refuses bounds out of order
+        need(len(self.v) == 4 and len(self.omega) == 4,
+             "v and omega: expected (lowest, highest, mean, sd)")
+        trajectories.draw_speeds(np.random.default_rng(0), self.v, self.omega)  # refuses bad bounds
         may_be_0 = ("first", "micro_batch", "reward_batch", "seed", "rooms", "threads", "validate")
         for name, x in vars(self).items():
             if type(x) is int:
                 least = 0 if name in may_be_0 else 1
                 need(x >= least, f"{name}: expected at least {least}, found {x}")
         need(self.frames % 4 == 1, f"frames: expected 4k + 1, found {self.frames}")
-        need(self.normalise in ("max", "group"), f"normalise: expected max or group, found {self.normalise}")
-        need(self.conditions % ranks == 0, f"conditions: {self.conditions} do not divide over {ranks} ranks")
+        need(self.normalise in ("max", "group"),
+             f"normalise: expected max or group, found {self.normalise}")
+        need(self.conditions % ranks == 0,
+             f"conditions: {self.conditions} do not divide over {ranks} ranks")
         need(self.members % self.updates == 0,
              f"updates: {self.updates} do not divide {self.members} members")
-        need(self.lr > 0 and self.eta > 0, f"lr and eta: expected > 0, found {self.lr} and {self.eta}")
-        for name in ("clip", "shift"):
+        for name in ("lr", "eta", "clip", "shift"):
             need(getattr(self, name) > 0, f"{name}: expected > 0, found {getattr(self, name)}")
         for name in ("tau", "tail", "kl", "eps", "weight_decay"):
             need(getattr(self, name) >= 0, f"{name}: expected >= 0, found {getattr(self, name)}")
         need(self.grad_clip == 0 or self.grad_clip > 1,
-             f"grad_clip: expected more than 1 (times the median norm) or 0, found {self.grad_clip}")
+             f"grad_clip: expected more than 1 (in median norms) or 0, found {self.grad_clip}")
         need(len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
              f"betas: expected two numbers in [0, 1), found {self.betas}")
         need(self.strategy == "random" or not self.window_per_condition,
@@ -146,12 +149,14 @@ class Config:
             given = bool(getattr(self, name))
             kind = "FILE" if name == "captions" else "FOLDER"
             need(given or name not in reads[self.world], f"--{name}={kind} is needed")
-            need(not given or name in reads[self.world], f"{name}: world = {self.world} does not read it")
+            need(not given or name in reads[self.world],
+                 f"{name}: world = {self.world} does not read it")
 
     def window(self, iteration):
-        """The steps of an iteration that are stochastic and trained on: a tuple of indices per condition."""
-        return [window(iteration, self.steps, self.size, self.strategy, self.stride, self.iters_per_window,
-                       self.first or None, self.seed, j if self.window_per_condition else None)
+        """The stochastic steps of an iteration, which are trained on: C tuples of indices."""
+        return [window(iteration, self.steps, self.size, self.strategy, self.stride,
+                       self.iters_per_window, self.first or None, self.seed,
+                       j if self.window_per_condition else None)
                 for j in range(self.conditions)]
 
     def sampling(self, shape, device):
@@ -159,7 +164,8 @@ class Config:
         sigmas = schedule(self.steps, self.shift)
         return dict(sigmas=sigmas, shape=shape, device=device, seed=self.seed, eta=self.eta,
                     tau=self.tau or None, t_max=None if self.tau else float(sigmas[1]),
-                    tail=self.tail or None, guidance=self.guidance, micro_batch=self.micro_batch or None,
+                    tail=self.tail or None, guidance=self.guidance,
+                    micro_batch=self.micro_batch or None,
                     share_noise=self.share_noise, share_prefix=self.share_prefix)
 
 
@@ -173,7 +179,7 @@ def main(argv):
     interrupts = Interrupts()
     device = launch(config.world != "toy", config.threads, config.timeout)
 
-    # The world: policy, codec, what to draw, what to reward. The trained weights are kept in float32.
+    # The world: policy, codec, what to draw, what to reward. Trained weights are kept in float32.
     open_world = {"toy": open_toy, "clips": open_clips, "captions": open_captions}[config.world]
     world = open_world(config, device)
     dit = world.dit
@@ -183,9 +189,10 @@ def main(argv):
         p.data = p.data.float()
     if config.compile:
         dit.compile()
-    optimizer = torch.optim.AdamW(parameters, config.lr, config.betas, config.eps, config.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, config.lr, config.betas, config.eps,
+                                  config.weight_decay)
 
-    # The run: its folder, and how far it came. The base is sampled before a checkpoint replaces its weights.
+    # The run: its folder, and how far it came. The base is sampled first, while it is the base.
     show = demonstration(world, config) if rank == 0 else None
     validate = validation(world, config, rank, ranks)
     trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
@@ -197,7 +204,8 @@ def main(argv):
     if ranks > 1:
         policy = DistributedDataParallel(dit, None if device.type == "cpu" else [device.index])
     local = config.conditions // ranks
-    mine = slice(rank * local, (rank + 1) * local)  # this rank's share of an iteration's conditions
+    ids = range(config.conditions)
+    mine = slice(rank * local, (rank + 1) * local)  # this rank's share of them
     start = run.done
     skipped = 0     # updates in a row whose gradients were no numbers
     warned = set()  # rewards whose failure was named
@@ -207,34 +215,34 @@ def main(argv):
         bar = progress(start, config.iterations, rank == 0)
         for iteration in bar:
             clock = Clock(device)
-            valid = validate() if iteration % config.sample_every == 0 else {}  # of the weights so far
+            valid = validate() if iteration % config.sample_every == 0 else {}
             clock("validation")
 
-            # Conditions: clips without replacement over all ranks, target paths independently (Sec. 3.4).
+            # Conditions: clips without replacement over all ranks, paths independently (Sec. 3.4).
             numbers = clip_numbers(iteration, config.conditions, world.size, config.seed)
-            rngs = [np.random.default_rng((config.seed, iteration, j)) for j in range(config.conditions)]
+            rngs = [np.random.default_rng((config.seed, iteration, j)) for j in ids]
             condition, scene = world.draw(numbers[mine], rngs[mine])
             prepared, negative = prepare(dit, condition, world.negative, config.guidance)
             del condition  # its camera maps are large
             clock("conditions")
 
-            # Rollout: G videos of every condition, stochastic in the window's steps only (Sec. 3.3).
+            # Rollout: G videos of every condition, stochastic in the window only (Sec. 3.3).
             windows = config.window(iteration)
-            sampled = rollout(dit, prepared, config.members, windows[mine], iteration=iteration, negative=negative,
-                              condition_ids=range(config.conditions)[mine],
+            sampled = rollout(dit, prepared, config.members, windows[mine], iteration=iteration,
+                              condition_ids=ids[mine], negative=negative,
                               **config.sampling(world.shape, device))
             clock("rollout")
             videos = decode(world.codec, sampled.latents.flatten(0, 1), config.reward_batch)
             clock("decode")
 
-            # Rewards of every video against its own target, then of all ranks: name -> (C, G) (Eq. 3-4).
+            # Rewards of every video against its own target (Eq. 3-4); all ranks': name -> (C, G).
             scores, failed = score(world, videos, scene, config, iteration, warned)
             clock("rewards")
 
             # Advantages: normalised by the largest group deviation of all ranks (Eq. 5-6).
             A = advantages(scores, world.reward_weights, normalise=config.normalise)
 
-            # The objective (Eq. 7) and a step; `updates` of them, each on its share of every group's members.
+            # The objective (Eq. 7) and a step; or `updates` of them, each on a share of each group.
             share = config.members // config.updates
             for update in range(config.updates):
                 members = slice(update * share, (update + 1) * share)
@@ -255,10 +263,12 @@ def main(argv):
 
             # One line for the log, then whatever is due.
             evaluations = gather(torch.tensor([sampled.evaluations], device=device)).sum()
-            record = {"iteration": iteration, "window": windows if config.window_per_condition else windows[0],
+            record = {"iteration": iteration,
+                      "window": windows if config.window_per_condition else windows[0],
                       "failed": failed, "skipped": skipped, "ratio_error": ratio_error,
-                      "evaluations": int(evaluations), **on_all_ranks(stats), **sizes(parameters, optimizer, norm),
-                      "advantage_std": float(A.std()), **statistics(scores), **valid, **clock.record()}
+                      "evaluations": int(evaluations), **on_all_ranks(stats),
+                      **sizes(parameters, optimizer, norm), "advantage_std": float(A.std()),
+                      **statistics(scores), **valid, **clock.record()}
             run.log(record)
             warn_of_eps(record, config.eps, warned)
             tell(bar, run.records, config.iterations, sum(clock.seconds.values()))
@@ -273,8 +283,9 @@ def main(argv):
         if config.validate and start < config.iterations:
             run.note({"iteration": run.done, **validate()})  # of the final weights
         if rank == 0 and config.world == "toy" and config.rooms:
-            evaluate_toy(Toy(ckpt=config.out, weights=config.weights, out=str(run.out / "evaluation"),
-                             rooms=config.rooms, steps=config.steps, shift=config.shift,
+            evaluate_toy(Toy(ckpt=config.out, weights=config.weights,
+                             out=str(run.out / "evaluation"), rooms=config.rooms,
+                             steps=config.steps, shift=config.shift,
                              log=str(run.out / "log.jsonl")))
     except BaseException:
         deafen()
@@ -286,13 +297,14 @@ def main(argv):
 # ---- the steps of the loop that need more than a line ----
 
 def score(world, videos, scene, config, iteration, warned):
-    """This rank's rewards, and all ranks': name -> (conditions, members), and how many videos failed.
+    """All ranks' rewards, name -> (conditions, members), and how many of their videos failed.
 
-    videos: uint8 (C G, T, H, W, 3) of C conditions on this rank; scene: C rows. RuntimeError where more than
-    config.max_failures of all ranks' videos failed.
+    videos: uint8 (C G, T, H, W, 3) of C conditions on this rank; scene: C rows. RuntimeError where
+    more than config.max_failures of all ranks' videos failed.
     """
     rows = torch.arange(len(videos) // config.members).repeat_interleave(config.members).tolist()
-    scores, failures = rewards.score(world.rewards, videos, scene[rows], config.reward_batch or None)
+    scores, failures = rewards.score(world.rewards, videos, scene[rows],
+                                     config.reward_batch or None)
     scores = {name: gather(x.view(-1, config.members)) for name, x in scores.items()}
     failed = ~succeeded(scores, world.reward_weights)  # (C, G) of all ranks
     reasons = warn_of_failures(failures, len(videos), warned)
@@ -304,8 +316,8 @@ def score(world, videos, scene, config, iteration, warned):
 
 
 def statistics(scores):
-    """For the log: each reward's mean (None where all failed: JSON knows no NaN), its mean deviation inside
-    a group, and how many videos failed. scores: name -> (C, G)."""
+    """For the log, of scores name -> (C, G): each reward's mean (None where all failed: JSON has
+    no NaN), its mean deviation inside a group, and how many videos failed."""
     record = {}
     for name, x in scores.items():
         ok = x[x.isfinite()]
@@ -318,8 +330,8 @@ def statistics(scores):
 def gradients(policy, base, sampled, A, config):
     """Adds up the gradients of Eq. 7 over window steps and micro-batches -> its statistics.
 
-    A: (C, G) advantages of this rank's conditions; base: the policy that kl refers to, or None. Ranks
-    exchange gradients in the last backward pass only; DDP then averages them.
+    A: (C, G) advantages of this rank's conditions; base: the policy that kl refers to, or None.
+    Ranks exchange gradients in the last backward pass only; DDP then averages them.
     """
     batches = []
     for k in range(len(sampled.x)):
@@ -329,8 +341,9 @@ def gradients(policy, base, sampled, A, config):
         is_last = (k, c, m) == batches[-1]
         alone = not isinstance(policy, DistributedDataParallel)
         with nullcontext() if is_last or alone else policy.no_sync():
-            loss, stats = policy_loss(policy, sampled, k, A, conditions=c, members=m, clip=config.clip,
-                                      reweight=config.reweight, kl=config.kl, reference=base)
+            loss, stats = policy_loss(policy, sampled, k, A, conditions=c, members=m,
+                                      clip=config.clip, reweight=config.reweight, kl=config.kl,
+                                      reference=base)
             loss.backward()
         found.append(stats)
     return summary(found)
@@ -343,10 +356,10 @@ def frozen_copy(dit, trained):
 
 
 def clip_gradient(parameters, norms, times):
-    """Cuts an outlier: a gradient longer than `times` the median norm of the last updates. Returns its norm.
+    """Cuts a gradient longer than `times` the median of the last updates' norms -> its norm before.
 
-    norms: those of the last 20 updates, to which this one is added. A fixed limit would not do: log-probs are
-    means over latent elements, so the usual norm is 1e-2 in the toy and about 4e-5 at the published size.
+    norms: of the last 20 updates, to which this one is added. A fixed limit would not do: log-probs
+    are means over latent elements, so the usual norm is 1e-2 in the toy and about 4e-5 at 1.3B.
     """
     gradient = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradient)
@@ -361,8 +374,8 @@ def clip_gradient(parameters, norms, times):
 
 
 def sizes(parameters, optimizer, norm):
-    """For the log: the gradient's norm and root mean square, before clipping, and the RMS of the last step
-    relative to lr (1: AdamW's usual; far below 1: eps swallows it). None where they are no numbers."""
+    """For the log: the gradient's norm and RMS before clipping, the RMS of the last step relative to
+    lr (1 is AdamW's first; far below 1, eps swallows it). None where they are no numbers."""
     count = sum(p.numel() for p in parameters)
     total = 0
     for group in optimizer.param_groups:
@@ -380,7 +393,7 @@ def sizes(parameters, optimizer, norm):
 
 
 def check_on_policy(error, clip, is_first, rank):
-    """Before weights change, an update must repeat the rollout's numerics: r = 1. Checked at every start."""
+    """Before weights change, an update must repeat the rollout's numerics: r = 1 at every start."""
     if not is_first:
         return
     if not math.isfinite(error):
@@ -393,7 +406,7 @@ def check_on_policy(error, clip, is_first, rank):
 
 
 def check_divergence(skipped, max_skips, norm, iteration):
-    """An update with gradients that are no numbers is skipped; RuntimeError after max_skips in a row."""
+    """Updates whose gradients are no numbers are skipped; RuntimeError at max_skips in a row."""
     if skipped >= max_skips:
         raise RuntimeError(f"iteration {iteration}: gradient norm {float(norm)}, "
                            f"{skipped} updates skipped in a row")
@@ -406,7 +419,8 @@ def read_config(argv, ranks):
     config = parse(Config, argv, str(Path(__file__).parent / "config/toy.py"))
     config.check(ranks)
     if ":" in config.rewards and not any(arg.startswith("--rewards=") for arg in argv):
-        raise ValueError(f"rewards: code of one's own runs only when named by --rewards=: {config.rewards}")
+        raise ValueError("rewards: code of one's own runs only when named by --rewards=: "
+                         f"{config.rewards}")
     return config
 
 

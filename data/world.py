@@ -26,6 +26,7 @@ class World:
     negative: object         # (1, L, D) negative prompt's embedding, or None
     rewards: list
     reward_weights: dict     # name -> weight
+    true_view: object = None  # (clip numbers, c2w (n, T, 4, 4)) -> uint8 (n, T, H, W, 3), where it is known
 
 
 def clip_numbers(iteration, count, size, seed):

@@ -1,13 +1,19 @@
 """Which cases an evaluation has: clips, paths, speeds, checkpoints, and videos made elsewhere."""
 import difflib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data.prepare import read_captions
 from data.video import VIDEOS, find_videos, without_suffix
+from evaluation.page import read_log
 from plumbing.checkpoint import WEIGHTS, find_checkpoint
 from plumbing.files import digest
+from plumbing.settings import at_least_1
+from pretrained.weights import find_policy, weights_sizes
+from trajectories import path_number
 
 
 def items(text):
@@ -37,8 +43,8 @@ def split_case(name):
 
 
 def find_clips(videos, only=""):
-    """{clip: video, by its name below the folder `videos`}. only: clips, comma-separated or one a line in a
-    text file; ValueError naming those that do not exist."""
+    """{clip: video, by its name below the folder `videos`}. only: clips, comma-separated or one a
+    line in a text file; ValueError naming those that do not exist."""
     clips = {}
     for video in find_videos(videos):
         clip = without_suffix(video).replace("/", "_")
@@ -58,7 +64,8 @@ def find_clips(videos, only=""):
 
 
 def find_generated(folder):
-    """{case: file} of a folder of videos made elsewhere; ValueError for one that is not named like a case."""
+    """{case: file} of a folder of videos made elsewhere; ValueError for one that is not named like
+    a case."""
     cases = {}
     for name in find_videos(folder):
         case = split_case(Path(name).stem)
@@ -69,7 +76,8 @@ def find_generated(folder):
 
 
 def find_checkpoints(text):
-    """Comma-separated checkpoints -> {method: file, None for the base}; a run's is <run>-<iteration>."""
+    """Comma-separated checkpoints -> {method: file, None for the base}; a run's is
+    <run>-<iteration>."""
     files = [find_checkpoint(x) for x in items(text)]
     names = ["-".join(f.resolve().parts[-3:-1]) if f.name == WEIGHTS else f.stem for f in files]
     if len({*names, "base", "sources", "conditions", "targets", "truth"}) < len(names) + 5:
@@ -78,8 +86,8 @@ def find_checkpoints(text):
 
 
 def case_digest(*parts):
-    """A digest of a case's source and truth (strings, videos, paths): whether two evaluations ask the same.
-    Numbers that are no integers count to the sixth decimal."""
+    """A digest of a case's source and truth (strings, videos, paths): whether two evaluations ask
+    the same. Numbers that are no integers count to the sixth decimal."""
     content = b""
     for part in parts:
         array = np.asarray(part)
@@ -87,3 +95,91 @@ def case_digest(*parts):
             array = array.astype(np.float64).round(6) + 0.0  # no negative zeros
         content += part.encode() if isinstance(part, str) else array.tobytes()
     return digest(content)
+
+
+# ---- all of an evaluation ----
+
+@dataclass
+class Asked:
+    """What an evaluation is asked for."""
+    clips: dict        # clip -> video below config.videos; empty where only videos made elsewhere are scored
+    cases: list        # names <clip>_camera_<n>_speed_<s>
+    checkpoints: dict  # method -> file (None: the base), of config.weights' policy
+    policies: dict     # method -> (weights, checkpoint, conditions' folder), of those that generate here
+    files: dict        # method -> case -> video, of all methods
+
+
+def find_policies(config):
+    """{method: (weights, checkpoint or None, folder of conditions)} of what generates here: base and
+    tuned of config.weights, and the baselines, by their policies' names. ValueError, OSError for
+    what cannot be."""
+    if not config.weights and (config.ckpt or config.baselines):
+        raise ValueError("ckpt and baselines: --weights=FOLDER is needed")
+    policies = {}
+    if config.weights:
+        for method, checkpoint in find_checkpoints(config.ckpt).items():
+            policies[method] = config.weights, checkpoint, Path(config.out) / "conditions"
+    for weights in items(config.baselines):
+        name = find_policy(weights).name
+        if name in policies:
+            raise ValueError(f"baselines: expected one {name}, found another in {weights}")
+        policies[name] = weights, None, Path(config.out) / name / "conditions"
+    for weights, *_ in policies.values():
+        policy = find_policy(weights)
+        weights_sizes(weights)  # all there?
+        if not policy.source:
+            raise ValueError(f"{weights}: {policy.name} takes no source video")
+    return policies
+
+
+def what_is_asked(config):
+    """Settings -> Asked. ValueError, OSError for what cannot be."""
+    numbers = listed(config.paths, "paths", path_number)
+    speeds = listed(config.speeds, "speeds", float)
+    at_least_1(config, "height", "width", "steps")
+    if not (config.weights or config.generated):
+        raise ValueError("give --weights=FOLDER to generate videos, or --generated=FOLDER to score some")
+    if (config.weights or config.clips) and not config.videos:
+        raise ValueError("--videos=FOLDER is needed, the source videos")
+    if config.redirector and not (Path(config.redirector) / "evaluate.py").is_file():
+        raise FileNotFoundError(f"{config.redirector}/evaluate.py: no such file, expected ReDirector's")
+    for log in items(config.log):
+        read_log(log)
+    if config.captions:
+        read_captions(config.captions)
+
+    # methods: those that generate here, and folders of videos made elsewhere
+    clips = find_clips(config.videos, config.clips) if config.videos else {}
+    policies = find_policies(config)
+    folders = [Path(folder) for folder in items(config.generated)]
+    elsewhere = {folder.resolve().name: find_generated(folder) for folder in folders}
+    if len({*policies, *elsewhere}) < len(policies) + len(folders):
+        raise ValueError(f"generated: expected folders of different names, none {', '.join(policies)}")
+
+    # cases: every clip along every path at every speed
+    names = list(clips) or sorted({split_case(case)[0] for videos in elsewhere.values() for case in videos})
+    cases = [case_name(clip, number, speed) for clip in names for speed in speeds for number in numbers]
+    if odd := [case for case in cases if split_case(case) is None]:
+        raise ValueError(f"speeds: expected numbers such as 1 and 1.5, found {odd[0].split('_')[-1]}")
+    if unknown := [case for case in items(config.show) if case not in cases]:
+        raise ValueError(f"show: no case {unknown[0]!r}, expected for example {cases[0]}")
+    for method, videos in elsewhere.items():
+        if not set(videos) & set(cases):
+            raise ValueError(f"{method}: none of its {len(videos)} videos has such a clip, path and speed")
+    files = {}
+    for method in policies:
+        files[method] = {case: Path(config.out) / method / "videos" / f"{case}.mp4" for case in cases}
+    for method, videos in elsewhere.items():
+        files[method] = {case: videos.get(case, Path(method) / f"{case}.mp4") for case in cases}
+    checkpoints = find_checkpoints(config.ckpt) if config.weights else {}
+    return Asked(clips, cases, checkpoints, policies, files)
+
+
+def say_what_is_asked(config, asked):
+    """Prints the number of cases, and how many of them the folders of videos made elsewhere
+    have."""
+    print(f"{len(asked.cases)} cases for each of {', '.join(asked.files)}")
+    for folder in items(config.generated):
+        videos = find_generated(folder)
+        known = len(set(asked.cases) & set(videos))
+        print(f"{Path(folder).resolve().name}: has {known} of them, and {len(videos) - known} other videos")

@@ -1,4 +1,5 @@
-"""Several evaluations together (`python evaluate.py compare`), and several runs (`python evaluate.py curves`)."""
+"""Several evaluations together (`evaluate.py compare`), and several training runs (`evaluate.py
+curves`)."""
 import itertools
 import time
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from evaluation.scores import read_results
 
 @dataclass
 class Compare:
-    """python evaluate.py compare A B: their tables together, and in pairs on the cases that both have."""
+    """python evaluate.py compare A B: their tables together, and in pairs on the cases that both
+    have."""
     results: str = ""           # results.json, or folders of them or of runs, by commas or as plain arguments
     out: str = "out/compare"    # folder for report.html and tables.md
     show: str = ""              # cases in the report, comma-separated; empty: best, median, worst change
@@ -26,8 +28,9 @@ class Curves:
 
 
 def compare(config):
-    """Write tables and page of several results.json, and print three lines for each pair: first the runs
-    against each other, then each against its base. ValueError where they are not comparable."""
+    """Write tables and page of several results.json, and print three lines for each pair: first the
+    runs against each other, then each against its base. ValueError where they are not
+    comparable."""
     started = time.time()
     files = [find_results(path) for path in items(config.results)]
     if len({file.resolve() for file in files}) < 2:
@@ -57,8 +60,8 @@ def find_results(path):
 
 
 def refuse_what_differs(results):
-    """ValueError where evaluations {name: results} have other estimators, no case in common, or one name for
-    cases of different sources or true paths."""
+    """ValueError where evaluations {name: results} have other estimators, no case in common, or one
+    name for cases of different sources or true paths."""
     estimators = {r["settings"]["estimator"] for r in results.values()}
     if len(estimators) > 1:
         raise ValueError(f"compare: different estimators of cameras, {' and '.join(sorted(estimators))}")
@@ -76,8 +79,9 @@ def refuse_what_differs(results):
 
 
 def named_methods(results, files):
-    """Evaluations {name: results} of files {name: results.json} -> all their methods under short names, bases
-    first and one that evaluations share only once; {name: its last method}; {name: its base, or None}."""
+    """Evaluations {name: results} of files {name: results.json} -> all their methods under short
+    names, bases first and one that evaluations share only once; {name: its last method}; {name: its
+    base, or None}."""
     everyone = [short(method) for r in results.values() for method in r["methods"]]
     bases, others, last, base_of = {}, {}, {}, {}
     for name, r in results.items():

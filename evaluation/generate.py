@@ -1,4 +1,5 @@
-"""From a condition to videos, by the plain ODE: for evaluations, for `retake`, and the samples of a run."""
+"""From a condition to videos, by the plain ODE: for evaluations, for `retake`, and the samples of a
+run."""
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -10,21 +11,25 @@ import torch
 import rewards
 from data.cameras import source_cameras
 from data.clips import Clip
-from data.draw import draw_paths, grid, upscale
+from data.draw import PATH_COLORS, draw_paths, grid, upscale
 from data.prepare import encode_clip
 from data.video import decode, read_frames, read_video, write_video
 from data.world import condition_of
+from plumbing.files import write_json
 from plumbing.ranks import gather
 from pretrained.encoders import describe_frame
 from sampler import sample, schedule
+from trajectories import relative
 
 
 @torch.no_grad()
 def prepare(dit, condition, negative, guidance):
-    """The parts of a forward pass that depend on neither x nor t, of a Condition and of its negative.
+    """The parts of a forward pass that depend on neither x nor t, of a Condition and of its
+    negative.
 
-    negative: the negative prompt's embedding (1, L, D), which takes the caption's place; without guidance
-    (guidance 1) the second is None. ValueError where guidance is asked for and there is no negative prompt.
+    negative: the negative prompt's embedding (1, L, D), which takes the caption's place; without
+    guidance (guidance 1) the second is None. ValueError where guidance is asked for and there is no
+    negative prompt.
     """
     prepared = dit.prepare(condition)
     if guidance == 1:
@@ -40,9 +45,10 @@ def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidanc
              rows=1, shape=None):
     """Condition of C rows -> uint8 videos (C, T, H, W, 3), by the plain ODE.
 
-    The noise depends on seed and ids (C names) alone, so two models get the same. negative: the negative
-    prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail: sampler.schedule's and
-    rollout's; rows: decode's; shape: of a latent, where there is no source to have it from.
+    The noise depends on seed and ids (C names) alone, so two models get the same. negative: the
+    negative prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail:
+    sampler.schedule's and rollout's; rows: decode's; shape: of a latent, where there is no source
+    to have it from.
     """
     prepared, negative = prepare(dit, condition, negative, guidance)
     latents = sample(dit, prepared, sigmas=schedule(steps, shift), seed=seed, tail=tail,
@@ -73,8 +79,8 @@ class Generating:
 
 
 def read_clip(path, config, stride=1):
-    """A video's largest 4k+1 frames, config.frames at most (0: all), scaled to cover and cropped -> uint8
-    (T, H, W, 3), fps, and the frames' numbers (T,), rows of a camera file."""
+    """A video's largest 4k+1 frames, config.frames at most (0: all), scaled to cover and cropped ->
+    uint8 (T, H, W, 3), fps, and the frames' numbers (T,), rows of a camera file."""
     size = config.height, config.width
     if size[0] % 16 or size[1] % 16:
         raise ValueError(f"height and width: expected multiples of 16, found {size[0]} x {size[1]}")
@@ -91,9 +97,10 @@ def read_clip(path, config, stride=1):
 
 
 def find_cameras(path, name, clip, mp4, config, estimate):
-    """Cameras of a clip as read_clip returns it: c2w (T, 4, 4), metres, relative to the first, and intrinsics
-    (4,). From config.cameras, a file, or a folder that has one for the video called `name`; where that is
-    empty, estimated from `mp4`, the clip as the model sees it; without an estimator either, None and None."""
+    """Cameras of a clip as read_clip returns it: c2w (T, 4, 4), metres, relative to the first, and
+    intrinsics (4,). From config.cameras, a file, or a folder that has one for the video called
+    `name`; where that is empty, estimated from `mp4`, the clip as the model sees it; without an
+    estimator either, None and None."""
     video, _, rows = clip
     cameras = config.cameras
     if not cameras and estimate is None:
@@ -118,7 +125,8 @@ def encode(clip, path, caption, cameras, encoders, config, device):
 
 
 def rerender(dit, codec, clip, target, name, negative, config, device):
-    """A data.Clip filmed along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named `name`."""
+    """A data.Clip filmed along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named
+    `name`."""
     condition = condition_of(dit, [clip], target[None], config, device)
     return generate(dit, codec, condition, [name], negative, steps=config.steps, shift=config.shift,
                     guidance=config.guidance, seed=config.seed)[0].cpu().numpy()
@@ -127,38 +135,63 @@ def rerender(dit, codec, clip, target, name, negative, config, device):
 # ---- what a run shows ----
 
 def demonstration(world, config):
-    """What is shown while training: a function (path) that writes an mp4 of source | base | now for a few
-    conditions, the target path drawn in; without a source, base | now. The base's videos are sampled here,
-    before any update."""
-    count = 3 if config.world == "toy" else 1
-    rngs = [np.random.default_rng((config.seed, 1 << 32, j)) for j in range(count)]
-    condition, scene = world.draw(list(range(count)), rngs)
-    now = partial(generate, world.dit, world.codec, condition, [f"show {j}" for j in range(count)],
+    """What is shown while training: a function (path) that writes an mp4 of a few conditions, in
+    the panels source | true view | base | now; the true view where the world knows it.
+
+    Two paths are drawn into base and now: white the one asked for, in colour the one that the
+    rewards' estimator sees. A world of captions has neither source nor paths. The base's videos are sampled here, before any update. Beside the mp4,
+    panels.json names the panels, for the report.
+    """
+    numbers = list(range(3 if config.world == "toy" else 1))
+    rngs = [np.random.default_rng((config.seed, 1 << 32, j)) for j in numbers]
+    condition, scene = world.draw(numbers, rngs)
+    now = partial(generate, world.dit, world.codec, condition, [f"show {j}" for j in numbers],
                   world.negative, steps=config.steps, shift=config.shift, guidance=config.guidance,
                   seed=config.seed, rows=config.reward_batch, shape=world.shape)
-    base = now()
+    geometry = [reward for reward in world.rewards if set(getattr(reward, "names", ())) & set(rewards.POSES)]
+    estimate = rewards.estimator_of(geometry)  # of a run without these rewards, none is loaded for this
+
+    def with_paths(videos, colour):
+        """uint8 (n, T, H, W, 3) -> n arrays, the paths drawn in, if there are any."""
+        if scene.c2w is None:
+            return [large(video) for video in videos]
+        seen = relative(estimate(videos, scene)[0]) if estimate else [None] * len(videos)
+        drawn = []
+        for video, target, found in zip(videos, scene.c2w, seen):
+            paths = [target.cpu().numpy()]
+            if found is not None and found.isfinite().all():
+                paths.append(found.cpu().numpy())
+            drawn.append(draw_paths(large(video), paths, (PATH_COLORS[0], colour)))
+        return drawn
+
     source = scene.source
     if source is None and condition.source is not None:
         source = decode(world.codec, condition.source, config.reward_batch)
+    panels = {} if source is None else {"source": [large(video) for video in source]}
+    if world.true_view:
+        panels["true view"] = [large(video) for video in world.true_view(numbers, scene.c2w)]
+    panels["base"] = with_paths(now(), PATH_COLORS[2])
+    fps = float(torch.as_tensor(scene.fps).flatten()[0])
 
     def show(path):
-        columns = {"base": base, "now": now()} if source is None else {
-            "source": source, "base": base, "now": now()}
-        rows = []
-        for j, videos in enumerate(zip(*columns.values())):
-            panels = [upscale(x.cpu().numpy(), max(1, 192 // x.shape[1])) for x in videos]
-            if scene.c2w is not None:
-                panels[1:] = [draw_paths(x, [scene.c2w[j].cpu().numpy()]) for x in panels[1:]]
-            rows.append(grid(panels, list(columns)))
-        write_video(path, np.concatenate(rows, 1), scene.fps)
+        shown = panels | {"now": with_paths(now(), PATH_COLORS[1])}
+        rows = [grid(videos, list(shown)) for videos in zip(*shown.values())]
+        write_video(path, np.concatenate(rows, 1), fps)
+        write_json(path.with_name("panels.json"), list(shown))
     return show
 
 
-def validation(world, config, rank, ranks):
-    """A function without arguments -> {"valid/NAME": mean reward} of a few fixed conditions and paths.
+def large(video):
+    """uint8 (T, H, W, 3), a tensor -> an array, enlarged to about 192 lines where it is a toy's."""
+    return upscale(video.cpu().numpy(), max(1, 192 // video.shape[1]))
 
-    config.validate of them, shared out over the ranks, sampled by the plain ODE from fixed noise and scored
-    by the run's own rewards. {} where config.validate is 0.
+
+def validation(world, config, rank, ranks):
+    """A function without arguments -> {"valid/NAME": mean reward} of a few fixed conditions and
+    paths.
+
+    config.validate of them, shared out over the ranks, sampled by the plain ODE from fixed noise
+    and scored by the run's own rewards. {} where config.validate is 0.
     """
     mine = range(config.validate)[rank::ranks]
     most = math.ceil(config.validate / ranks)  # on one rank

@@ -1,7 +1,8 @@
 """The page that a run or an evaluation shows: one HTML file that stands alone.
 
-Charts are inline SVG, videos and their posters base64; the page's own policy forbids it to load anything or to
-run a script. Sections are strings of HTML, made here from tables (report.py), logs, videos and camera paths.
+Charts are inline SVG, videos and their posters base64; the page's own policy forbids it to load
+anything or to run a script. Sections are strings of HTML, made here from tables (report.py), logs,
+videos and camera paths.
 """
 import base64
 import html
@@ -20,7 +21,7 @@ from data.draw import draw_paths, grid
 from data.video import read_video, write_video
 from plumbing.files import write_file
 
-# Okabe and Ito's hues, which every eye tells apart, dark on white and light on black (contrast above 4.5)
+# Okabe and Ito's hues, which every eye tells apart: dark on white, light on black (contrast > 4.5)
 COLOURS = (("#0060b0", "#6db3f8"), ("#b04600", "#ff9d5c"), ("#007050", "#4fd0a0"),
            ("#a33a7a", "#f29ac8"), ("#755800", "#e0c050"), ("#5a54c4", "#aaa6ff"))
 INK = {  # name -> light, dark
@@ -29,7 +30,8 @@ INK = {  # name -> light, dark
     **{f"c{i}": pair for i, pair in enumerate(COLOURS)}}
 STYLE = (":root { color-scheme: light dark; " + "".join(f"--{k}: {x[0]}; " for k, x in INK.items()) + "}\n"
          "@media (prefers-color-scheme: dark) { :root { "
-         + "".join(f"--{k}: {x[1]}; " for k, x in INK.items()) + "} }\n" + """
+         + "".join(f"--{k}: {x[1]}; " for k, x in INK.items()) + "} }\n" +
+         """
 * { box-sizing: border-box }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 1.5em auto;
        max-width: 1280px; padding: 0 16px; overflow-wrap: break-word }
@@ -95,7 +97,8 @@ def section(title, *parts):
 
 def lines(texts):
     """Lines of text as they stand in the terminal."""
-    return f'<pre class="lines" tabindex="0" role="region" aria-label="result">{esc(chr(10).join(texts))}</pre>'
+    text = esc("\n".join(texts))
+    return f'<pre class="lines" tabindex="0" role="region" aria-label="result">{text}</pre>'
 
 
 def note(text):
@@ -109,8 +112,8 @@ def facts(found):
 
 
 def table(t):
-    """A table (report.table) -> HTML, all text escaped; words to the left, numbers to the right with their
-    intervals below. It scrolls sideways by itself, by keyboard too."""
+    """A table (report.table) -> HTML, all text escaped; words to the left, numbers to the right
+    with their intervals below. It scrolls sideways by itself, by keyboard too."""
     columns = [[cell for cell in column if cell] for column in zip(*t["rows"])]
     words = [bool(column) and all(re.match(r"[^-+\d\[–]", cell) for cell in column) for column in columns]
 
@@ -146,8 +149,8 @@ def widen(low, high, least):
 def chart(title, series, x_unit, y_unit, least=0.0, equal=False, size=(340, 220), strokes=()):
     """A figure of lines [(CSS classes, x (n,), y (n,))].
 
-    least: shortest y axis, so that jitter about a constant looks flat; equal: one scale, and `least`, for
-    both axes; strokes: [(CSS classes, x1, y1, x2, y2)].
+    least: shortest y axis, so that jitter about a constant looks flat; equal: one scale, and
+    `least`, for both axes; strokes: [(CSS classes, x1, y1, x2, y2)].
     """
     width, height = size
     left, right, top, bottom = 52, width - 12, 8, height - 34
@@ -179,8 +182,9 @@ def chart(title, series, x_unit, y_unit, least=0.0, equal=False, size=(340, 220)
         parts.append(f'<polyline class="{kind}" points="{points}"/>')
     parts += [f'<path class="{kind}" d="M{px(a)},{py(b)}L{px(c)},{py(d)}"/>' for kind, a, b, c, d in strokes]
     unit = f" <span>{esc(y_unit)}</span>" if y_unit else ""
+    label = esc(f"{title}, {y_unit}, over {x_unit}")
     return (f'<figure><figcaption>{esc(title)}{unit}</figcaption><svg viewBox="0 0 {width} {height}" '
-            f'role="img" aria-label="{esc(f"{title}, {y_unit}, over {x_unit}")}">{"".join(parts)}</svg></figure>')
+            f'role="img" aria-label="{label}">{"".join(parts)}</svg></figure>')
 
 
 def colour_of(k):
@@ -198,14 +202,16 @@ def legend(entries):
 # ---- camera paths ----
 
 def turns(c2w):
-    """c2w (T, 4, 4), OpenCV -> degrees to the right (T,) and upwards (T,) that each camera looks."""
+    """c2w (T, 4, 4), OpenCV -> degrees to the right (T,) and upwards (T,) that each camera
+    looks."""
     x, y, z = c2w[:, :3, 2].T  # where it looks
     return np.degrees(np.unwrap(np.arctan2(x, z))), np.degrees(np.arctan2(-y, np.hypot(x, z)))
 
 
 def path_charts(paths):
-    """Camera paths [(name, c2w (T, 4, 4))], the target first -> charts from above (x to the right, forward
-    upwards; strokes show where cameras look at start, middle and end), of height, and of both rotations."""
+    """Camera paths [(name, c2w (T, 4, 4))], the target first -> charts from above (x to the right,
+    forward upwards; strokes show where cameras look at start, middle and end), of height, and of
+    both rotations."""
     paths = [(name, trajectories.relative(np.asarray(c2w))) for name, c2w in paths]
     reach = 0.12 * max(0.2, *(np.ptp(c2w[:, [0, 2], 3], axis=0).max() for _, c2w in paths))
     above, height, right, up, looks, names = [], [], [], [], [], []
@@ -245,14 +251,16 @@ def jpeg(frame):
 
 
 def video(frames, fps, name):
-    """uint8 (T, H, W, 3) -> HTML of a video with a poster; it plays over and over once it is started."""
+    """uint8 (T, H, W, 3) -> HTML of a video with a poster; it plays over and over once it is
+    started."""
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)))
     with tempfile.TemporaryDirectory() as folder:
         write_video(f"{folder}/video.mp4", frames, fps)
         content = base64.b64encode(Path(f"{folder}/video.mp4").read_bytes()).decode()
     poster = base64.b64encode(jpeg(frames[-1])).decode()  # the last frame: there paths have parted
-    return (f'<div class="film"><video controls loop muted playsinline preload="auto" width="{frames.shape[2]}" '
-            f'height="{frames.shape[1]}" aria-label="{esc(name)}" poster="data:image/jpeg;base64,{poster}" '
+    height, width = frames.shape[1:3]
+    return (f'<div class="film"><video controls loop muted playsinline preload="auto" width="{width}" '
+            f'height="{height}" aria-label="{esc(name)}" poster="data:image/jpeg;base64,{poster}" '
             f'src="data:video/mp4;base64,{content}"></video></div>')
 
 
@@ -275,8 +283,9 @@ def read_panel(path, height=240):
 
 
 def panels(case):
-    """One case's videos side by side, each method's with its own path (in its colour) and the target's
-    (white) drawn in -> uint8 (T, H, W, 3) or None, fps, and a note on each that cannot be read."""
+    """One case's videos side by side, each method's with its own path (in its colour) and the
+    target's (white) drawn in -> uint8 (T, H, W, 3) or None, fps, and a note on each that cannot be
+    read."""
     paths = dict(case["paths"])
     methods = [name for name, _ in case["paths"] if name != "target"]
     shown, labels, notes, fps = [], [], [], 24.0
@@ -301,9 +310,9 @@ def panels(case):
 
 
 def cases(found):
-    """Single cases -> HTML: one video of them all, so that one control plays all, then paths and scores of
-    each. found: dicts of title, short (title), videos [(label, file)], paths [(label, c2w (T, 4, 4))] with
-    the target's first, and scores, a table."""
+    """Single cases -> HTML: one video of them all, so that one control plays all, then paths and
+    scores of each. found: dicts of title, short (title), videos [(label, file)], paths [(label, c2w
+    (T, 4, 4))] with the target's first, and scores, a table."""
     rows, notes, rest = {}, [], []
     for case in found:
         row, fps, unread = panels(case)
@@ -330,7 +339,8 @@ UNITS = {"trans": "metres", "rot": "radians", "vq": "standard deviations", "mq":
          "advantage_std": "standard deviation", "evaluations": "network rows", "failed": "videos",
          "skipped": "updates in a row"}
 GROUPS = {  # what stands before a key's first slash -> heading, in the order of the page
-    "valid": "Validation rewards (higher is better)", "reward": "Rewards, mean of all videos (higher is better)",
+    "valid": "Validation rewards (higher is better)",
+    "reward": "Rewards, mean of all videos (higher is better)",
     "spread": "Spread of rewards inside a group", "": "The update", "seconds": "Seconds of an iteration",
     "failed": "Failed videos"}
 LOSS = ("The loss is not drawn: its value is about zero by construction (the advantages of a group add up to "
@@ -338,7 +348,8 @@ LOSS = ("The loss is not drawn: its value is about zero by construction (the adv
 
 
 def find_log(path):
-    """A training log's file from itself or from its run's folder; FileNotFoundError where there is none."""
+    """A training log's file from itself or from its run's folder; FileNotFoundError where there is
+    none."""
     file = Path(path, "log.jsonl") if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such training log, expected a log.jsonl or a run's folder")
@@ -346,8 +357,8 @@ def find_log(path):
 
 
 def read_log(path):
-    """A training log, one JSON object a line -> list of dicts. A last line cut short (the run may still be
-    writing) is left out; ValueError naming any other line that is none."""
+    """A training log, one JSON object a line -> list of dicts. A last line cut short (the run may
+    still be writing) is left out; ValueError naming any other line that is none."""
     records = []
     rows = find_log(path).read_text(errors="replace").strip().split("\n")
     for i, line in enumerate(rows):
@@ -399,8 +410,8 @@ def thinned(x, y, most=400):
 
 
 def curves(logs):
-    """Training logs {name: records} -> HTML: a chart for each number that changes, as logged (thin) and
-    smoothed, all logs in each; what stays constant as one line of text."""
+    """Training logs {name: records} -> HTML: a chart for each number that changes, as logged (thin)
+    and smoothed, all logs in each; what stays constant as one line of text."""
     runs = {name: series_of(records) for name, records in logs.items()}
     groups, constant = {}, []
     for key in dict.fromkeys(key for run in runs.values() for key in run):
@@ -412,7 +423,9 @@ def curves(logs):
             constant.append(f"{key} = {values[0]:.5g}")
         else:
             groups.setdefault(group, []).append((name, key))
-    parts = [legend([(colour_of(k), name) for k, name in enumerate(runs)])] if len(runs) > 1 and groups else []
+    parts = []
+    if len(runs) > 1 and groups:
+        parts.append(legend([(colour_of(k), name) for k, name in enumerate(runs)]))
     for group in sorted(groups, key=lambda g: list(GROUPS).index(g) if g in GROUPS else len(GROUPS)):
         parts.append(f'<h3>{esc(GROUPS.get(group, group))}</h3><div class="charts">')
         for name, key in groups[group]:
@@ -432,10 +445,12 @@ def curves(logs):
 
 
 def strip(folder, most=6):
-    """The samples of a run, of `folder` -> HTML of one video: source, true view where there is one, base, and
-    what the policy made at some iterations from the first to the last. "" where there are none.
+    """The samples of a run, of `folder` -> HTML of one video: source, true view where there is one,
+    base, and what the policy made at some iterations from the first to the last. "" where there are
+    none.
 
-    A sample's panels are of one width and called as panels.json says (evaluation/generate.demonstration).
+    A sample's panels are of one width and called as panels.json says
+    (evaluation/generate.demonstration).
     """
     try:
         names = json.loads((folder / "panels.json").read_text())
@@ -462,8 +477,8 @@ def strip(folder, most=6):
 
 
 def training(text):
-    """The section on training logs, comma-separated files or folders of runs: curves of all, samples of each.
-    ValueError, OSError: a bad log."""
+    """The section on training logs, comma-separated files or folders of runs: curves of all,
+    samples of each. ValueError, OSError: a bad log."""
     files = [find_log(x.strip()) for x in text.split(",") if x.strip()]
     if not files:
         return ""

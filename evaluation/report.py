@@ -1,9 +1,10 @@
-"""What is said about an evaluation, in numbers: means with intervals, comparisons in pairs, the paper's tables.
+"""What is said about an evaluation: means with intervals, comparisons in pairs, the paper's tables.
 
-Cases are named <clip>_camera_<n>_speed_<s>. {case: scores} maps them to dicts of numbers. A score is None or
-absent where it failed or does not apply; "failed" says why the cameras could not be had. The baseline comes
-first among methods, {name: {"cases": {case: scores}, "notes": {tool: note}, "folder": of videos and poses}}.
-A table is a dict of title, header (strings), rows (lists of strings) and notes. page.py draws it all.
+Cases are named <clip>_camera_<n>_speed_<s>. {case: scores} maps them to dicts of numbers. A score
+is None or absent where it failed or does not apply; "failed" says why the cameras could not be had.
+The baseline comes first among methods, {name: {"cases": {case: scores}, "notes": {tool: note},
+"folder": of videos and poses}}. A table is a dict of title, header (strings), rows (lists of
+strings) and notes. page.py draws it all.
 """
 import dataclasses
 import datetime
@@ -63,7 +64,8 @@ TABLE3 = {  # the ablation of the rewards; the paper's runs of it took 16 GPUs, 
 def interval(values, clips, over=None, draws=2000, seed=0):
     """95 % bootstrap interval of the mean of values (n,), or of sum(values) / sum(over).
 
-    Clips (n names) are resampled: the cases of one clip are no independent samples. None for fewer than two.
+    Clips (n names) are resampled: the cases of one clip are no independent samples. None for fewer
+    than two.
     """
     names, index = np.unique(np.asarray(clips), return_inverse=True)
     if len(names) < 2:
@@ -76,7 +78,8 @@ def interval(values, clips, over=None, draws=2000, seed=0):
 
 
 def mean(cases, metric):
-    """(mean, interval, number of cases) of a metric over {case: scores}; (None, None, 0) if none has it."""
+    """(mean, interval, number of cases) of a metric over {case: scores}; (None, None, 0) if none
+    has it."""
     found = {name: case[metric] for name, case in cases.items() if case.get(metric) is not None}
     if not found:
         return None, None, 0
@@ -85,17 +88,19 @@ def mean(cases, metric):
 
 
 def can_move(case, metric):
-    """Whether a case's score says anything: TransErr is exactly 0 on pure rotations for any estimate."""
+    """Whether a case's score says anything: TransErr is exactly 0 on pure rotations for any
+    estimate."""
     return metric != "TransErr" or split_case(case)[1] > 4
 
 
 def compare(a, b, metric):
-    """Paired comparison of {case: scores} b with a on the cases both have -> dict; None where there are none.
+    """Paired comparison of {case: scores} b with a on the cases both have -> dict; None where there
+    are none.
 
-    cases (their number), a, b (means), difference (mean of b - a), interval, relative (difference over a's
-    mean), relative_interval, improved (number of cases where b is strictly better), movable (number of cases
-    where it could be). relative is None where a's mean is nothing but rounding. A scale ratio counts by its
-    distance from 1.
+    cases (their number), a, b (means), difference (mean of b - a), interval, relative (difference
+    over a's mean), relative_interval, improved (number of cases where b is strictly better),
+    movable (number of cases where it could be). relative is None where a's mean is nothing but
+    rounding. A scale ratio counts by its distance from 1.
     """
     better = METRICS[metric][1]
     common = [name for name in a
@@ -109,7 +114,7 @@ def compare(a, b, metric):
         y = abs(y - 1)
     clips = [split_case(name)[0] for name in common]
     gain = (y - x) * (better or -1)
-    relative = float(y.mean() / x.mean() - 1) if x.mean() > 1e-9 else None
+    relative = float(y.mean() / x.mean() - 1) if x.mean() > 5e-5 else None  # else it prints as 0.0000
     return {"cases": len(common), "a": float(x.mean()), "b": float(y.mean()),
             "difference": float((y - x).mean()), "interval": interval(y - x, clips), "relative": relative,
             "relative_interval": None if relative is None else interval(y - x, clips, x),
@@ -124,7 +129,8 @@ def short(name):
 
 
 def summary(methods, a, b):
-    """Three lines on method b against a, or on b alone where they are one: position, rotation, image."""
+    """Three lines on method b against a, or on b alone where they are one: position, rotation,
+    image."""
     lines = []
     known = known_metrics(methods)
     image = next((m for m in ("PSNR", "imaging_quality") if m in known), None)
@@ -138,7 +144,8 @@ def summary(methods, a, b):
             line = "no case has it" if a == b else "no case has it from both"
         elif a == b:
             bounds = mean(methods[a]["cases"], metric)[1]
-            line = f"{number(x['a'])} {unit}" + (f" [{number(bounds[0])}, {number(bounds[1])}]" if bounds else "")
+            line = f"{number(x['a'])} {unit}".rstrip()
+            line += f" [{number(bounds[0])}, {number(bounds[1])}]" if bounds else ""
         else:
             line = f"{number(x['a'])} -> {number(x['b'])} {unit}".rstrip() + f" ({change(x, metric)})"
         lines.append(f"{label:16}{line}")
@@ -203,8 +210,8 @@ def known_metrics(methods):
 
 
 def tables(methods, pairs=None, paper=True):
-    """All tables of methods. pairs: [(a, b)] to compare b with a (None: all); paper: whether its rows stand
-    below ours (not in the toy, whose figures do not compare)."""
+    """All tables of methods. pairs: [(a, b)] to compare b with a (None: all); paper: whether its
+    rows stand below ours (not in the toy, whose figures do not compare)."""
     names = {name for method in methods.values() for name in method["cases"]}
     speeds = sorted({split_case(name)[2] for name in names})
     paths = sorted({split_case(name)[1] for name in names})
@@ -247,8 +254,8 @@ def tables(methods, pairs=None, paper=True):
 
 
 def papers_tables(methods, columns, speeds, paths, paper):
-    """The paper's Table 1 and, for several speeds, Table 2: ours, then the paper's rows. columns: metrics
-    that any method has; what no method has is left out, and a footnote says why."""
+    """The paper's Table 1 and, for several speeds, Table 2: ours, then the paper's rows. columns:
+    metrics that any method has; what no method has is left out, and a footnote says why."""
     pick = lambda scores: [text_of(scores[PAPER.index(m)]) for m in columns]
     first = 1.0 if 1.0 in speeds else speeds[0]
     rows = []
@@ -352,8 +359,9 @@ def markdown(tables):
 # ---- what is shown of single cases ----
 
 def extremes(a, b):
-    """{title: case}: of the cases of both {case: scores}, all speeds, the best, median and worst change of
-    position error from a to b; where a is b, the best, median and worst position error."""
+    """{title: case}: of the cases of both {case: scores}, all speeds, the best, median and worst
+    change of position error from a to b; where a is b, the best, median and worst position
+    error."""
     changes = {}
     for case, scores in b.items():
         before = a.get(case, {}).get("position")
@@ -372,7 +380,8 @@ def extremes(a, b):
 
 
 def shown_cases(methods, pair, asked=()):
-    """What the page shows of single cases (see page.cases): those asked for, or else the pair's extremes."""
+    """What the page shows of single cases (see page.cases): those asked for, or else the pair's
+    extremes."""
     a, b = pair
     picked = {case: case for case in asked} or extremes(methods[a]["cases"], methods[b]["cases"])
     known = known_metrics(methods)
@@ -423,7 +432,8 @@ def version():
 
 
 def facts(config, started):
-    """What someone who wants the same figures again must know: {name: text}. started: time.time() then."""
+    """What someone who wants the same figures again must know: {name: text}. started: time.time()
+    then."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
     differ = [f"{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(config)
               if getattr(config, f.name) != f.default]
@@ -447,7 +457,8 @@ def trained_with(file):
 
 
 def training_facts(checkpoints):
-    """{"toy @ 80 was trained with": its settings} of checkpoints {method: file or None} that have any."""
+    """{"toy @ 80 was trained with": its settings} of checkpoints {method: file or None} that have
+    any."""
     found = {}
     for name, file in checkpoints.items():
         settings = trained_with(file) if file else {}
@@ -459,8 +470,8 @@ def training_facts(checkpoints):
 # ---- the end ----
 
 def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=None):
-    """Write tables.md and report.html to the folder out; print three lines for each pair of methods, how
-    many cases failed, and the page's path."""
+    """Write tables.md and report.html to the folder out; print three lines for each pair of
+    methods, how many cases failed, and the page's path."""
     lines = summaries(methods, pairs)
     found = tables(methods, [pair for pair in pairs if pair[0] != pair[1]], paper)
     failed = sum("failed" in case for method in methods.values() for case in method["cases"].values())
@@ -478,8 +489,8 @@ def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=Non
 def finish(out, config, methods, checkpoints, started, world):
     """The end of an evaluation: results.json, and write_report of base against each tuned method.
 
-    methods: {name: {"cases", "notes"}}, each in out/<name>; checkpoints: {method: file or None}; started:
-    time.time() at its beginning; world: "clips" (the paper's rows are shown) or "toy".
+    methods: {name: {"cases", "notes"}}, each in out/<name>; checkpoints: {method: file or None};
+    started: time.time() at its beginning; world: "clips" (the paper's rows are shown) or "toy".
     """
     for name, method in methods.items():
         for scores in method["cases"].values():

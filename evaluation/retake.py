@@ -32,7 +32,8 @@ class Retake(Generating):
 
 
 def retake(config):
-    """Write <clip>_<camera>_<speed>.mp4 and .._side_by_side.mp4 to config.out; returns the two paths."""
+    """Write <clip>_<camera>_<speed>.mp4 and .._side_by_side.mp4 to config.out; returns the two
+    paths."""
     if not config.clip or not config.weights:
         raise ValueError("retake: expected a clip and --weights=FOLDER")
     at_least_1(config, "frames", "height", "width", "stride", "steps")

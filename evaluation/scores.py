@@ -19,6 +19,7 @@ from evaluation.cases import split_case
 from plumbing.checkpoint import differing
 from plumbing.files import digest, read_json, write_file, write_json
 from pretrained import reward_models
+from pretrained.weights import weights_sizes
 
 PROTOCOL = 2  # of results.json: raised whenever a number would come out differently
 
@@ -111,6 +112,23 @@ def keep_settings(folder, settings):
     made = read_json(folder / "settings.json")
     if differ := differing(made, {name: settings.get(name) for name in made}):
         raise ValueError(f"{folder}: made with {differ}; choose another --out")
+
+
+def keep_all_settings(config, asked, out):
+    """Make the folders of an evaluation; ValueError where one was made with other settings."""
+    shape = {"frames": config.frames, "height": config.height, "width": config.width}
+    made = {**shape, "cameras": config.cameras or config.estimator, "fov": config.fov,
+            "captions": config.captions}
+    sampling = {name: getattr(config, name) for name in ("steps", "shift", "guidance", "seed")}
+    keep_settings(out / "sources", shape)
+    for method, (weights, checkpoint, conditions) in asked.policies.items():
+        encoded = made | weights_sizes(weights)
+        keep_settings(conditions, encoded)
+        keep_settings(out / method / "videos",
+                      encoded | sampling | {"checkpoint": checkpoint_digest(checkpoint)})
+    for method in asked.files:
+        keep_settings(out / method / "cases",
+                      {"estimator": config.estimator, "pipeline": config.vipe_pipeline})
 
 
 def checkpoint_digest(path):

@@ -97,7 +97,8 @@ def refuse_what_cannot_be(config, speeds):
         clip, number, speed = split_case(case) or ("", 0, 0)
         room = int(clip[4:]) if re.fullmatch(r"room\d+", clip) else config.rooms
         if room >= config.rooms or speed not in speeds:
-            raise ValueError(f"show: no case {case!r}, expected for example {case_name('room0', 9, speeds[0])}")
+            example = case_name("room0", 9, speeds[0])
+            raise ValueError(f"show: no case {case!r}, expected for example {example}")
 
 
 def enlarged(video):

@@ -92,7 +92,8 @@ def choose_command(commands, argv):
     """([command name] ... of argv, its settings): (settings, function). ValueError for an unknown name.
 
     commands: name -> (dataclass of settings, function of them, the setting that may be given plainly: as an
-    argument without --name=, or None). The first is meant where argv names none.
+    argument without --name=, or None). The first is meant where argv names none. A dataclass's FILE is the
+    file of settings that is read where none is named.
     """
     named = bool(argv) and argv[0] in commands
     name = argv[0] if named else next(iter(commands))
@@ -108,7 +109,7 @@ def choose_command(commands, argv):
         near = difflib.get_close_matches(plain[0], commands, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; expected {', '.join(commands)}"
         raise ValueError(f"no command {plain[0]!r}{hint}")
-    return parse(settings, flags), function
+    return parse(settings, flags, getattr(settings, "FILE", None)), function
 
 
 def run_command(program, doc, commands, argv):

@@ -1,4 +1,5 @@
-"""A page in headless Chromium, driven over a pipe: what it requests, says on the console, plays and looks like.
+"""A page in headless Chromium, driven over a pipe: what it requests, says on the console, plays and
+looks like.
 
     python tests/browser.py report.html FOLDER     writes screenshots at 1400 and 390 pixels, light and dark
 """
@@ -16,7 +17,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Browser:
-    """Chromium's remote debugging over file descriptors 3 and 4: JSON messages that end with a zero byte."""
+    """Chromium's remote debugging over file descriptors 3 and 4: JSON messages that end with a zero
+    byte."""
     def __init__(self, folder):
         to_child, self.write = os.pipe()
         self.read, from_child = os.pipe()

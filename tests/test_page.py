@@ -57,7 +57,8 @@ def straight(scale=1.0, frames=5):
 
 
 def small_page(tmp_path):
-    """A page of all there is: lines, two cases with films, curves of two runs, samples, a table, facts."""
+    """A page of all there is: lines, two cases with films, curves of two runs, samples, a table,
+    facts."""
     for name, level in (("source", 40), ("base", 120), ("tuned", 200)):
         write_video(tmp_path / f"{name}.mp4", np.full((5, 48, 64, 3), level, np.uint8), 8)
     videos = [(name, tmp_path / f"{name}.mp4") for name in ("source", "base", "tuned")]
@@ -96,7 +97,8 @@ def test_page_escapes_and_loads_nothing(tmp_path):
 
 
 def test_page_for_everybody(tmp_path):
-    """A phone's width, headings in order, tables that scroll by keyboard, whole names in the legend."""
+    """A phone's width, headings in order, tables that scroll by keyboard, whole names in the
+    legend."""
     text, parsed = small_page(tmp_path)
     assert any(attrs.get("name") == "viewport" for _, attrs in parsed.tags)
     levels = [int(tag[1]) for tag, _ in parsed.tags if re.fullmatch("h[1-6]", tag)]
@@ -127,7 +129,8 @@ def test_contrast_of_at_least_4_5(dark):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_the_page_in_a_browser(tmp_path):
-    """Nothing is requested, nothing said on the console, every video plays, nothing is wider than the page."""
+    """Nothing is requested, nothing said on the console, every video plays, nothing is wider than
+    the page."""
     small_page(tmp_path)
     browser = Browser(tmp_path / "profile")
     try:
@@ -154,7 +157,8 @@ def film(text, folder):
 
 
 def test_all_cases_play_in_one_video(tmp_path):
-    """Side by side, case below case, at their rate, paths drawn in; one that cannot be read is named."""
+    """Side by side, case below case, at their rate, paths drawn in; one that cannot be read is
+    named."""
     for name, level in (("source", 40), ("base", 120), ("tuned", 200)):
         write_video(tmp_path / f"{name}.mp4", np.full((5, 96, 96, 3), level, np.uint8), 8)
     (tmp_path / "broken.mp4").write_bytes(b"x" * 100)
@@ -179,7 +183,8 @@ def test_large_videos_are_scaled_down(tmp_path):
 
 
 def test_samples_become_a_strip_over_iterations(tmp_path):
-    """source and base once, then what the policy made at each iteration, cut from the samples' last panel."""
+    """source and base once, then what the policy made at each iteration, cut from the samples' last
+    panel."""
     assert page.strip(tmp_path) == ""
     (tmp_path / "panels.json").write_text('["source", "base", "now"]')
     for i in (0, 20, 40):
@@ -210,7 +215,8 @@ def test_chart_is_linear_and_inside():
 
 
 def test_path_seen_from_above():
-    """x to the right, forward up, both at one scale; height grows upwards (camera y points down)."""
+    """x to the right, forward up, both at one scale; height grows upwards (camera y points
+    down)."""
     c2w = np.tile(np.eye(4), (5, 1, 1))
     c2w[:, 0, 3], c2w[:, 1, 3], c2w[:, 2, 3] = np.arange(5) * 0.1, -np.arange(5) * 0.2, np.arange(5) * 0.3
     above, height, *_ = points(page.path_charts([("target", c2w)]))

@@ -41,6 +41,9 @@ def open_weights(folder):
     def estimator(videos, scene=None):
         """uint8 (n, T, H, W, 3) -> c2w (n, T, 4, 4), metres."""
         return net(videos.movedim(-1, 1).float() / 127.5 - 1)
+
+    # as pretrained.reward_models.mapanything has it: the toy has one lens, which its estimator knows
+    estimator.cameras = lambda videos: (estimator(videos), torch.tensor([INTRINSICS]).repeat(len(videos), 1))
     return dit, codec, estimator
 
 
@@ -78,7 +81,7 @@ def open_toy(config, device):
     """train.World of the toy: TRAIN_ROOMS rooms that no pretraining has seen, filmed once; target paths are
     random walks of no scale, rescaled to metric speeds (Eq. 8-14)."""
     dit, codec, estimator = open_weights(config.weights)
-    _, source, latents, videos = sources(TRAIN_ROOMS, 10_000_000, codec)
+    room, source, latents, videos = sources(TRAIN_ROOMS, 10_000_000, codec)
     omega = tuple(np.radians(config.omega))
 
     def draw(numbers, rngs):
@@ -91,9 +94,12 @@ def open_toy(config, device):
         target = torch.from_numpy(np.stack(target)).float()
         return condition_and_scene(target, source[numbers], latents[numbers], videos[numbers])
 
+    def true_view(numbers, c2w):
+        return to_uint8(render_video(room[numbers], c2w))
+
     rewarded, weights = rewards.load(config.rewards, config.weights, estimator=estimator,
                                      schedule=config.frame_weights)
-    return World(dit, codec, tuple(latents.shape[1:]), TRAIN_ROOMS, draw, None, rewarded, weights)
+    return World(dit, codec, tuple(latents.shape[1:]), TRAIN_ROOMS, draw, None, rewarded, weights, true_view)
 
 
 def held_out(count, codec, speed=1.0):
