@@ -40,6 +40,7 @@ def world(tmp_path_factory):
         write_video(w / f"videos/{name}.mp4", np.roll(clip(9), i, 0), 24)
     (w / "captions.csv").write_text("file_name,text\na.mp4,a bear\nb.mp4,a man dances\n")
     (w / "prompts.txt").write_text("a bear walks\n\na man dances\n")
+    (w / "bright.py").write_text("def bright(videos, scene):\n    return videos.float().mean((1, 2, 3, 4))\n")
     return w
 
 
@@ -66,7 +67,8 @@ def run(world, out, policy, clips, *more):
     data = ["--world=captions", f"--captions={clips}"] if policy == "Wan" else data
     size = [f"--{name}={x}" for name, x in SIZE.items()]
     train.main([*data, *size, f"--weights={world / policy}", "--conditions=2", "--members=2", "--steps=4",
-                "--size=2", "--rewards=exposure=1", "--iterations=2", "--lr=0.01", f"--out={out}", *more])
+                "--size=2", "--lr=0.01", "--iterations=2", "--validate=1", "--sample_every=2", f"--out={out}",
+                f"--rewards={world / 'bright.py'}:bright=1", *more])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     log = [record for record in log if "grad_norm" in record]  # others are of the validation
     return log, load_file(out / "iteration_000002/self_attn.safetensors")
