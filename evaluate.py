@@ -25,6 +25,8 @@ move, and errors in metres without alignment. An estimate of n frames is compare
 frames at the same speed, as ReDirector does it (some methods make 49 frames at most). Deviation:
 VBench's scores are means over videos of each video's score, so that intervals and pairs can be had.
 """
+import plumbing.early  # noqa: F401, first of all: a signal while the rest is imported ends this quietly
+
 import os
 import sys
 import time

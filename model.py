@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils import checkpoint as recompute
 
 from plumbing.batch import Batch
-from pretrained.weights import open_tensors
+from pretrained.weights import misfit, open_tensors, refuse_nan, refuse_prefix
 
 
 def upcast(x):
@@ -433,11 +433,14 @@ def load_dit(path, *overlays, num_heads=None, device="cpu", dtype=torch.float32,
     overlays: laid over it in order, each with any of its keys, or all of those that a method adds:
     ReDirector's file, our checkpoints. num_heads: where the head size isn't 128. dtype: bfloat16 or
     float32. trained_dtype: of what trains, if another (float32 beside bfloat16).
-    ValueError listing every unexpected, missing and wrongly shaped key; FileNotFoundError."""
+    ValueError naming the file whose keys do not fit, or hold NaN; FileNotFoundError."""
     files = {str(p): open_tensors(p) for p in (path, *overlays)}
+    for file, (shapes, _) in files.items():
+        refuse_prefix(file, shapes, ("blocks.", "patch_embedding."))
     base = files[str(path)][0]
+    blocks = {key.split(".")[1] for key in base if key.startswith("blocks.")}
     added = {key: shape for shapes, _ in files.values() for key, shape in shapes.items()
-             if any(part in key for part in ADDS)}
+             if any(part in key for part in ADDS) and key.split(".")[1] in blocks}
     try:
         config = config_from({**base, **added}, num_heads)
         with torch.device("meta"):
@@ -445,18 +448,21 @@ def load_dit(path, *overlays, num_heads=None, device="cpu", dtype=torch.float32,
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     expected = {key: tuple(x.shape) for key, x in dit.state_dict().items()}
-    wrong = [f"missing {key}" for key in expected if key not in base and key not in added]
+    what = f"a DiT of {config.num_layers} blocks of width {config.dim}"
     for file, (shapes, _) in files.items():
-        wrong += [f"unexpected {key} in {file}" for key in shapes if key not in expected]
-        wrong += [f"{key} is {shape} in {file}, expected {expected[key]}"
+        wrong = [f"unexpected {key}" for key in shapes if key not in expected]
+        wrong += [f"{key} is {shape}, expected {expected[key]}"
                   for key, shape in shapes.items() if expected.get(key, shape) != shape]
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} keys do not fit {config}: " + "; ".join(wrong))
+        if file == str(path):
+            wrong += [f"missing {key}" for key in expected if key not in base and key not in added]
+        if wrong:
+            raise misfit(file, wrong, what)
     state = {}
     for key in expected:
-        read = [read for shapes, read in files.values() if key in shapes][-1]
+        file, read = [(file, read) for file, (shapes, read) in files.items() if key in shapes][-1]
         kind = trained_dtype if trained_dtype and trains(key) else dtype
         state[key] = read(key).detach().to(device, kind, copy=True)
+        refuse_nan(file, key, state[key])
     dit.load_state_dict(state, assign=True)
     return dit.eval()
 

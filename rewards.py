@@ -29,8 +29,6 @@ only if its reward is named:
 """
 import difflib
 import functools
-import importlib.util
-import inspect
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +39,7 @@ import torch
 import torch.nn.functional as F
 
 import trajectories
+from plumbing.guard import Failed, as_it_was, call, load_function
 from pretrained.reward_models import hpsv3, luma, mapanything, on_device, videoalign
 
 
@@ -55,21 +54,23 @@ class Scene:
     """What n videos should show. scene[i:j] or scene[[0, 0, 1]] takes rows.
 
     c2w (n,T,4,4): target path, metres, relative to the source's first camera; intrinsics (n,4): fx/W, fy/H,
-    cx/W, cy/H; prompt: n strings; fps: float; source uint8 (n,T,H,W,3); source_c2w (n,T,4,4). What a world
-    does not have is None: all but prompt and fps in a world of captions.
+    cx/W, cy/H; prompt: n strings; fps (n,): frames per second, of each; source uint8 (n,T,H,W,3); source_c2w
+    (n,T,4,4). What a world does not have is None: all but prompt and fps in a world of captions.
     """
     c2w: torch.Tensor | None
     intrinsics: torch.Tensor | None
     prompt: list
-    fps: float
+    fps: torch.Tensor  # or a number, the same for all
     source: torch.Tensor = None
     source_c2w: torch.Tensor = None
     look: object = None  # () -> the cameras of the videos being scored; see `cameras`
 
+    def __post_init__(self):
+        self.fps = torch.as_tensor(self.fps, dtype=torch.float32).expand(len(self.prompt))
+
     def __getitem__(self, rows):
         take = lambda x: np.array(x, object)[rows].tolist() if isinstance(x, list) else x[rows]
-        mine = {name: take(x) for name, x in vars(self).items()
-                if x is not None and name not in ("fps", "look")}
+        mine = {name: take(x) for name, x in vars(self).items() if x is not None and name != "look"}
         if self.look:
             mine["look"] = lambda: tuple(x[rows] for x in self.look())
         return replace(self, **mine)
@@ -86,77 +87,56 @@ class Scene:
 
 # ---- scoring: in micro-batches, one failure costs one member ----
 
-def _checked(scores, names, n):
-    """What a reward returned for n videos as name -> (n,); ValueError where it is not what was expected."""
-    if torch.is_tensor(scores) and len(names) == 1:
-        scores = {names[0]: scores}
-    if not isinstance(scores, dict) or set(scores) != set(names):
-        found = sorted(scores) if isinstance(scores, dict) else type(scores).__name__
-        raise ValueError(f"reward {', '.join(names)}: expected a tensor, or tensors named {sorted(names)}, "
-                         f"found {found}")
-    for name, x in scores.items():
-        if not torch.is_tensor(x) or x.shape != (n,) or not x.is_floating_point():
-            found = f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
-            raise ValueError(f"reward {name}: expected float scores ({n},), one per video, found {found}")
-        if x.float().isinf().any():
-            raise ValueError(f"reward {name}: expected finite scores or NaN, found {x.tolist()}")
-    return scores
-
-
 @torch.no_grad()
 def score(rewards, videos, scene, micro_batch=None):
     """All rewards of n videos -> (name -> (n,) float32, name -> {member: why it failed}).
 
     videos uint8 (n, T, H, W, 3), scene: one row per video; micro_batch: how many videos at a time (None:
-    all). A reward that raises for one video gives NaN for that video only. A reward that is itself wrong
-    (returns other names or shapes, infinities, changes what it was given, or raises TypeError, NameError,
-    AttributeError, ImportError or OSError) raises ValueError: that is no property of a video.
+    all). A reward that raises for one video gives NaN for that video only. ValueError for a reward that is
+    itself wrong, which is no property of a video: guard.call says what that is.
     """
-    n, step = len(videos), micro_batch or len(videos)
+    n = len(videos)
     if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or n != len(scene.prompt):
         raise ValueError(f"videos: expected uint8 ({len(scene.prompt)}, T, H, W, 3) as the scene has rows, "
                          f"found {videos.dtype} {tuple(videos.shape)}")
-    scores, failures = {}, {}
+    scores = {}
+    failures = {}
     estimate = estimator_of(rewards)
     scenes = {}  # of each micro-batch: one for all rewards, so that its cameras are estimated once
 
     def scene_of(rows):
-        key = rows.start, rows.stop
+        key = (rows.start, rows.stop)
         if key not in scenes:
             scenes[key] = scene[rows]
             if estimate:
-                scenes[key].look = functools.cache(functools.partial(estimate, videos[rows], scene[rows]))
+                look = functools.partial(estimate, videos[rows], scene[rows])
+                scenes[key].look = functools.cache(look)
         return scenes[key]
 
-    given = [x for x in (videos, *vars(scene).values()) if torch.is_tensor(x)]
-    versions = [x._version for x in given]  # count what is done to a tensor in place
     for reward in rewards:
         names = getattr(reward, "names", None) or (reward.__name__,)
-        scores |= {name: torch.full((n,), math.nan, device=videos.device) for name in names}
-        failures |= {name: {} for name in names}
+        found = {name: torch.full((n,), math.nan, device=videos.device) for name in names}
+        reasons = {}  # first member of a micro-batch -> why the reward failed for it
+        step = micro_batch or n
         batches = [slice(i, min(i + step, n)) for i in range(0, n, step)]
-        with on_device(getattr(reward, "module", None), videos.device):
+        with as_it_was(f"reward {', '.join(names)}"), on_device(getattr(reward, "module", None), videos.device):
             for rows in batches:
+                count = rows.stop - rows.start
                 try:
-                    got = reward(videos[rows], scene_of(rows))
-                except (TypeError, NameError, AttributeError, ImportError, OSError) as error:
-                    what = f"{type(error).__name__}: {error}"
-                    raise ValueError(f"reward {', '.join(names)}: {what}") from error
-                except Exception as error:
-                    if rows.stop - rows.start > 1:  # try its videos one by one, at the end
+                    got = call(reward, names, videos[rows], scene_of(rows))
+                except Failed as failure:
+                    reasons[rows.start] = failure.reason
+                    if count > 1:  # its videos once more, one by one, at the end
                         batches += [slice(i, i + 1) for i in range(rows.start, rows.stop)]
-                    elif isinstance(error, torch.OutOfMemoryError):
-                        raise
-                    for name in names:
-                        failures[name][rows.start] = f"{type(error).__name__}: {error}"
+                    elif failure.out_of_memory:
+                        raise failure.out_of_memory
                     continue
-                for name, x in _checked(got, names, rows.stop - rows.start).items():
-                    scores[name][rows] = x.to(videos.device, torch.float32)
-        if [x._version for x in given] != versions:
-            raise ValueError(f"reward {', '.join(names)}: changed its videos or scene in place")
+                for name in names:
+                    found[name][rows] = got[name].to(videos.device, torch.float32)
         for name in names:
-            failed = scores[name].isnan().nonzero().flatten().tolist()
-            failures[name] = {i: failures[name].get(i, "no score (NaN)") for i in failed}
+            failed = found[name].isnan().nonzero().flatten().tolist()
+            failures[name] = {i: reasons.get(i, "no score (NaN)") for i in failed}
+        scores |= found
     return scores, failures
 
 
@@ -241,29 +221,17 @@ POSES, GRADES = ("trans", "rot"), ("vq", "mq", "ta")
 NAMES = (*POSES, *GRADES, "hpsv3", *(f.__name__ for f in MODEL_FREE))
 
 
-def _from_file(path, function):
-    """A user's reward `function` in the python file `path`: called with (videos, scene)."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; a reward of your own is my_file.py:function=weight")
-    code = Path(path).read_bytes()
-    spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    reward = getattr(module, function, None)
-    if not callable(reward):
-        raise ValueError(f"{path}: expected a function {function}(videos, scene), found none")
-    try:
-        inspect.signature(reward).bind(None, None)
-    except TypeError:
-        raise ValueError(f"{path}: expected {function}(videos, scene), "
-                         f"found {function}{inspect.signature(reward)}") from None
-
-    reward = functools.partial(reward)  # takes attributes whatever it is
-    reward.names, reward.code = (function,), code
-    return reward
+def model_files(names, weights):
+    """The files in the folder `weights` that rewards of these names read: what a run's scores depend on."""
+    folders = []
+    if not {*names}.isdisjoint(POSES):
+        folders += ["map-anything"]
+    if not {*names}.isdisjoint(GRADES):
+        folders += ["VideoReward", "Qwen2-VL-2B-Instruct"]
+    if "hpsv3" in names:
+        folders += ["HPSv3", "Qwen2-VL-7B-Instruct"]  # whose own weights, 15 GB, are not read
+    files = [file for folder in folders for file in sorted((Path(weights) / folder).rglob("*")) if file.is_file()]
+    return [file for file in files if not ("7B" in file.parent.name and file.suffix == ".safetensors")]
 
 
 def load(spec, weights="toy/weights", device="cpu", dtype=None, park=False, estimator=None, schedule="linear",
@@ -324,6 +292,10 @@ def load(spec, weights="toy/weights", device="cpu", dtype=None, park=False, esti
         rewards.append(hpsv3(file, base, hpsv3_prompt, hpsv3_stride, home, dtype))
     rewards += [f for f in MODEL_FREE if f.__name__ in chosen]
     for name, path in files.items():
-        rewards.append(_from_file(path, name))
-        rewards[-1].estimate = estimate
+        function, code = load_function(path, name)
+        reward = functools.partial(function)  # takes attributes whatever it is
+        reward.names = (name,)
+        reward.code = code
+        reward.estimate = estimate
+        rewards.append(reward)
     return rewards, chosen

@@ -7,8 +7,10 @@
     python -m benchmarks.plan config/geo_align_fast.py --ranks=8   what that would cost
 
 The same command again resumes from --out. Exit codes: 0 done, 1 bad input or failed run (one line
-says why), 75 stopped by SIGTERM or SIGINT after writing a checkpoint (torchrun then ends with 1).
+says why), 75 stopped by SIGTERM, SIGINT or SIGHUP after writing a checkpoint (torchrun: 1).
 """
+import plumbing.early  # noqa: F401, first of all: a signal while the rest is imported ends this quietly
+
 import math
 import sys
 from contextlib import nullcontext
@@ -29,14 +31,14 @@ from evaluation.toy import Toy, evaluate_toy
 from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
 from model import trainable
 from plumbing.checkpoint import Run
+from plumbing.guard import seed_everything
 from plumbing.ranks import (
-    Clock, Interrupts, Stop, assert_ranks_agree, deafen, end_process, gather, largest, launch,
-    rank_of, say_why)
-from plumbing.settings import help_text, parse
+    Clock, Interrupts, assert_ranks_agree, deafen, gather, largest, launch, rank_of, run_to_end)
+from plumbing.settings import Folder, at_most, help_text, parse
 from plumbing.tell import (
     describe, on_all_ranks, progress, tell, warn_of_eps, warn_of_failures)
 from sampler import rollout, schedule, window
-from toy.world import open_toy
+from toy.world import SIZE as TOY_SIZE, open_toy
 
 
 @dataclass
@@ -45,10 +47,10 @@ class Config:
     # the world
     world: str = "toy"                 # toy: rooms, shipped weights; clips: real, published models;
                                        # captions: prompts alone, for a policy without a source
-    weights: str = "toy/weights"       # folder of the official files (clips) or of the toy's
-    clips: str = ""                    # folder that `python -m data.prepare` wrote
+    weights: Folder = "toy/weights"    # folder of the official files (clips) or of the toy's
+    clips: Folder = ""                 # folder that `python -m data.prepare` wrote
     captions: str = ""                 # captions: text file, one prompt a line
-    trajectories: str = ""             # folder of camera paths, in formats that data/cameras reads
+    trajectories: Folder = ""          # folder of camera paths, in formats that data/cameras reads
     frames: int = 81                   # video length, 4k + 1 (ReDirector; paper's missing)
     height: int = 480                  # pixels (ReDirector)
     width: int = 832                   # pixels (ReDirector)
@@ -93,9 +95,9 @@ class Config:
     # the run
     iterations: int = 140              # (paper)
     seed: int = 0                      # of noise, conditions and paths
-    out: str = "out"                   # folder for checkpoints, log.jsonl, samples; resumes there
+    out: Folder = "out"                # folder for checkpoints, log.jsonl, samples; resumes there
     save_every: int = 10               # iterations between checkpoints
-    keep: int = 2                      # checkpoints kept
+    keep: int = 4                      # checkpoints kept; more than max_skips, so that a healthy one remains
     sample_every: int = 10             # iterations between sample videos, and between validations
     validate: int = 8                  # fixed conditions, sampled by the ODE and scored; 0: none
     rooms: int = 8                     # toy: test rooms judged at the end, ten paths each; 0: none
@@ -132,6 +134,8 @@ class Config:
              f"normalise: expected max or group, found {self.normalise}")
         need(self.conditions % ranks == 0,
              f"conditions: {self.conditions} do not divide over {ranks} ranks")
+        need(self.members >= 2,
+             f"members: expected at least 2, or nothing can be learnt, found {self.members}")
         need(self.members % self.updates == 0,
              f"updates: {self.updates} do not divide {self.members} members")
         for name in ("lr", "eta", "clip", "shift"):
@@ -144,7 +148,16 @@ class Config:
              f"betas: expected two numbers in [0, 1), found {self.betas}")
         need(self.strategy == "random" or not self.window_per_condition,
              f"window_per_condition: expected strategy random, found {self.strategy}")
+        need(self.first <= self.steps, f"first: expected at most {self.steps} steps, found {self.first}")
         self.window(0)  # refuses one that does not fit
+        need(self.max_skips < self.keep, f"max_skips: expected below keep, {self.keep}, found {self.max_skips}")
+        at_most(self, conditions=1 << 16, members=1 << 12, rooms=1 << 12, threads=1 << 10)
+        if self.world == "toy":
+            for name in ("clips", "trajectories", "estimator_stride", "grey_mq", "hpsv3_prompt", "park"):
+                need(getattr(self, name) == getattr(Config, name), f"{name}: the toy has no use for it")
+            for name, size in TOY_SIZE.items():
+                need(getattr(self, name) in (size, getattr(Config, name)),
+                     f"{name}: expected {size}, the toy's, found {getattr(self, name)}")
         for name in ("clips", "trajectories", "captions") if folders else ():
             given = bool(getattr(self, name))
             kind = "FILE" if name == "captions" else "FOLDER"
@@ -197,7 +210,7 @@ def main(argv):
     validate = validation(world, config, rank, ranks)
     trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
     base = frozen_copy(dit, trained) if config.kl else None
-    run = Run(config, trained, optimizer, world.rewards)
+    run = Run(config, trained, optimizer, world.rewards, world.inputs)
     assert_ranks_agree(parameters, "at the start")
     describe(config, dit, ranks, device, run)
     policy = dit
@@ -210,8 +223,8 @@ def main(argv):
     skipped = 0     # updates in a row whose gradients were no numbers
     warned = set()  # rewards whose failure was named
     try:
-        if show and start == 0:
-            show(run.out / "samples/iteration_000000.mp4")
+        if show and run.lacks_sample():
+            show(run.sample())
         bar = progress(start, config.iterations, rank == 0)
         for iteration in bar:
             clock = Clock(device)
@@ -231,6 +244,7 @@ def main(argv):
             sampled = rollout(dit, prepared, config.members, windows[mine], iteration=iteration,
                               condition_ids=ids[mine], negative=negative,
                               **config.sampling(world.shape, device))
+            evaluations = int(gather(torch.tensor([sampled.evaluations], device=device)).sum())
             clock("rollout")
             videos = decode(world.codec, sampled.latents.flatten(0, 1), config.reward_batch)
             clock("decode")
@@ -254,6 +268,7 @@ def main(argv):
                 norm = clip_gradient(parameters, run.norms, config.grad_clip)
                 skipped = 0 if norm.isfinite() else skipped + 1
                 check_divergence(skipped, config.max_skips, norm, iteration)
+                means = on_all_ranks(stats)
                 interrupts.hold()  # from the first step to the log's line, a signal waits
                 if not skipped:
                     optimizer.step()
@@ -262,13 +277,12 @@ def main(argv):
             clock("update")
 
             # One line for the log, then whatever is due.
-            evaluations = gather(torch.tensor([sampled.evaluations], device=device)).sum()
             record = {"iteration": iteration,
                       "window": windows if config.window_per_condition else windows[0],
                       "failed": failed, "skipped": skipped, "ratio_error": ratio_error,
-                      "evaluations": int(evaluations), **on_all_ranks(stats),
-                      **sizes(parameters, optimizer, norm), "advantage_std": float(A.std()),
-                      **statistics(scores), **valid, **clock.record()}
+                      "evaluations": evaluations, **means, **sizes(parameters, optimizer, norm),
+                      "advantage_std": float(A.std()), **statistics(scores), **valid,
+                      **clock.record()}
             run.log(record)
             warn_of_eps(record, config.eps, warned)
             tell(bar, run.records, config.iterations, sum(clock.seconds.values()))
@@ -279,7 +293,8 @@ def main(argv):
                 assert_ranks_agree(parameters, f"iteration {iteration}")
                 run.save()
             if show and (run.done % config.sample_every == 0 or is_last):
-                show(run.out / f"samples/iteration_{run.done:06d}.mp4")
+                show(run.sample())
+        run.finish()
         if config.validate and start < config.iterations:
             run.note({"iteration": run.done, **validate()})  # of the final weights
         if rank == 0 and config.world == "toy" and config.rooms:
@@ -289,8 +304,7 @@ def main(argv):
                              log=str(run.out / "log.jsonl")))
     except BaseException:
         deafen()
-        if not interrupts.held:  # between updates the weights are those of a whole iteration
-            run.save_rest()
+        run.save_rest(interrupts.held)  # within an update the weights are of no iteration
         raise
 
 
@@ -303,6 +317,7 @@ def score(world, videos, scene, config, iteration, warned):
     more than config.max_failures of all ranks' videos failed.
     """
     rows = torch.arange(len(videos) // config.members).repeat_interleave(config.members).tolist()
+    seed_everything(config.seed, iteration, rank_of()[0])  # a resumed run has the same luck
     scores, failures = rewards.score(world.rewards, videos, scene[rows],
                                      config.reward_batch or None)
     scores = {name: gather(x.view(-1, config.members)) for name, x in scores.items()}
@@ -418,18 +433,15 @@ def read_config(argv, ranks):
     """The settings that argv and its config file make; ValueError where they cannot work."""
     config = parse(Config, argv, str(Path(__file__).parent / "config/toy.py"))
     config.check(ranks)
-    if ":" in config.rewards and not any(arg.startswith("--rewards=") for arg in argv):
+    flags = {arg.partition("=")[0].removeprefix("--") for arg in argv}
+    for name, size in TOY_SIZE.items():
+        if config.world == "toy" and name in flags and getattr(config, name) != size:
+            raise ValueError(f"{name}: expected {size}, the toy's, found {getattr(config, name)}")
+    if ":" in config.rewards and "rewards" not in flags:
         raise ValueError("rewards: code of one's own runs only when named by --rewards=: "
                          f"{config.rewards}")
     return config
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-        end_process(0)
-    except Stop:
-        end_process(75)  # other ranks may wait in a collective that this one has left
-    except (ValueError, OSError, RuntimeError) as error:
-        say_why(error)
-        end_process(1)
+    run_to_end(main, sys.argv[1:])

@@ -1,58 +1,145 @@
-"""What a run will cost, before it starts: `python -m benchmarks.plan CONFIG --ranks=8`.
+"""What a run will need, whether it fits the cards, and how long it takes: before anything is downloaded.
 
-Needs neither data nor weights.
+    python -m benchmarks.plan config/geo_align.py --ranks=64 --card=80
+    python -m benchmarks.plan config/geo_align.py --ranks=8 --card=80 --park --rate=400
 
-Network evaluations are counted, memory is measured: the run's own functions on tensors without contents
-(torch's meta device), adding up what is alive. A kernel's own scratch space and the allocator's losses are
-not seen.
+Needs neither data nor weights nor a card. Exit code 1 where the run does not fit. Network rows are counted.
+Memory is measured: the run's own functions on torch's fake tensors, which have shape and type but no contents, adding
+up what is alive. Reward models are added by their published sizes. Time follows from arithmetic and a rate.
 """
 import dataclasses
+import functools
+import json
+import math
 import sys
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-import sampler
 import train
 from data.video import to_uint8
 from grpo import micro_batches, policy_loss
-from model import Condition, Config, DiT, config_from, trainable, trains
+from model import Condition, Config, DiT, config_from, rope_angles, trainable, trains
 from plumbing.settings import run_command
 from pretrained.vae import VAE
 from pretrained.weights import find_policy, open_tensors
-from sampler import chunks, rollout, schedule, window
+from sampler import chunks, rollout, schedule
 from toy.rooms import Codec, HEADS, PATCH, TEXT
 
 FUN_CAMERA = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, image_dim=1280, camera_dim=24,
                     roce=True)
+WAN_T2V = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, in_dim=16)
+USABLE = 0.9  # of a card: the rest is for CUDA itself, kernels' scratch space and the allocator's losses
 
 
-# ---- network evaluations ----
+# ---- network rows ----
 
 def evaluations(window, steps, members, share=True, tail=None, updates=1):
-    """Network rows that one condition costs without guidance: (rollout, update), the update's in forward
-    passes. share: the group starts from one noise, so it is one latent up to and including the first window
-    step."""
-    rest = steps - window[-1] - 1
-    rest = rest if tail is None else max(1, int(tail * rest))
-    alone = window[0] + 1  # steps a shared group takes as one; of these one is trained on
+    """Network rows that one condition costs without guidance: (of the rollout, of the update's forward).
+
+    share: the group starts from one noise, so it is one latent up to and including the first window step.
+    """
+    after = steps - window[-1] - 1
+    if tail is not None:
+        after = max(1, int(tail * after))
     if not share:
-        return members * (window[-1] + 1 + rest), members * len(window)
-    return alone + members * (len(window) - 1 + rest), updates + members * (len(window) - 1)
+        return members * (window[-1] + 1 + after), members * len(window)
+    alone = window[0] + 1  # steps that a shared group takes as one; of these one is trained on
+    return alone + members * (len(window) - 1 + after), updates + members * (len(window) - 1)
 
 
 def cost(counts, checkpointing=True):
-    """Evaluations of an iteration from (rollout, update): a backward counts 2, a recomputed forward 1, by
-    convention (attention, which long videos mostly are, is 2.5 and is not recomputed)."""
+    """Rows in forward passes, of (rollout, update): a backward counts 2, a recomputed forward 1.
+
+    By convention: attention, most of a long video, is 2.5 backward and is not recomputed.
+    """
     return counts[0] + counts[1] * (3 + checkpointing)
 
 
-# ---- memory ----
+def windows(config):
+    """The windows of a whole run, of every condition, as often as they occur."""
+    every = [config.window(iteration) for iteration in range(config.iterations)]
+    return [window for one in every for window in (one if config.window_per_condition else one[:1])]
+
+
+def mean_evaluations(config, share, tail):
+    """(rollout, update) rows of a condition, guidance's second branch counted; mean over the run's windows."""
+    branches = 1 if config.guidance == 1 else 2
+    updates = config.updates if share else 1
+    counts = [evaluations(window, config.steps, config.members, share, tail, updates)
+              for window in windows(config)]
+    return [branches * sum(column) / len(counts) for column in zip(*counts)]
+
+
+# ---- arithmetic ----
+
+def flops(config, tokens, text=512, image=257):
+    """Of one row's forward pass once `prepare` has run: products and attention; an addition counts as one.
+
+    tokens: of target and source together.
+    """
+    D = config.dim
+    linear = 6 * D * D + 2 * D * config.ffn_dim  # q k v o, cross-attention's q o, MLP
+    if config.roce:
+        linear += 2 * config.num_heads * 2 * (D // config.num_heads // 6) * D
+    if config.pose_dim:
+        linear += D * D  # ReCamMaster's projector
+    attention = 2 * tokens * D * (tokens + text + (image if config.image_dim else 0))
+    ends = tokens // 2 * 4 * D * (config.out_dim + config.out_dim)  # patches in and out, of the target
+    return 2 * (config.num_layers * (tokens * linear + attention) + ends)
+
+
+def decode_flops(codec, shape):
+    """Of decoding one video: its first latent frame and, from the second on, four video frames each."""
+    def counted(frames):
+        with FlopCounterMode(display=False) as counter:
+            codec.decode(torch.empty(1, shape[0], frames, *shape[2:]))
+        return counter.get_total_flops()
+    two = counted(2)
+    three = counted(3)
+    return two + (shape[1] - 2) * (three - two)
+
+
+# ---- reward models ----
+
+@dataclass
+class RewardModel:
+    """A published reward model as a run needs it. Sizes follow from the published shapes; see `reward_models`."""
+    name: str
+    rewards: tuple    # whose rewards it gives
+    weights: float    # bytes on the card
+    working: float    # bytes while it judges one call's videos, beyond weights and videos (assumed)
+    flops: float      # for one video
+
+
+def reward_models(config):
+    """Those that config.rewards names.
+
+    MapAnything: 1.23 B parameters in float32; 8 dense maps at a time take about 5 GB; per video 2.11 n +
+    0.0288 n^2 TFLOP for n frames of 294x518 (through 78 at 27 frames and 360 at 81).
+    VideoAlign: Qwen2-VL-2B without its language head, 2.21 B in bfloat16; 2 frames a second are about 1,000
+    tokens. HPSv3: Qwen2-VL-7B likewise, 7.75 B; every frame is about 450 tokens, 8 frames a call.
+    """
+    wanted = {item.rpartition("=")[0].strip() for item in config.rewards.split(",")}
+    seen = -(-(config.frames - 1) // config.estimator_stride) + 1  # frames that MapAnything is shown
+    videos = config.reward_batch or config.conditions * config.members
+    known = (
+        RewardModel("MapAnything", ("trans", "rot"), 4 * 1.23e9, 5e9 + videos * seen * 20e6,
+                    (2.11 * seen + 0.0288 * seen ** 2) * 1e12),
+        RewardModel("VideoAlign", ("vq", "mq", "ta"), 2 * 2.21e9, videos * 0.5e9, 2 * 2.21e9 * 1000),
+        RewardModel("HPSv3", ("hpsv3",), 2 * 7.75e9, 1e9, 2 * 7.75e9 * 450 * config.frames))
+    return [model for model in known if wanted & set(model.rewards)]
+
+
+# ---- memory of the run itself ----
 
 class Live(TorchDispatchMode):
     """Bytes of tensors alive that were made under it, or shown to it by `add`: now, and at their peak."""
@@ -81,60 +168,89 @@ class Live(TorchDispatchMode):
 
     def extra(self, f, *args):
         """(f's result, bytes by which memory rises meanwhile)."""
-        before, self.peak = self.now, self.now
+        before = self.now
+        self.peak = self.now
         return f(*args), self.peak - before
 
 
 def parts(config):
-    """(DiT's Config, codec, latent's shape, text's shape) of a run; weights' headers are read where they are
-    there. Codec without contents: to be called under torch.device("meta")."""
-    folder, frames = Path(config.weights), (config.frames - 1) // 4 + 1
+    """(DiT's Config, codec, latent's shape, text's shape) of a run; the codec on the default device.
+
+    The headers of weights are read where they are there; else the published model is meant.
+    """
+    folder = Path(config.weights)
+    frames = (config.frames - 1) // 4 + 1
+    shapes_of = lambda *names: {k: x for name in names for k, x in open_tensors(folder / name)[0].items()}
     if config.world == "toy":
-        shapes = open_tensors(folder / "toy_codec.safetensors")[0]
+        shapes = shapes_of("toy_codec.safetensors")
         codec = Codec({key: torch.empty(shape) for key, shape in shapes.items()})
-        return (config_from(open_tensors(folder / "toy_base.safetensors")[0], HEADS), codec,
-                (16, frames, config.height // PATCH, config.width // PATCH), (1, TEXT))
-    plain = dict(in_dim=16, image_dim=None, camera_dim=None, roce=False)  # Wan T2V
-    dit = dataclasses.replace(FUN_CAMERA, **(plain if config.world == "captions" else {}))
+        dit = config_from(shapes_of("toy_base.safetensors"), HEADS)
+        return dit, codec, (16, frames, config.height // PATCH, config.width // PATCH), (1, TEXT)
+    dit = WAN_T2V if config.world == "captions" else FUN_CAMERA
     files = find_policy(folder).files
-    if all(file.is_file() for file in files):  # they say what it is
-        dit = config_from({key: shape for file in files for key, shape in open_tensors(file)[0].items()})
+    if all(file.is_file() for file in files):
+        dit = config_from(shapes_of(*(file.name for file in files)))
     codec = VAE(16, [96, 96, 192, 384, 384], 2, [False, True, True])  # as published
     return dit, codec, (16, frames, config.height // 8, config.width // 8), (512, dit.text_dim)
 
 
-def memory(config, ranks=1, dtype=None):
-    """Bytes on one rank -> (what stays: part -> bytes, peaks: phase -> bytes, with what stays). Reward models
-    are not in it. dtype: of frozen weights; None: the one of a GPU run."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # meta's own choice has N x N weights
-    attention = lambda q, k, v: flash(q, k, v)[0]
-    noise = lambda shape, *key: torch.empty(shape)  # a generator with a seed needs a real device
-    with (torch.device("meta"), patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
-          patch.object(sampler, "_noise", noise)):
-        dit_config, *others = parts(config)
+def memory(config, ranks=1, dtype=None, dit_config=None):
+    """Bytes on one rank -> (what stays: part -> bytes, peaks: phase -> bytes, with what stays).
+
+    Without reward models, and uncompiled. dtype: of frozen weights; None: that of a run on cards. dit_config:
+    the DiT's shape; None: as `parts` finds it. Blocks are alike, so two and three of them tell of all; so are
+    conditions from the second on (the first may leave the update with a single backward pass).
+    """
+    def all_blocks(conditions):
+        two, layers = measure(settings, conditions, ranks, 2, dtype, dit_config)
+        three, layers = measure(settings, conditions, ranks, 3, dtype, dit_config)
+        return [extend(x, y, layers - 2) for x, y in zip(two, three)]
+
+    settings = tuple((name, x) for name, x in vars(config).items() if name not in ("conditions", "park"))
+    dit_config = dit_config and dataclasses.astuple(dit_config)  # as a key of the cache
+    local = config.conditions // ranks
+    if local <= 3:
+        return all_blocks(local)
+    return [extend(x, y, local - 2) for x, y in zip(all_blocks(2), all_blocks(3))]
+
+
+@contextmanager
+def without_contents():
+    """Tensors made here have shape and type but no contents; yields the count of their bytes, a Live."""
+    rope_angles.cache_clear()  # must not keep tensors of the one kind for the other
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+            yield live
+    finally:
+        rope_angles.cache_clear()
+
+
+@functools.cache
+def measure(settings, conditions, ranks, blocks, dtype, dit_config):
+    """`memory` of `conditions` on a rank and so many blocks, and how many blocks the DiT has."""
+    config = Plan(**dict(settings), conditions=conditions * ranks)
+    with without_contents() as live:
+        found, *others = parts(config)
+        whole = Config(*dit_config) if dit_config else found
+        small = dataclasses.replace(whole, num_layers=blocks)
         dtype = dtype or (torch.float32 if config.world == "toy" else torch.bfloat16)
-        measured = []
-        for n in (2, 3):
-            with Live() as live:
-                small = dataclasses.replace(dit_config, num_layers=n)
-                measured.append(_memory(live, config, ranks, dtype, small, *others))
-    return tuple({name: a[name] + (dit_config.num_layers - 2) * (b[name] - a[name]) for name in a}
-                 for a, b in zip(*measured))  # every block needs the same
+        return _memory(live, config, ranks, dtype, small, *others), whole.num_layers
 
 
-def empty_condition(dit, C, text, shape):
-    """C conditions without contents, with the parts that this DiT takes. shape: of a latent."""
-    config = dit.config
-    image = torch.empty(C, 257, config.image_dim) if config.image_dim else None
-    source = torch.empty(C, *shape) if dit.takes_source else None
-    if dit.takes_poses:
-        return Condition(torch.empty(C, *text), None, source, torch.empty(C, shape[1], config.pose_dim))
-    maps = lambda: torch.empty(C, 24, shape[1], 8 * shape[2], 8 * shape[3]) if config.camera_dim else None
-    return Condition(torch.empty(C, *text), image, source, maps(), maps())
+def extend(a, b, steps):
+    """Name -> number, `steps` steps from a, of which b is one: along a straight line."""
+    return {name: a[name] + steps * (b[name] - a[name]) for name in a}
+
+
+class Sliced:
+    """In a condition's place where it is only sliced: slices are views, and slow to make without contents."""
+    def __getitem__(self, rows):
+        return self
 
 
 def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     """`memory` of a DiT with as many blocks as dit_config says, under Live."""
+    # What stays: frozen weights, float32 masters, AdamW's two moments, gradients (and DDP's buckets of them).
     dit = DiT(dit_config)
     if config.world != "toy":  # nothing else of it is a module
         state = {k: torch.empty(x.shape, dtype=dtype) for k, x in codec.state_dict().items()}
@@ -142,26 +258,44 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
         del state
     dit.load_state_dict({k: torch.empty(x.shape, dtype=torch.float32 if trains(k) else dtype)
                          for k, x in dit.state_dict().items()}, assign=True)
-    dit.checkpoint, parameters = config.checkpointing, trainable(dit)
+    dit.checkpoint = config.checkpointing
+    parameters = trainable(dit)
     masters = sum(p.nbytes for p in parameters)
     stay = {"frozen weights": live.now - masters, "masters": masters}
     moments, stay["optimiser"] = live.extra(lambda: [torch.empty_like(p) for p in parameters + parameters])
-    buckets = [torch.empty_like(p) for p in parameters] if ranks > 1 else []  # DDP's
+    buckets = [torch.empty_like(p) for p in parameters] if ranks > 1 else []
     stay["gradients"] = masters * (2 if buckets else 1)
+    base = [torch.empty_like(p) for p in parameters] if config.kl else []  # that kl refers to
+    if base:
+        stay["base"] = masters
     for p in parameters:
         p.grad = torch.empty_like(p)  # of the iteration before, until the update
 
-    n = len(window(0, config.steps, config.size, config.strategy, first=config.first or None))
-    C, G, rows = config.conditions // ranks, config.members, config.micro_batch or None
+    # Conditions, and the source videos that rewards compare with.
+    C = config.conditions // ranks
+    G = config.members
+    rows = config.micro_batch or None
     branches = 1 if config.guidance == 1 else 2
-    peaks, live.peak = {}, live.now
-    condition = empty_condition(dit, C, text, shape)
+    live.peak = live.now
+    peaks = {}
+    condition = Condition(torch.empty(C, *text))
+    if dit.takes_source:
+        condition.source = torch.empty(C, *shape)
+    if dit_config.image_dim:
+        condition.image = torch.empty(C, 257, dit_config.image_dim)
+    if dit_config.pose_dim:
+        condition.camera = torch.empty(C, shape[1], dit_config.pose_dim)
+    elif dit_config.camera_dim:
+        condition.camera = torch.empty(C, 24, shape[1], 8 * shape[2], 8 * shape[3])
+        condition.source_camera = torch.empty_like(condition.camera)
     with torch.no_grad():
         prepared = dit.prepare(condition)
         negative = dit.prepare(condition) if branches == 2 else None
-    peaks["conditions"], condition = live.peak, None
+    sources = torch.empty(C, config.frames, config.height, config.width, 3, dtype=torch.uint8)
+    peaks["conditions"] = live.peak
+    del condition
 
-    # rollout: what one network call needs, and a stand-in for it in the real rollout
+    # Rollout: what one network call needs, and a stand-in for the network in the real rollout.
     c, m = chunks(C, G, rows, branches)[0]
     x = torch.empty(c.stop * m.stop * branches, *shape)
     both = prepared[c] if branches == 1 else prepared.cat([prepared[c], negative[c]])
@@ -169,87 +303,260 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
         _, call = live.extra(lambda: dit(x, torch.ones(()), both).float())
     del x, both
 
+    if config.tail:  # its solver holds one estimate of x_0 meanwhile
+        call += 4 * C * G * math.prod(shape)
+    n = len(config.window(0)[0])
+
     def policy(x, t, condition):
         live.peak = max(live.peak, live.now + call)
         return torch.empty_like(x)
     live.peak = live.now
-    sampled = rollout(policy, prepared, G, range(n), sigmas=schedule(n + 2, config.shift), shape=shape,
-                      seed=0, condition_ids=range(C), negative=negative, guidance=config.guidance,
-                      micro_batch=rows, share_noise=config.share_noise, share_prefix=config.share_prefix,
-                      device="meta")
+    sampled = rollout(policy, prepared if negative else Sliced(), G, range(n), shape=shape, seed=0,
+                      sigmas=schedule(n + 1, config.shift), condition_ids=range(C), negative=negative,
+                      guidance=config.guidance, micro_batch=rows, share_noise=config.share_noise,
+                      share_prefix=config.share_prefix)
+    sampled.condition = prepared
     peaks["rollout"] = live.peak
 
-    # decode, `reward_batch` videos at a time, joined at the end; three latent frames need what more would
-    several, few = min(C * G, config.reward_batch or C * G), min(shape[1], 3)
-    piece, decoding = live.extra(codec.decode, torch.empty(several, shape[0], few, *shape[2:]))
+    # Decode: `reward_batch` videos at a time, joined at the end. Three latent frames need what more would.
+    several = min(C * G, config.reward_batch or C * G)
+    few = min(shape[1], 3)
+    with torch.no_grad():
+        piece, decoding = live.extra(codec.decode, torch.empty(several, shape[0], few, *shape[2:]))
     video = piece.new_empty(*piece.shape[:2], 4 * shape[1] - 3, *piece.shape[3:])
-    piece, decoding = None, decoding + video.nbytes - piece.nbytes
-    size, converting = video.numel() // several * C * G, live.extra(to_uint8, video)[1]
-    converting, video = converting + video.nbytes, None
-    peaks["decode"] = live.now + size + max(decoding, converting, size)
-    videos = torch.empty(size, dtype=torch.uint8)
+    decoding += video.nbytes - piece.nbytes
+    del piece
+    every = video.numel() // several * C * G  # bytes of all videos as uint8
+    converting = live.extra(to_uint8, video)[1] + video.nbytes
+    del video
+    peaks["decode"] = live.now + every + max(decoding, converting, every)
+    videos = torch.empty(every, dtype=torch.uint8)
+    peaks["rewards"] = live.now
 
-    # update: the largest micro-batch
-    batches = [(k, c, m) for k in range(n) for c, m in micro_batches(sampled, k, rows)]
-    for p in parameters[:len(parameters) if len(batches) == 1 else 0]:  # the first backward brings its own
-        p.grad = None
-    live.peak = live.now
+    # Update: the largest micro-batch. The first backward of several brings its own gradients.
+    batches = [(k, c, m) for k in range(len(sampled.x)) for c, m in micro_batches(sampled, k, rows)]
+    if len(batches) == 1:
+        for p in parameters:
+            p.grad = None
     k, c, m = max(batches, key=lambda at: sampled.x[at[0]][at[1]][:, at[2]].shape[:2].numel())
+    live.peak = live.now
     policy_loss(dit, sampled, k, torch.empty(C, G), 1, c, m, config.clip)[0].backward()
     peaks["update"] = live.peak
+    del moments, buckets, base, sources, videos
     return stay, peaks
 
 
-def report(config, ranks=1):
-    """What the command prints."""
-    with torch.device("meta"):
+# ---- does it fit ----
+
+def needs(config, ranks):
+    """(What stays, phase -> bytes on a card) with the reward models of a run in it."""
+    stay, peaks = memory(config, ranks)
+    models = reward_models(config) if config.world != "toy" else []
+    weights = [model.weights for model in models]
+    working = max((model.working for model in models), default=0)
+    if config.park:  # on the card one at a time, while it judges
+        peaks["rewards"] += max((model.weights + model.working for model in models), default=0)
+    else:
+        stay["reward models"] = sum(weights)
+        peaks = {phase: size + sum(weights) for phase, size in peaks.items()}
+        peaks["rewards"] += working
+    return stay, peaks
+
+
+def fits(config, ranks, card):
+    """Whether every phase stays below USABLE of a card of `card` GB (of 2^30 bytes, as cards are sold)."""
+    return max(needs(config, ranks)[1].values()) <= USABLE * card * 2 ** 30
+
+
+def largest(config, ranks, card):
+    """The largest values of single settings that fit, the others as asked: lines to print.
+
+    Where that alone helps, reward models are parked. Memory is about linear in each setting, so two values
+    tell where the limit lies; what is told was then measured itself.
+    """
+    lines = []
+    if not config.park and not fits(config, ranks, card):
+        config = dataclasses.replace(config, park=True)
+        if fits(config, ranks, card):
+            lines.append("as asked, with --park")
+    limit = USABLE * card * 2 ** 30
+    picture = lambda height: {"height": height, "width": round(height * config.width / config.height / 16) * 16}
+    searches = {  # setting -> its values, and what one of them changes
+        "frames": (range(5, 401, 4), lambda x: {"frames": x}),
+        "conditions": (range(ranks, 1000 * ranks, ranks), lambda x: {"conditions": x}),
+        "height": (range(64, 2161, 16), picture)}
+    for name, (values, change) in tqdm(searches.items(), "what would fit", leave=False):
+        at = values.index(getattr(config, name)) if getattr(config, name) in values else len(values) // 4
+        other = at // 2 if at > 8 else at + 8
+        x, y = (needs(dataclasses.replace(config, **change(values[i])), ranks)[1] for i in (at, other))
+        slope = {phase: (y[phase] - x[phase]) / (other - at) for phase in x}
+        ends = [at + (limit - x[phase]) / slope[phase] for phase in x if slope[phase] > 0]
+        best = min(len(values) - 1, int(min(ends)))
+        while best >= 0 and not fits(dataclasses.replace(config, **change(values[best])), ranks, card):
+            best -= 1
+        if best >= 0:
+            changed = " ".join(f"--{key}={value}" for key, value in change(values[best]).items())
+            lines.append(f"{changed}{' --park' if config.park else ''}")
+    return lines
+
+
+# ---- time ----
+
+def measured_rates(file):
+    """{"forward", "update", "decode": FLOP/s} that `python -m benchmarks.bench card` wrote; ValueError."""
+    try:
+        rates = json.loads(Path(file).read_text())["rates"]
+        return {name: float(rates[name]) for name in ("forward", "update", "decode")}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file}: expected the json file of benchmarks.bench card ({error!r})") from None
+
+
+def hours(config, ranks):
+    """Part of an iteration -> (hours, why), by arithmetic over a rate in FLOP/s."""
+    if config.measured:
+        rates = measured_rates(config.measured)
+        source = f"measured, {config.measured}"
+    else:
+        rate = 1e12 * config.rate
+        rates = {"forward": rate, "update": rate, "decode": rate / 2}
+        source = "given by --rate"
+    with without_contents():
+        dit_config, codec, shape, _ = parts(config)
+        decoding = decode_flops(codec, shape) if config.world != "toy" else 0
+    halves = 1 if config.world == "captions" else 2
+    tokens = halves * shape[1] * (shape[2] // 2) * (shape[3] // 2)
+    row = flops(dit_config, tokens)
+    rolled, updated = mean_evaluations(config, config.share_noise and config.share_prefix, config.tail or None)
+    local = config.conditions // ranks
+    judging = sum(model.flops for model in reward_models(config)) if config.world != "toy" else 0
+    branches = 1 if config.guidance == 1 else 2
+    valid = config.validate / config.sample_every / ranks  # videos an iteration
+    work = {
+        "validation": (valid * config.steps * branches * row, rates["forward"],
+                       f"{config.validate} videos every {config.sample_every} iterations, "
+                       f"{config.steps * branches} rows each,"),
+        "rollout": (local * rolled * row, rates["forward"],
+                    f"{local} conditions x {rolled:.1f} rows of {row / 1e12:,.0f} TFLOP"),
+        "decode": (local * config.members * decoding, rates["decode"],
+                   f"{local} x {config.members} videos of {decoding / 1e12:,.0f} TFLOP"),
+        "rewards": (local * config.members * judging, rates["decode"],
+                    f"{local} x {config.members} videos of {judging / 1e12:,.0f} TFLOP"),
+        "update": (local * updated * (3 + config.checkpointing) * row, rates["update"],
+                   f"{local} x {updated:.1f} rows, each {3 + config.checkpointing} forwards,")}
+    return {phase: (flop / rate / 3600, f"{why} at {rate / 1e12:,.0f} TFLOP/s ({source}"
+                    + (", halved: assumed)" if not config.measured and phase in ("decode", "rewards") else ")"))
+            for phase, (flop, rate, why) in work.items()}
+
+
+# ---- what is printed ----
+
+def gb(size):
+    return f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def describe(config, ranks):
+    """Lines about the run: batch, rows, disk."""
+    with without_contents():
         dit_config, _, shape, _ = parts(config)
         dit = DiT(dit_config)
-    trained, total = sum(p.numel() for p in trainable(dit)), sum(p.numel() for p in dit.parameters())
-    C, G, share = config.conditions, config.members, config.share_noise and config.share_prefix
-    windows = [window(i, config.steps, config.size, config.strategy, config.stride, config.iters_per_window,
-                      config.first or None, config.seed) for i in range(config.iterations)]
-    branches = 1 if config.guidance == 1 else 2
-    mean = lambda *args: [branches * sum(x) / len(windows)
-                          for x in zip(*(evaluations(w, config.steps, G, *args) for w in windows))]
-    ours, paper = mean(share, config.tail or None, config.updates), mean(False)
-    ours_cost, paper_cost = (cost(x, config.checkpointing) for x in (ours, paper))
+    trained = sum(p.numel() for p in trainable(dit))
+    total = sum(p.numel() for p in dit.parameters())
+    share = config.share_noise and config.share_prefix
+    ours = mean_evaluations(config, share, config.tail or None)
+    alone = mean_evaluations(config, False, None)
+    ours_cost = cost(ours, config.checkpointing)
+    alone_cost = cost(alone, config.checkpointing)
     tokens = shape[1] * (shape[2] // 2) * (shape[3] // 2)
-    halves = f"{tokens:,} of the target, as many of the source" if dit.takes_source else "of the target"
-    stay, peaks = memory(config, ranks)
-    size = lambda n: f"{n / 1e9:.2f} GB" if n > 1e9 else f"{n / 1e6:.1f} MB"
-    sizes = lambda x: ", ".join(f"{name} {size(n)}" for name, n in x.items())
-    lines = {
-        "batch": f"{C} conditions x {G} members = {C * G} videos an iteration on {ranks} rank(s), "
-                 f"{C // ranks * G} on each; {config.updates} optimiser step(s) an iteration",
-        "run": f"{config.iterations} iterations, {config.iterations * C * G:,} videos, "
+    videos = config.conditions * config.members
+    times = 3 + config.checkpointing
+    return {
+        "batch": f"{config.conditions} conditions x {config.members} members = {videos} videos an iteration "
+                 f"on {ranks} card(s), {videos // ranks} on each",
+        "run": f"{config.iterations} iterations, {config.iterations * videos:,} videos, "
                f"{config.iterations * config.updates:,} optimiser steps",
         "parameters": f"{total:,}, of which {trained:,} train",
-        "tokens": f"{(1 + dit.takes_source) * tokens:,} a network row: {halves}",
-        "evaluations": "per condition and iteration, mean over the run's windows "
-                       "(backward 2, recomputation 1)",
-        " ours": f"{ours[0]:.1f} rollout + {ours[1]:.1f} update x {3 + config.checkpointing} "
-                 f"= {ours_cost:.1f}; on all ranks {C * ours_cost:,.0f}, "
-                 f"the whole run {config.iterations * C * ours_cost:,.0f}",
-        " paper's": f"{paper[0]:.1f} + {paper[1]:.1f} x {3 + config.checkpointing} = {paper_cost:.1f}, "
-                    f"every member alone, Euler throughout: {paper_cost / ours_cost:.2f} times ours",
-        "disk": f"{size(12 * trained)} a checkpoint (weights and two moments, float32), {config.keep} kept",
-        "memory": "per rank, without reward models, uncompiled; estimated on tensors without contents",
-        " stays": f"{sizes(stay)}; together {size(sum(stay.values()))}",
-        " peaks": f"{sizes(peaks)}; each with what stays"}
-    return "\n".join(f"{name:<12} {line}" for name, line in lines.items())
+        "tokens": f"{(1 + dit.takes_source) * tokens:,} a network row: {tokens:,} of the target video"
+                  + ", as many of the source" * dit.takes_source,
+        "rows": f"{ours[0]:.1f} rollout + {ours[1]:.1f} update x {times} = {ours_cost:.1f} for a condition and "
+                "iteration, mean over the run's windows",
+        "": f"(update x {times}: forward 1, backward 2{', recomputed forward 1' if times == 4 else ''}; "
+            f"every member alone by Euler: {alone[0]:.1f} + {alone[1]:.1f} x {times} = {alone_cost:.1f}, "
+            f"{alone_cost / ours_cost:.2f} times as many)",
+        "disk": f"{gb(12 * trained)} a checkpoint (weights and two moments in float32), {config.keep} kept"}
 
+
+def report_memory(config, ranks, card):
+    """(Lines about memory on each card, whether it fits)."""
+    stay, peaks = needs(config, ranks)
+    limit = USABLE * card * 2 ** 30
+    models = reward_models(config) if config.world != "toy" else []
+    lines = [f"all the time: {', '.join(f'{name} {gb(size)}' for name, size in stay.items())}",
+             f"together {gb(sum(stay.values()))}; uncompiled, measured on tensors without contents"]
+    for phase, size in peaks.items():
+        verdict = ""
+        if card:
+            verdict = "fits" if size <= limit else f"does NOT fit, {gb(size - limit)} too much"
+        lines.append(f"{phase:<10} {size / 1e9:5.1f} GB at its peak, all that stays in it   {verdict}".rstrip())
+    if models:
+        where = "visit the card one at a time" if config.park else "stay on the card (--park: only visit it)"
+        sizes = ", ".join(f"{model.name} {gb(model.weights)}" for model in models)
+        lines.append(f"reward models {where}: {sizes}; while they judge up to "
+                     f"{gb(max(model.working for model in models))} more (assumed)")
+    if config.park:
+        held = ranks * sum(model.weights for model in models)
+        lines.append(f"in the computer's memory: {gb(held)} of parked reward models for {ranks} card(s)")
+    if card:
+        lines.append(f"usable of a card of {card:g} GB: {gb(limit)}, nine tenths of {card:g} x 2^30 bytes; the "
+                     "rest is for CUDA, kernels' scratch and gaps")
+    return lines, not card or max(peaks.values()) <= limit
+
+
+def report_time(config, ranks):
+    """Lines about time."""
+    by_phase = hours(config, ranks)
+    together = sum(time for time, _ in by_phase.values())
+    lines = [f"{phase:<10} {60 * time:7.1f} min   {why}" for phase, (time, why) in by_phase.items()]
+    days = config.iterations * together / 24
+    lines.append(f"together {together:.2f} h an iteration, {days:.1f} days for {config.iterations} iterations, "
+                 f"{ranks * 24 * days:,.0f} card hours; reading files and waiting for the slowest rank apart")
+    return lines
+
+
+# ---- the command ----
 
 @dataclass
 class Plan(train.Config):
-    """`python -m benchmarks.plan`: a run's settings, and on how many cards."""
+    """`python -m benchmarks.plan`: a run's settings, and the cards it should fit."""
     ranks: int = 1                     # processes, one on each card
+    card: float = 0.0                  # memory of a card, GB; 0: fit is not asked
+    rate: float = 150.0                # TFLOP/s of a card in the network: 48 % of an A100's or A800's 312
+    largest: bool = False              # also where it fits: tell the largest settings that would (a minute)
+    measured: str = ""                 # json file of `python -m benchmarks.bench card`, in place of --rate
 
 
 def plan(config):
-    """Print what the run would cost."""
+    """Print what the run would need; exit code 1 where it does not fit the card."""
     config.check(config.ranks, folders=False)
-    print(report(config, config.ranks))
+    if config.card < 0 or config.rate <= 0:
+        raise ValueError(f"card and rate: expected > 0, found {config.card} and {config.rate}")
+    lines = describe(config, config.ranks)
+    memory_lines, fit = report_memory(config, config.ranks, config.card)
+    sections = {**{name: [line] for name, line in lines.items()}, "memory": memory_lines}
+    if config.world != "toy":
+        sections["time"] = report_time(config, config.ranks)
+    for name, found in sections.items():
+        for i, line in enumerate(found):
+            print(f"{name if i == 0 else '':<11} {line}")
+    if not config.card:
+        return
+    if config.largest or not fit:
+        none = ["no single setting makes it fit: take fewer frames and a smaller picture"]
+        for i, line in enumerate(largest(config, config.ranks, config.card) or none):
+            print(f"{'largest' if i == 0 else '':<11} {line}")
+    verdict = "fits" if fit else "does not fit"
+    print(f"{'verdict':<11} {verdict} {config.ranks} card(s) of {config.card:g} GB")
+    if not fit:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

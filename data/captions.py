@@ -14,7 +14,7 @@ from tqdm import tqdm
 import rewards
 from data.world import World, open_policy
 from model import Condition
-from pretrained.encoders import NEGATIVE_PROMPT, load_text_encoder
+from pretrained.encoders import NEGATIVE_PROMPT, check_caption, load_text_encoder
 from pretrained.vae import load_vae
 from pretrained.weights import TEXT_FILE, TOKENIZER, VAE_FILE, find_policy
 
@@ -43,6 +43,8 @@ def open_captions(config, device):
         raise ValueError(f"rewards: {', '.join(found)}: this world has no path or source to compare with")
     lines = Path(config.captions).read_text("utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
+    for prompt in prompts:
+        check_caption(prompt, config.captions)
     if not prompts:
         raise ValueError(f"{config.captions}: expected one prompt a line, found none")
     (unwanted, *texts), length = embed(config.weights, [NEGATIVE_PROMPT, *prompts], device)
@@ -55,8 +57,11 @@ def open_captions(config, device):
         return torch.stack([F.pad(x, (0, 0, 0, length - len(x))) for x in texts]).to(device)
 
     def draw(numbers, rngs):
-        chosen = [prompts[i] for i in numbers]
-        return Condition(padded([texts[i] for i in numbers])), rewards.Scene(None, None, chosen, FPS)
+        scene = rewards.Scene(None, None, [prompts[i] for i in numbers], torch.full((len(numbers),), FPS))
+        return Condition(padded([texts[i] for i in numbers])), scene
 
     shape = (dit.config.out_dim, (config.frames + 3) // 4, config.height // 8, config.width // 8)
-    return World(dit, codec, shape, len(prompts), draw, padded([unwanted]), rewarded, reward_weights)
+    files = [*policy.files, *(Path(config.weights) / name for name in (VAE_FILE, TEXT_FILE))]
+    inputs = {"weights": files + rewards.model_files(reward_weights, config.weights),
+              "captions": [Path(config.captions)]}
+    return World(dit, codec, shape, len(prompts), draw, padded([unwanted]), rewarded, reward_weights, inputs)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from plumbing.files import one_line, write_file
+from pretrained.encoders import check_caption
 
 INDEX, NEGATIVE = "index.json", "negative_prompt.safetensors"  # a cache's, beside its clips
 
@@ -57,6 +58,7 @@ def load_clip(path, needs=("latents", "text")):
     except (json.JSONDecodeError, RecursionError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({one_line(error)})") from None
     facts = {key: facts[key] for key in (*FACTS, "text_length")}
+    check_caption(str(facts["caption"]), path)
     length, text = facts.pop("text_length"), tensors["text"]
     if type(length) is not int or not len(text) <= length <= 1 << 16 or text.ndim != 2:
         raise ValueError(f"{path}: damaged (text_length {length!r} of {tuple(text.shape)})")
@@ -92,6 +94,9 @@ class ClipCache:
 
     def __len__(self):
         return len(self.names)
+
+    def files(self):
+        return [self.folder / name for name in (INDEX, NEGATIVE, *(f"{x}.safetensors" for x in self.names))]
 
     def __getitem__(self, i):
         return load_clip(self.folder / (self.names[i] + ".safetensors"), self.needs)

@@ -1,4 +1,6 @@
 """Encodes a folder of videos for training: `python -m data.prepare`."""
+import plumbing.early  # noqa: F401, first of all: a signal while the rest is imported ends this quietly
+
 import csv
 import io
 import json
@@ -8,6 +10,7 @@ import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,14 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from data.cameras import check_fov, source_cameras, split_name
+from data.cameras import check_fov, source_cameras, split_name, suffix_of
 from data.clips import Clip, INDEX, NEGATIVE, TENSORS, check_settings, read_index, save_clip
-from data.video import find_videos, natural, read_frames, read_video, to_float, without_suffix
+from data.video import count_frames, find_videos, natural, read_frames, read_video, to_float, without_suffix
 from plumbing.files import one_line, write_file
 from plumbing.ranks import connect
 from plumbing.settings import run_command
 from pretrained.encoders import (
-    NEGATIVE_PROMPT, describe_frame, load_image_encoder, load_text_encoder)
+    NEGATIVE_PROMPT, check_caption, describe_frame, load_captioner, load_image_encoder,
+    load_text_encoder)
 from pretrained.reward_models import mapanything
 from pretrained.vae import load_vae
 from pretrained.weights import IMAGE_FILE, TEXT_FILE, TOKENIZER, VAE_FILE, find_policy
@@ -33,18 +37,32 @@ def read_captions(path):
     """CSV with a header -> {file name without its suffix: caption}; rows without a caption are left out.
     Columns: file_name or videoFile, and text or caption (MultiCamVideo's and Sekai's names)."""
     try:
-        rows = csv.DictReader(io.StringIO(Path(path).read_bytes().decode("utf-8-sig"), newline=""))
-        columns, rows = rows.fieldnames or [], [(rows.line_num, row) for row in rows]
-    except (UnicodeDecodeError, csv.Error) as error:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 csv ({one_line(error)})") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # strict: an open quote is an error
+    line, rows = 1, []
+    try:
+        for row in reader:
+            rows.append((line, row))  # a quoted caption may take several lines
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {line}: {one_line(error)}; a caption with quotes is written as "
+                         '"a \"\"quoted\"\" word"') from None
+    columns = rows[0][1] if rows else []
     name = next((c for c in columns if c in ("file_name", "videoFile")), None)
     text = next((c for c in columns if c in ("text", "caption")), None)
     if name is None or text is None:
         raise ValueError(f"{path}: needs columns file_name and text (or videoFile and caption), "
                          f"has {', '.join(columns) or 'none'}")
     captions = {}
-    for line, row in rows:
-        key, caption = without_suffix(row[name] or ""), (row[text] or "").strip()
+    for line, row in rows[1:]:
+        if len(row) > len(columns):
+            raise ValueError(f"{path}: line {line}: {len(row)} fields, expected {len(columns)}; a caption with commas is "
+                             'written in quotes, as "a man, walking"')
+        row = dict(zip(columns, row))
+        key, caption = without_suffix(row.get(name, "")), row.get(text, "").strip()
+        check_caption(caption, f"{path}: line {line}")
         if caption and captions.setdefault(key, caption) != caption:
             raise ValueError(f"{path}: line {line}: another caption for {row[name]}")
     if not captions:
@@ -88,7 +106,7 @@ def write_index(out, settings, skipped):
 @dataclass
 class Prepare:
     """`python -m data.prepare`"""
-    videos: str = ""                  # folder of video files, or of folders of images
+    videos: str = ""                  # folder of video files, or of folders of images; or one video file
     out: str = ""                     # folder for the clips; an interrupted run goes on there
     weights: str = ""                 # folder of the published files of the policy to train
     captions: str = ""                # csv with columns file_name, text (or videoFile, caption)
@@ -122,10 +140,14 @@ def prepare(config):
     videos, out, weights = Path(config.videos), Path(config.out), Path(config.weights)
     frames, height, width = config.frames, config.height, config.width
     policy = find_policy(weights)
-    cameras, fov = config.cameras or ("mapanything" if "c2w" in policy.parts else ""), config.fov or None
+    cameras = config.cameras or ("mapanything" if "c2w" in policy.parts else "")
+    fov = config.fov or None
     images = "image" in policy.parts or (weights / IMAGE_FILE).is_file()
     without = ([] if images else ["image"]) + ([] if cameras else ["c2w", "intrinsics"])
-    names, texts = find_videos(videos), read_captions(config.captions) if config.captions else {}
+    single = videos.is_file()
+    names = [videos.name] if single else find_videos(videos)
+    videos = videos.parent if single else videos
+    texts = read_captions(config.captions) if config.captions else {}
     nothing = None if config.captions or config.captioner else ""  # with neither, every caption is empty
     wanted = {name: find_caption(name, texts) or nothing for name in names}
     if cameras not in ("", "mapanything") and not split_name(cameras)[0].exists():
@@ -142,7 +164,8 @@ def prepare(config):
     settings = dict(frames=frames, height=height, width=width, stride=config.stride,
                     negative_prompt=config.negative_prompt, without=without)
     if cameras:
-        settings["cameras"] = cameras if cameras == "mapanything" else f"files of {Path(cameras).resolve()}"
+        files = f"files of {split_name(cameras)[0].resolve()}{suffix_of(cameras)}"
+        settings["cameras"] = cameras if cameras == "mapanything" else files
         settings |= dict(fov=fov, estimator_stride=config.estimator_stride)
     for file in (VAE_FILE, TEXT_FILE, *([IMAGE_FILE] if images else [])):  # tells sets of weights apart
         settings[f"bytes of {file}"] = (weights / file).stat().st_size
@@ -171,6 +194,8 @@ def prepare(config):
     if world > 1:
         dist.broadcast_object_list(box)
     todo = box[0]
+    if any(wanted[name] is None for name in todo) and config.captioner:
+        load_captioner(config.captioner, device, dtype)  # refused now, where there is none
     if rank == 0:
         write_file(out / NEGATIVE, save({"text": text_encoder.embed([config.negative_prompt])[0].bfloat16().cpu()}))
     for name in tqdm(todo[rank::world], desc="prepare", unit="clip", disable=rank > 0):
@@ -180,17 +205,19 @@ def prepare(config):
             if text is None and not config.captioner:
                 raise ValueError(f"no caption in {config.captions}")
             video, fps, numbers = read_frames(path, frames, config.stride, (height, width))
-            stored = read_video(path, frames=1)[0].shape[1:3]
+            shown = read_video(path, frames=1)[0].shape[1:3]
             video = torch.from_numpy(video).to(device)
             c2w = intrinsics = None
             if cameras:
-                c2w, intrinsics = source_cameras(video, numbers, stored, name, cameras, fov)
+                count = partial(count_frames, path)
+                c2w, intrinsics = source_cameras(video, numbers, shown, name, cameras, fov, count)
+            if text is None:
+                text = describe_frame(video[frames // 2], config.captioner, device, dtype)
+            check_caption(text, f"{config.captioner} describes it")
         except (ValueError, FileNotFoundError) as error:
             skipped[name] = str(error).removeprefix(f"{path}: ")
             tqdm.write(f"skipped {name}: {skipped[name]}")
             continue
-        if text is None:
-            text = describe_frame(video[frames // 2], config.captioner, device, dtype)
         encoded = encode_clip(video, text, vae, text_encoder, image_encoder)
         clip = Clip(name, str(path.resolve()), text, fps, *encoded, c2w, intrinsics)
         save_clip(out / f"{name}.safetensors", clip)

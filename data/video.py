@@ -8,14 +8,18 @@ Videos are uint8 (T, H, W, 3) RGB here and wherever a reward or a file sees them
 (B, 3, T, H, W) in [-1, 1] (to_float, to_uint8).
 """
 import io
+import math
 import re
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
+import av.filter
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
 
 from plumbing.files import one_line, write_file
@@ -45,17 +49,118 @@ def natural(path):
     return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", str(path))]
 
 
-def rgb(frame):
-    """av.VideoFrame -> uint8 (H, W, 3), by the frame's colour tags, turned as its rotation metadata says."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+# ---- presentation: what a file says beside its pixels ----
 
+# Transfers that are no SDR picture without tone mapping (ITU-T H.273)
+TRANSFERS = {8: "linear light", 9: "logarithmic", 10: "logarithmic", 16: "PQ (HDR10, SMPTE 2084)",
+             17: "SMPTE 428", 18: "HLG (ARIB STD-B67)"}
+
+# EXIF orientation -> display matrix (a, b, c, d): what is stored at (x, y) is shown at (a x + c y, b x + d y)
+ORIENTATIONS = {1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),
+                5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0)}
+
+
+def exif_matrix(content):
+    """The display matrix of an image file's EXIF orientation (JPEG, PNG, WebP, TIFF), from its bytes."""
+    found = re.search(rb"(?:Exif\0\0|eXIf|EXIF....|^)(?=II\*\0|MM\0\*)", content, re.S)
+    if not found:
+        return ORIENTATIONS[1]
+    tiff = content[found.end():]
+    order = "little" if tiff[:2] == b"II" else "big"
+    number = lambda at, size: int.from_bytes(tiff[at:at + size], order)
+    first = number(4, 4)  # of the first directory, whose entries are tag, type, count, value
+    for at in range(first + 2, first + 2 + 12 * number(first, 2), 12):
+        if number(at, 2) == 0x0112:
+            return ORIENTATIONS.get(number(at + 8, 2), ORIENTATIONS[1])
+    return ORIENTATIONS[1]
+
+
+def display_matrix(frame):
+    """A decoded frame's display matrix (a, b, c, d), as in ORIENTATIONS."""
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # it has side data of a kind that PyAV does not know: only a rotation can be had
+        turns = round(frame.rotation / 90) % 4  # anticlockwise
+        return [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)][turns]
+    if data is None:
+        return ORIENTATIONS[1]
+    return tuple(np.frombuffer(bytes(data), np.int32)[[0, 1, 3, 4]] / 65536)
+
+
+def turn(image, matrix):
+    """uint8 (H, W, 3), turned and mirrored as ffmpeg's autorotate does. ValueError unless by quarter turns."""
+    a, b, c, d = matrix
+    straight = max(abs(a), abs(d))
+    crossed = max(abs(b), abs(c))
+    if min(straight, crossed) > 0.02 * max(straight, crossed):
+        angle = math.degrees(math.atan2(b, a))
+        raise ValueError(f"is shown turned by {angle:.0f} degrees; expected quarter turns: write it upright, "
+                         "as with ffmpeg -i IN OUT.mp4")
+    if crossed > straight:
+        image = image.swapaxes(0, 1)
+        a, d = c, b
+    return np.ascontiguousarray(image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
+
+
+def rgb(frame, aspect=1, matrix=None):
+    """av.VideoFrame -> uint8 (H, W, 3) as it is shown: by its colour tags, its pixels made square, turned.
+
+    aspect: width of a pixel over its height, by which the picture is widened; matrix: the display matrix, if
+    not the frame's own. ValueError for HDR, which would need tone mapping.
+    """
+    if frame.color_trc in TRANSFERS:
+        raise ValueError(f"its transfer is {TRANSFERS[frame.color_trc]}, expected SDR: tone-map it first, as with "
+                         "ffmpeg -i IN -vf zscale=t=linear,tonemap=hable,zscale=t=bt709:m=bt709:p=bt709 OUT.mp4")
+    width = round(frame.width * aspect)
+    image = frame.to_ndarray(format="rgb24", width=width, height=frame.height)
+    return turn(image, matrix or display_matrix(frame))
+
+
+def deinterlaced(frames, stream):
+    """Decoded frames, from the first interlaced one on through ffmpeg's bwdif: one frame for each."""
+    graph = None
+    for frame in frames:
+        if graph is None and frame.interlaced_frame:
+            graph = av.filter.Graph()
+            filters = graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
+            graph.link_nodes(graph.add_buffer(template=stream), *filters).configure()
+        if graph is None:
+            yield frame
+        else:
+            graph.push(frame)
+            yield from pull(graph)
+    if graph is not None:
+        graph.push(None)  # the end
+        yield from pull(graph)
+
+
+def pull(graph):
+    """What a filter graph has ready."""
+    while True:
+        try:
+            yield graph.pull()
+        except (av.error.BlockingIOError, av.error.EOFError):
+            return
+
+
+def film_stream(container):
+    """The video stream that ffmpeg calls best, if it is no cover or thumbnail; None where all are."""
+    still = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+    films = [stream for stream in container.streams.video if not stream.disposition & still]
+    moving = [stream for stream in films if stream.frames != 1]  # 0: not known
+    films = moving or films
+    best = container.streams.best("video")
+    return best if best in films else max(films, key=lambda s: s.width * s.height, default=None)
+
+
+# ---- files ----
 
 def open_video(path):
-    """A video file or a folder of images -> (fps, iterator over (decoded frame's number, av.VideoFrame)).
+    """A video file or a folder of images -> (fps, iterator over (decoded frame's number, function -> picture)).
     The iterator runs on a constant clock of the file's average rate, starting at its first frame: a tick
     shows the frame whose time rounds to it, or else the one before. At a constant rate this is every decoded
     frame once; at a variable rate frames are held or dropped so that motion keeps its speed, as a camera path
-    in metres per frame must."""
+    in metres per frame must. A picture is uint8 (H, W, 3), see rgb, made only when its function is called."""
     if path.is_dir():
         files = sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGES), key=natural)
         if not files:
@@ -66,11 +171,12 @@ def open_video(path):
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: empty file (0 bytes)")
     container = av.open(f"file:{path}")  # "file:", or a colon in the name would be taken for a protocol
-    if not container.streams.video:
-        kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
+    stream = film_stream(container)
+    if stream is None:
+        kinds = ", ".join("a still picture" if stream.type == "video" else stream.type
+                          for stream in container.streams) or "nothing"
         container.close()
         raise ValueError(f"{path}: no video stream, only {kinds}")
-    stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     rates = [float(rate or 0) for rate in (stream.average_rate, stream.guessed_rate)]
     fps = next((rate for rate in rates if 0 < rate < 1000), None)  # 1000 is a millisecond clock, not a rate
@@ -81,7 +187,7 @@ def open_video(path):
     def ticks():
         last, first, held, end = -1, None, None, 0.0
         with container:
-            for n, frame in enumerate(container.decode(stream)):
+            for n, frame in enumerate(deinterlaced(container.decode(stream), stream)):
                 if frame.is_corrupt:
                     raise ValueError(f"{path}: damaged at frame {n}")
                 time = frame.time if frame.time is not None else (first or 0.0) + (last + 1) / fps
@@ -90,7 +196,7 @@ def open_video(path):
                 tick = round((time - first) * fps)
                 for _ in range(last + 1, tick):
                     yield held
-                held = n, frame
+                held = n, partial(rgb, frame, stream.sample_aspect_ratio or 1)
                 if tick > last:
                     yield held
                 last = max(tick, last)
@@ -105,26 +211,28 @@ def open_video(path):
 
 
 def open_image(path):
-    """An image file -> av.VideoFrame. Opened as a stream: % in a name would be taken for a pattern."""
+    """An image file -> function that gives its picture. Opened as a stream: % in a name would be taken for a
+    pattern. Its pixels count as square: resolutions in image files are for printing."""
+    content = path.read_bytes()
     try:
-        with open(path, "rb") as file, av.open(file) as container:
-            return next(container.decode(video=0))
+        with av.open(io.BytesIO(content)) as container:
+            return partial(rgb, next(container.decode(video=0)), matrix=exif_matrix(content))
     except (av.error.FFmpegError, StopIteration, IndexError) as error:
         raise ValueError(f"{path}: unreadable image ({one_line(error)})") from None
 
 
-def read_frames(path, frames=None, stride=1, size=None, start=0):
+def read_frames(path, frames=None, stride=1, size=None):
     """read_video, and also the number of the decoded frame behind each one, int (T,): the row of its camera.
     Returns (uint8 (T, H, W, 3), fps, numbers); the rest is read_video's."""
     path = Path(path)
     video, numbers, seen = [], [], 0
     try:
         fps, ticks = open_video(path)
-        for tick, (number, frame) in enumerate(ticks):
+        for tick, (number, picture) in enumerate(ticks):
             seen = tick + 1
-            if tick < start or (tick - start) % stride:
+            if tick % stride:
                 continue
-            image = rgb(frame)
+            image = show(path, number, picture)
             video.append(image if size is None else resize_to_cover(image, size))
             numbers.append(number)
             if video[0].shape != image.shape and size is None:
@@ -136,22 +244,46 @@ def read_frames(path, frames=None, stride=1, size=None, start=0):
         where = f" after frame {seen}" if seen else ""
         raise ValueError(f"{path}: unreadable or truncated{where} ({one_line(error)})") from None
     if not video or frames is not None and len(video) < frames:
-        needed = start + ((frames or 1) - 1) * stride + 1
+        needed = ((frames or 1) - 1) * stride + 1
         raise ValueError(f"{path}: too short, {seen} frames, {needed} needed "
-                         f"({frames or 'any'} at stride {stride} from frame {start})")
+                         f"({frames or 'any'} at stride {stride})")
     return np.stack(video), fps / stride, np.array(numbers)
 
 
-def read_video(path, frames=None, stride=1, size=None, start=0):
-    """Frames start, start + stride, ... of a video file (mp4, mov, webm, mkv) or of a folder of images.
+def show(path, number, picture):
+    """A frame's picture; where it cannot be had, ValueError that names the file."""
+    try:
+        return picture()
+    except ValueError as error:
+        raise ValueError(f"{path}: {f'frame {number} ' if number else ''}{error}") from None
+
+
+def read_video(path, frames=None, stride=1, size=None):
+    """Frames 0, stride, 2 stride, ... of a video file (mp4, mov, webm, mkv) or of a folder of images.
     path: a file, or a folder whose images are taken in natural order (frame2 before frame10) at 24 a second
     frames: how many are returned; None: all that there are
-    size: (H, W) to scale to cover and centre-crop to, bilinear; None: as stored (rotation metadata applied)
-    start, stride: counted on the video's constant clock (see open_video)
+    stride: counted on the video's constant clock (see open_video)
+    size: (H, W) to scale to cover and centre-crop to, bilinear; None: as shown (see rgb)
     Returns (uint8 (T, H, W, 3) RGB, fps); fps is that of the frames returned: the file's divided by stride.
     Raises FileNotFoundError, or ValueError naming the file if it is empty, unreadable, damaged before the
-    last frame needed, too short, or holds no video."""
-    return read_frames(path, frames, stride, size, start)[:2]
+    last frame needed, too short, HDR, or holds no video."""
+    return read_frames(path, frames, stride, size)[:2]
+
+
+def count_frames(path, expected=None):
+    """How many frames a video has; where its header says `expected`, that is believed, else they are decoded."""
+    path = Path(path)
+    if path.is_dir():
+        return sum(f.suffix.lower() in IMAGES for f in path.iterdir())
+    try:
+        with av.open(f"file:{path}") as container:
+            stream = film_stream(container)
+            if stream.frames and stream.frames == expected:
+                return expected
+            stream.thread_type = "AUTO"
+            return sum(1 for _ in container.decode(stream))
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path}: its frames cannot be counted ({one_line(error)})") from None
 
 
 def find_videos(folder):

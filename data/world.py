@@ -7,7 +7,7 @@ import torch
 
 import rewards
 import trajectories
-from data.cameras import PathFolder
+from data.cameras import PathFolder, split_name
 from data.clips import ClipCache
 from data.video import read_video
 from model import Condition, load_dit
@@ -26,7 +26,8 @@ class World:
     negative: object         # (1, L, D) negative prompt's embedding, or None
     rewards: list
     reward_weights: dict     # name -> weight
-    true_view: object = None  # (clip numbers, c2w (n, T, 4, 4)) -> uint8 (n, T, H, W, 3), where it is known
+    inputs: dict             # setting -> files it names, whose contents may not change during a run
+    true_view: object = None  # (clip numbers, c2w (n, T, 4, 4)) -> uint8 (n, T, H, W, 3), if known
 
 
 def clip_numbers(iteration, count, size, seed):
@@ -87,15 +88,19 @@ def open_clips(config, device):
         on_device = lambda x: None if x is None else x.to(device)
         videos = [read_source(clip, config, clips.settings) for clip in rows]
         videos = None if any(x is None for x in videos) else torch.stack(videos).to(device)
+        fps = torch.tensor([clip.fps for clip in rows], device=device)
         scene = rewards.Scene(target, on_device(stacked(rows, "intrinsics")), [clip.caption for clip in rows],
-                              rows[0].fps, videos, on_device(stacked(rows, "c2w")))
+                              fps, videos, on_device(stacked(rows, "c2w")))
         return condition, scene
 
     rewarded, weights = rewards.load(config.rewards, config.weights, device, park=config.park,
                                      schedule=config.frame_weights, stride=config.estimator_stride,
                                      grey_mq=config.grey_mq, hpsv3_prompt=config.hpsv3_prompt or None)
     shape, negative = tuple(clips[0].latents.shape), clips.negative[None].to(device)
-    return World(dit, codec, shape, len(clips), draw, negative, rewarded, weights)
+    published = [*policy.files, Path(config.weights) / VAE_FILE]
+    inputs = {"weights": published + rewards.model_files(weights, config.weights), "clips": clips.files(),
+              "trajectories": sorted({split_name(name)[0] for name in paths.names})}
+    return World(dit, codec, shape, len(clips), draw, negative, rewarded, weights, inputs)
 
 
 def read_source(clip, config, settings):

@@ -64,14 +64,17 @@ def find_clips(videos, only=""):
 
 
 def find_generated(folder):
-    """{case: file} of a folder of videos made elsewhere; ValueError for one that is not named like
-    a case."""
+    """{case: file} of a folder of videos made elsewhere. ValueError for one that is not named like
+    a case, and for two of the same case."""
     cases = {}
     for name in find_videos(folder):
-        case = split_case(Path(name).stem)
+        case = split_case(without_suffix(Path(name).name))
         if case is None:
             raise ValueError(f"{folder}: expected <clip>_camera_<1-10>_speed_<s>.mp4, found {name}")
-        cases[case_name(*case)] = Path(folder) / name
+        file = Path(folder) / name
+        if cases.setdefault(case_name(*case), file) != file:
+            first = cases[case_name(*case)].relative_to(folder)
+            raise ValueError(f"{folder}: {first} and {name} are both {case_name(*case)}; expected one video a case")
     return cases
 
 

@@ -13,11 +13,12 @@ from data.cameras import source_cameras
 from data.clips import Clip
 from data.draw import PATH_COLORS, draw_paths, grid, upscale
 from data.prepare import encode_clip
-from data.video import decode, read_frames, read_video, write_video
+from data.video import count_frames, decode, read_frames, read_video, write_video
 from data.world import condition_of
 from plumbing.files import write_json
 from plumbing.ranks import gather
-from pretrained.encoders import describe_frame
+from plumbing.guard import seed_everything
+from pretrained.encoders import check_caption, describe_frame
 from sampler import sample, schedule
 from trajectories import relative
 
@@ -111,8 +112,8 @@ def find_cameras(path, name, clip, mp4, config, estimate):
             if len(c2w) != len(video) or intrinsics is None:
                 raise ValueError(f"source cameras: expected {len(video)} and intrinsics, found {len(c2w)}")
             return torch.from_numpy(c2w)[None], torch.from_numpy(intrinsics)[None]
-    stored = read_video(path, frames=1)[0].shape[1:3]
-    return source_cameras(video, rows, stored, name, cameras, config.fov or None)
+    shown = read_video(path, frames=1)[0].shape[1:3]
+    return source_cameras(video, rows, shown, name, cameras, config.fov or None, partial(count_frames, path))
 
 
 def encode(clip, path, caption, cameras, encoders, config, device):
@@ -120,6 +121,7 @@ def encode(clip, path, caption, cameras, encoders, config, device):
     video, fps, _ = clip
     if caption is None:
         caption = describe_frame(video[len(video) // 2], config.blip, device, encoders[0].conv1.weight.dtype)
+        check_caption(caption, f"{config.blip} describes it")
     latents, image, text = encode_clip(torch.from_numpy(video).to(device), caption, *encoders)
     return Clip(str(path), str(path), caption, fps, latents, image, text, *cameras)
 
@@ -199,6 +201,7 @@ def validation(world, config, rank, ranks):
 
     def measure():
         device = next(world.dit.parameters()).device
+        seed_everything(config.seed, "validation", rank)  # each time the same luck for rewards that draw
         scores = {name: torch.full((most,), math.nan, device=device) for name in world.reward_weights}
         for at in range(0, len(mine), part):
             numbers = mine[at:at + part]

@@ -1,5 +1,4 @@
 """A video of your own, re-rendered along another camera path: `python evaluate.py retake`."""
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from evaluation.generate import Generating, encode, find_cameras, read_clip, rer
 from evaluation.scores import open_estimator
 from plumbing.checkpoint import find_checkpoint
 from plumbing.settings import at_least_1
-from pretrained.encoders import NEGATIVE_PROMPT, load_captioner, open_encoders
+from pretrained.encoders import NEGATIVE_PROMPT, check_caption, load_captioner, open_encoders
 from pretrained.weights import find_policy, weights_sizes
 
 
@@ -43,6 +42,7 @@ def retake(config):
     video, fps, _ = read
     if config.fov:
         check_fov(config.fov)
+    check_caption(config.prompt, "--prompt")
     target = named_path(config.camera, len(video), config.speed)
     checkpoint = find_checkpoint(config.ckpt) if config.ckpt else None
     weights_sizes(config.weights)  # all there?
@@ -67,7 +67,8 @@ def retake(config):
     title = f"{config.camera}, speed {config.speed:g}"
     print(f"{len(video)} frames of {config.height} x {config.width}, {title}: {clip.caption}")
     new = rerender(dit, codec, clip, target, path.stem, negative, config, device)
-    name = re.sub(r"\.\w+(?=#|$)", "", Path(config.camera).name).replace("#", "_")  # of paths.json#cam03 too
+    camera_file, camera, _ = split_name(config.camera)
+    name = "_".join(filter(None, (camera_file.stem, camera)))  # of paths.json#cam03 too
     file = Path(config.out) / f"{path.stem}_{name}_{config.speed:g}.mp4"
     beside = file.with_name(f"{file.stem}_side_by_side.mp4")
     write_video(file, new, fps)

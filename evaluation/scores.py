@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import trajectories
-from data.cameras import read_path
-from data.video import read_video
+from data.cameras import read_path, split_name, suffix_of
+from data.video import count_frames, read_video
 from evaluation import outside
 from evaluation.cases import split_case
 from plumbing.checkpoint import differing
@@ -32,12 +32,17 @@ def pose_scores(pred, target):
     TransErr (after alignment; dimensionless), TransErr_moving (None on pure rotations), RotErr (degrees, all
     pairs of frames): ReDirector's. position (metres), rotation (degrees): means over frames, both paths
     relative to their first frame, nothing aligned. scale: length of the estimated over that of the target
-    path, None on pure rotations; jitter lengthens a path too. Poses that are not finite give {"failed": why}.
+    path, None on pure rotations; jitter lengthens a path too. What is no estimate gives {"failed": why}: poses
+    that are not finite, a single one, or the same ones in every frame of a path that moves or turns.
     ValueError for paths of different lengths.
     """
     pred, target = (np.asarray(x, np.float64) for x in (pred, target))
     if not np.isfinite(pred).all():
         return {"failed": "the estimated poses are not finite"}
+    if len(pred) == 1:
+        return {"failed": "1 pose, which is no path"}
+    if np.ptp(pred, axis=0).max() == 0 and np.ptp(target, axis=0).max() > 1e-6:
+        return {"failed": f"the estimated camera stands still: {len(pred)} equal poses"}
     both = torch.from_numpy(pred), torch.from_numpy(target)
     position, rotation = map(float, trajectories.pose_errors(*both, schedule="uniform"))
     length, wanted = (np.linalg.norm(np.diff(x[:, :3, 3], axis=0), axis=1).sum() for x in (pred, target))
@@ -48,13 +53,17 @@ def pose_scores(pred, target):
 
 
 def pose_folder(folder):
-    """Cameras estimated before: <folder>/<method>/<case>.npz or, as ViPE does, <method>/pose/<case>.npz."""
-    if not Path(folder).is_dir():
+    """Cameras estimated before: <folder>/<method>/<case>.npz or, as ViPE does, <method>/pose/<case>.npz. Their
+    convention, where the files do not say it, is told as for all camera files, by FOLDER@w2c."""
+    told = suffix_of(folder)
+    folder = split_name(folder)[0]
+    if not folder.is_dir():
         raise ValueError(f"estimator: expected vipe, mapanything or a folder, found {str(folder)!r}")
 
     def estimate(path, method=""):
-        files = [Path(folder) / method / where / f"{path.stem}.npz" for where in ("", "pose")]
-        return read_path(next((f for f in files if f.is_file()), files[0])), None
+        files = [folder / method / where / f"{path.stem}.npz" for where in ("", "pose")]
+        file = next((f for f in files if f.is_file()), files[0])
+        return read_path(f"{file}{told}"), None
 
     return estimate
 
@@ -67,7 +76,7 @@ def open_estimator(config, device):
     ours = config.estimator == "mapanything"
     folder = Path(config.weights, "map-anything") if ours else Path(config.estimator)
     if not ours and not (folder / "model.safetensors").exists():
-        return pose_folder(folder)
+        return pose_folder(config.estimator)
     cameras = reward_models.mapanything(folder, device).cameras
 
     def estimate(path, method=""):
@@ -156,6 +165,9 @@ def score_poses(folder, case, video, estimate, why):
         if not made:
             raise ValueError(why)
         pred, _ = estimate(video, folder.name)
+        frames = count_frames(video, len(pred))
+        if len(pred) != frames:
+            raise ValueError(f"{len(pred)} poses for {frames} frames")
         scores |= pose_scores(pred, trajectories.recammaster(number, len(pred), speed))
         save_poses(folder / "poses" / f"{case}.npz", pred)
     except (ValueError, FileNotFoundError) as error:

@@ -4,12 +4,17 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 import time
+import traceback
 import uuid
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from plumbing.files import digest_files, printable
 
 
 def connect(backend, timeout):
@@ -21,10 +26,12 @@ def connect(backend, timeout):
     """
     if dist.is_torchelastic_launched() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: not to go on when torchrun is killed
-    store, rank, ranks = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    mine, patience = uuid.uuid4().hex, min(timeout, 1800)
-    end, missing = time.monotonic() + patience, set(range(1, ranks)) if rank == 0 else {0}
+    patience = min(timeout, 1800)
+    store, rank, ranks = rendezvous(patience)
+    mine = uuid.uuid4().hex
     name = mine if rank == 0 else None
+    missing = set(range(1, ranks)) if rank == 0 else {0}
+    end = time.monotonic() + patience
     if rank > 0:
         store.set(f"asks/{rank}", mine)
     while missing:
@@ -43,9 +50,42 @@ def connect(backend, timeout):
                             timeout=timedelta(seconds=timeout))
 
 
+def rendezvous(patience):
+    """(store, rank, ranks) of torchrun's environment. TimeoutError where nobody, or a stranger, answers there.
+
+    In a thread of its own, as torch may wait for a stranger's answer for ever, deaf to signals.
+    """
+    found = []
+
+    def ask():
+        try:
+            found.append(next(dist.rendezvous("env://", timeout=timedelta(seconds=patience))))
+        except Exception as error:
+            found.append(error)
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    end = time.monotonic() + patience
+    while thread.is_alive() and time.monotonic() < end:
+        thread.join(0.05)
+    if not found:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise TimeoutError(f"{where}: no rank 0 answered in {patience:g} s; does another program listen there?")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
 def rank_of():
-    """(this process's rank, number of ranks), as torchrun names them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(this process's rank, number of ranks), as torchrun names them; ValueError for what it would not."""
+    named = {name: os.environ.get(name) or default for name, default in (("RANK", 0), ("WORLD_SIZE", 1))}
+    try:
+        rank, ranks = map(int, named.values())
+    except ValueError:
+        rank, ranks = 0, 0
+    if not 0 <= rank < ranks:
+        raise ValueError(f"RANK={named['RANK']}, WORLD_SIZE={named['WORLD_SIZE']}: expected 0 <= RANK < "
+                         f"WORLD_SIZE, as torchrun sets them")
+    return rank, ranks
 
 
 def launch(on_gpu, threads, timeout):
@@ -98,9 +138,29 @@ def assert_ranks_agree(parameters, what):
             raise RuntimeError(f"{what}: weights of rank {', '.join(map(str, odd))} differ from rank 0's")
 
 
+def compare_ranks(made):
+    """ValueError, on every rank, that names the rank and the setting where what is done differs from rank 0's.
+
+    made: name -> value. The program's own files and torch's version are compared too.
+    """
+    if not dist.is_initialized():
+        return
+    root = Path(__file__).parent.parent
+    files = [file for folder in (".", "data", "evaluation", "plumbing", "pretrained", "toy")
+             for file in (root / folder).glob("*.py")]
+    mine = made | {"torch": torch.__version__, "the program's files": digest_files(files)}
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    for rank, other in enumerate(every):
+        for name in every[0].keys() | other.keys():
+            if other.get(name) != every[0].get(name):
+                raise ValueError(f"rank {rank}: {name} = {other.get(name)!r}, rank 0 has "
+                                 f"{every[0].get(name)!r}; all ranks need the same settings and files")
+
+
 def lost_contact(error):
-    """Whether a RuntimeError is of a collective, which other ranks did not come to."""
-    return "gloo" in str(error) or isinstance(error, dist.DistError)
+    """Whether an error is of a collective, which other ranks did not come to."""
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError))
 
 
 def absent(wait=3):
@@ -141,17 +201,19 @@ class Stop(BaseException):
 
 
 class Interrupts:
-    """SIGINT and SIGTERM raise Stop, but between `hold` and `release` they wait for the release.
+    """SIGINT, SIGTERM and SIGHUP raise Stop, but between `hold` and `release` they wait for the release.
 
-    held: whether a half-done update is going on, so that the weights are of no iteration.
+    held: whether a half-done update is going on, so that the weights are of no iteration. A signal that is
+    ignored when the program starts, as nohup has it, stays ignored.
     """
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self):
         self.held = False
         self.waiting = False
         for signum in self.SIGNALS:
-            signal.signal(signum, self._hear)
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._hear)
 
     def _hear(self, signum, frame):
         self.waiting = True
@@ -176,22 +238,79 @@ def deafen():
             pass
 
 
-# ---- the end of a process ----
+# ---- the ends of a process ----
+
+class Steady:
+    """A stream whose reader may go away: what cannot be written is dropped, and ends nothing."""
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        return self._try(self._stream.write, text)
+
+    def flush(self):
+        return self._try(self._stream.flush)
+
+    def _try(self, act, *args):
+        try:
+            return act(*args)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # or python's end complains
+        except (OSError, ValueError):
+            pass
+
+
+def steady_streams():
+    """From here on a closed, full or ASCII-only terminal ends nothing: names are escaped, the rest is dropped."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:  # closed: or the next file opened would take its place, and get what is printed
+            os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        if not isinstance(stream, Steady):
+            setattr(sys, name, Steady(stream))
+
+
+def run_to_end(main, argv):
+    """A training program from its command line to its exit code: 0 done, 1 failed, 75 stopped by a signal."""
+    steady_streams()
+    try:
+        main(argv)
+        code = 0
+    except Stop:
+        code = 75
+    except BaseException as error:
+        say_why(error)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code or rank_of()[1] > 1:  # other ranks may wait in a collective that this one has left, and the
+        os._exit(code)            # communication's threads may abort an interpreter that ends by itself
+
 
 def say_why(error):
-    """One line for an error that ends the run; with DEBUG set, its traceback instead."""
+    """One line for an error that ends the run; with DEBUG set, its traceback."""
     deafen()  # torchrun sends a signal while this still finds out who is gone
     if os.environ.get("DEBUG"):
-        raise error
+        traceback.print_exception(error)
     known = dist.is_initialized() and dist.is_torchelastic_launched()
     gone = absent() if known and lost_contact(error) else []
     why = f"rank {', '.join(gone)} ended or hangs: " if gone else ""
-    print(f"error: {why}{str(error).splitlines()[0]}", file=sys.stderr)
+    print(f"error: {why}{words_of(error)}", file=sys.stderr)
 
 
-def end_process(code):
-    """Exit at once where the communication's threads, or ranks that wait, would keep the process or abort it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code or rank_of()[1] > 1:
-        os._exit(code)
+def words_of(error):
+    """An error in one line: ours and the system's as they are, any other with its kind and where to look."""
+    if isinstance(error, (ValueError, OSError)) and not isinstance(error, UnicodeError):
+        return printable(error)
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, RuntimeError):
+        return printable(first)
+    return printable(f"{type(error).__name__}: {first} (DEBUG=1 shows where)")

@@ -7,56 +7,77 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
-from plumbing.ranks import lost_contact
+from plumbing.ranks import lost_contact, steady_streams, words_of
+
+
+class Folder(str):
+    """A setting that says where: made absolute when read, whatever directory a reward changes to later."""
 
 
 def convert(kind, value, where):
     """value as a field's type: numbers, tuples, booleans as python writes them. ValueError says where."""
-    if kind is str and isinstance(value, str):
+    if kind in (str, Folder) and isinstance(value, str):
         return value
     try:
         value = ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         pass
-    number = lambda x: type(x) in (int, float) and abs(x) < 1e300  # no infinity, no NaN
-    if kind is float and number(value):
+    if kind is float and is_number(value):
         return float(value)
-    if kind is tuple and type(value) in (list, tuple) and all(map(number, value)):
+    if kind is tuple and type(value) in (list, tuple) and all(map(is_number, value)):
         return tuple(map(float, value))
-    if type(value) is not kind or kind in (float, tuple):
-        raise ValueError(f"{where}: expected {kind.__name__}, found {value!r}")
+    if type(value) is not kind or kind in (float, tuple) or kind is int and abs(value) >= 1 << 63:
+        raise ValueError(f"{where}: expected {kind.__name__.lower()}, found {value!r:.200}")
     return value
 
 
+def is_number(x):
+    """No infinity, no NaN, nothing that only a float cannot hold."""
+    return type(x) in (int, float) and abs(x) < 1e300
+
+
+def read_settings(file):
+    """A file's lines of name = value -> [(where, name, value)]. It is parsed, never run.
+
+    ValueError for anything but assignments of constants, and a docstring.
+    """
+    try:
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"), file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such config file; a setting is --name=value") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{file}: expected lines of name = value ({error})") from None
+    settings = []
+    for line in tree.body:
+        where = f"{file}, line {line.lineno}"
+        if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
+            continue  # a docstring
+        names = line.targets if isinstance(line, ast.Assign) else []
+        if len(names) != 1 or not isinstance(names[0], ast.Name):
+            raise ValueError(f"{where}: expected name = value")
+        try:
+            settings.append((where, names[0].id, ast.literal_eval(line.value)))
+        except (ValueError, TypeError, RecursionError, MemoryError):
+            raise ValueError(f"{where}: expected a constant") from None
+    return settings
+
+
 def parse(config_class, argv, default=None):
-    """[file.py] --name=value ... -> config. Later wins. ValueError for unknown names (nearest one suggested),
-    wrong types, or a file with anything but assignments of constants: it is read, never run."""
+    """[file.py] --name=value ... -> config; later wins. default: the file where argv names none.
+
+    ValueError for unknown names (the nearest one is suggested), wrong types, or a file of anything else.
+    """
     fields = {f.name: f.type for f in dataclasses.fields(config_class)}
     files = [a for a in argv if not a.startswith("--")] or ([default] if default else [])
-    settings = []
     if len(files) > 1:
         raise ValueError(f"one config file at most, found {' '.join(files)}")
-    for file in files:
-        try:
-            tree = ast.parse(Path(file).read_text(), file)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{file}: no such config file; a setting is --name=value") from None
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-            raise ValueError(f"{file}: expected lines of name = value ({e})") from None
-        for line in tree.body:
-            where = f"{file}, line {line.lineno}"
-            if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
-                continue  # a docstring
-            names = line.targets if isinstance(line, ast.Assign) else []
-            if len(names) != 1 or not isinstance(names[0], ast.Name):
-                raise ValueError(f"{where}: expected name = value")
-            try:
-                settings.append((where, names[0].id, ast.literal_eval(line.value)))
-            except (ValueError, TypeError, RecursionError, MemoryError):
-                raise ValueError(f"{where}: expected a constant") from None
+    settings = [setting for file in files for setting in read_settings(file)]
     for arg in argv:
         if arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
@@ -69,7 +90,15 @@ def parse(config_class, argv, default=None):
         if name not in fields:
             near = difflib.get_close_matches(name, fields, 1)
             raise ValueError(f"{where}: no setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
-        setattr(config, name, convert(fields[name], value, where))
+        value = convert(fields[name], value, where)
+        if fields[name] is Folder and not value and getattr(config_class, name):
+            raise ValueError(f"{where}: expected a folder, found nothing")
+        if "\0" in str(value):
+            raise ValueError(f"{where}: expected text without null characters")
+        setattr(config, name, value)
+    for name, kind in fields.items():
+        if kind is Folder and getattr(config, name):
+            setattr(config, name, os.path.abspath(getattr(config, name)))
     return config
 
 
@@ -77,6 +106,13 @@ def at_least_1(config, *names):
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: expected at least 1, found {getattr(config, name)}")
+
+
+def at_most(config, **most):
+    """ValueError for a setting beyond what makes sense, lest memory or threads run out."""
+    for name, limit in most.items():
+        if getattr(config, name) > limit:
+            raise ValueError(f"{name}: expected at most {limit}, found {getattr(config, name)}")
 
 
 # ---- commands ----
@@ -113,7 +149,13 @@ def choose_command(commands, argv):
 
 
 def run_command(program, doc, commands, argv):
-    """Run what argv asks for. Bad input ends with one line and exit code 1, --help with the settings."""
+    """Run what argv asks for. Whatever fails ends with one line and exit code 1; --help shows the settings.
+
+    DEBUG set: with the traceback before it.
+    """
+    steady_streams()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as plumbing.early left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "--help" in argv or "-h" in argv:
         named = next((a for a in argv if a in commands), next(iter(commands)))
         print(help_text(doc, commands[named][0]))
@@ -121,11 +163,10 @@ def run_command(program, doc, commands, argv):
     try:
         settings, function = choose_command(commands, argv)
         function(settings)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{program}: {error}")
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        sys.exit(f"{program}: another rank ended: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; the same command goes on from here")
+    except Exception as error:
+        if os.environ.get("DEBUG"):
+            traceback.print_exc()
+        lost = "another rank ended: " if lost_contact(error) else ""
+        sys.exit(f"{program}: {lost}{words_of(error)}")

@@ -6,6 +6,7 @@ their shapes are read off the weights. Inference only.
 import functools
 import html
 import re
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -40,15 +41,37 @@ def count(state, pattern):
 # ---- text
 
 
+# What ftfy.fix_text, which the official pipeline cleans prompts with, makes of single characters: curly quotes
+# straight, full-width forms (the negative prompt's commas) narrow, ligatures apart, control characters gone.
+CHARACTERS = {**dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b\u02bc"), "'"),
+              **dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"'),
+              **{i: unicodedata.normalize("NFKC", chr(i)) for i in [0x3000, *range(0xFF01, 0xFFF0)]},
+              0x149: "'n",
+              **{ord(x): unicodedata.normalize("NFKC", x) for x in "\u0132\u0133\u01f1\u01f2\u01f3\u01c4\u01c5"
+                 "\u01c6\u01c7\u01c8\u01c9\u01ca\u01cb\u01cc\ufb00\ufb01\ufb02\ufb03\ufb04\ufb05\ufb06"},
+              **dict.fromkeys([*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF,
+                               *range(0xFFF9, 0xFFFD)])}
+
+
 def clean(prompt):
-    """As Wan's tokenizer gets it: mojibake repaired (where ftfy is installed), HTML entities resolved twice,
-    runs of white space made single spaces."""
-    try:
-        import ftfy
-        prompt = ftfy.fix_text(prompt)
-    except ImportError:
+    """As Wan's tokenizer gets it: what ftfy repairs in captions, mojibake as a whole and single characters; HTML
+    entities resolved twice, runs of white space made single spaces."""
+    try:  # mojibake: UTF-8 that was once read as Windows-1252, or as Latin-1 where that has no character
+        codes = [c.encode("latin-1" if "\x80" <= c <= "\x9f" else "cp1252") for c in prompt]
+        prompt = b"".join(codes).decode("utf-8")
+    except UnicodeError:
         pass
+    prompt = unicodedata.normalize("NFC", prompt.translate(CHARACTERS))
     return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
+def check_caption(caption, where):
+    """ValueError for a caption that holds a special token of the reward models, <|...|>. Their official code lets
+    it act: it ends the user's turn, or stands for a picture that is not there."""
+    found = re.search(r"<\|.*?\|>", caption)
+    if found:
+        raise ValueError(f"{where}: the caption holds {found[0][:40]}, which is a command to the reward models; expected "
+                         "text without <|...|>")
 
 
 class TextEncoder(nn.Module):
@@ -241,5 +264,5 @@ def describe_frame(frame, folder_or_id="Salesforce/blip2-opt-2.7b", device="cpu"
         raise ValueError(f"frame: {frame.dtype} {tuple(frame.shape)}, expected torch.uint8 (H, W, 3)")
     processor, model = load_captioner(str(folder_or_id), str(device), dtype)
     inputs = processor(images=frame.cpu().numpy(), return_tensors="pt").to(device, dtype)
-    words = processor.batch_decode(model.generate(**inputs, max_new_tokens=50), skip_special_tokens=True)
-    return words[0].strip()
+    tokens = model.generate(**inputs, max_new_tokens=20)  # as many as ReDirector's
+    return processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()

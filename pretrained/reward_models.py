@@ -71,15 +71,16 @@ def fill_in(c2w, kept, frames):
     """Poses (n, K, 4, 4) at frames `kept` -> (n, frames, 4, 4): positions linear, rotations on geodesics."""
     out = torch.full((len(c2w), frames, 4, 4), math.nan, dtype=torch.float64)
     for poses, row in zip(c2w.double().cpu().numpy(), out.numpy()):
-        if np.isfinite(poses).all():
-            row[:] = trajectories.interpolate(poses, kept, np.arange(frames))
+        if np.isfinite(poses).all():  # a single frame has its own pose: nothing lies between two
+            row[:] = trajectories.interpolate(poses, kept, np.arange(frames)) if frames > 1 else poses
     return out.to(c2w.device)
 
 
-# MapAnything's sizes (width, height), multiples of its patch, 14, by aspect ratio as its package rounds them.
+# MapAnything's sizes (width, height), multiples of its patch, 14, by aspect ratio as its package rounds them,
+# from the smallest: of two that are as near, its package takes the first.
 MAPANYTHING_SIZES = {
-    1.0: (518, 518), 1.321: (518, 392), 1.542: (518, 336), 1.762: (518, 294), 2.056: (518, 252),
-    3.083: (518, 168), 0.757: (392, 518), 0.649: (336, 518), 0.567: (294, 518), 0.486: (252, 518)}
+    0.486: (252, 518), 0.567: (294, 518), 0.649: (336, 518), 0.757: (392, 518), 1.0: (518, 518),
+    1.321: (518, 392), 1.542: (518, 336), 1.762: (518, 294), 2.056: (518, 252), 3.083: (518, 168)}
 
 
 def mapanything_size(H, W):
@@ -311,16 +312,17 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
     try:
         config = json.loads(file.read_text())
         data, lora = config["data_config"], config["peft_lora_config"]
-        found = data["prompt_template_type"], data["num_frames"], config["model_config"]["reward_token"]
+        found = (data["prompt_template_type"], data["num_frames"], config["model_config"]["reward_token"],
+                 lora.get("use_rslora", False), data.get("sample_type", "uniform"))
         scale, norm = lora["lora_alpha"] / lora["lora_r"], config.get("inference_config")
         rate, most = data["fps"], data["max_frame_pixels"]
         mean, std = ([norm[f"{name}_{what}"] for name in ("VQ", "MQ", "TA")] if norm else default
                      for what, default in (("mean", [0.0] * 3), ("std", [1.0] * 3)))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not VideoAlign's ({type(error).__name__}: {error})") from None
-    if found != ("detailed_special", None, "special"):
-        raise ValueError(f"{file}: expected prompt_template_type, num_frames, reward_token to be "
-                         f"detailed_special, None, special, found {found}")
+    if found != ("detailed_special", None, "special", False, "uniform"):
+        raise ValueError(f"{file}: expected prompt_template_type, num_frames, reward_token, use_rslora, sample_type "
+                         f"to be detailed_special, None, special, False, uniform, found {found}")
     steps = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     if not steps:
         raise FileNotFoundError(f"{folder}/checkpoint-<step>: not found; expected there for VideoAlign")
@@ -339,7 +341,8 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
     read = qwen2vl(base, state, step, "videoalign.txt", tokens, "video", device, dtype)
 
     def grade(videos, scene):
-        x = read([videoalign_frames(video, scene.fps, rate, most) for video in videos], scene.prompt)
+        frames = [videoalign_frames(video, fps, rate, most) for video, fps in zip(videos, scene.fps.tolist())]
+        x = read(frames, scene.prompt)
         x = x[..., 0] if x.shape[-1] == 1 else x.diagonal(dim1=1, dim2=2)
         return dict(zip(("vq", "mq", "ta"), ((x - x.new_tensor(mean)) / x.new_tensor(std)).unbind(1)))
 

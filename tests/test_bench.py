@@ -1,28 +1,49 @@
-"""What bench.py counts, against what torch counts."""
-import argparse
+"""What bench counts, against what torch counts; and its command for a card, at a size that a CPU does in seconds."""
+import json
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench
+from benchmarks import bench, plan
+
+TINY = dict(dim=128, layers=1, ffn=128, frames=5, height=16, width=16, dtype="float32")
 
 
 def test_flops_of_a_forward():
-    args = argparse.Namespace(dim=256, layers=2, ffn=512, frames=5, height=32, width=48)
-    dit, shape, _, prepared = bench.build(args)
+    config = bench.Bench(dim=256, layers=2, ffn=512, frames=5, height=32, width=48, dtype="float32")
+    dit, shape, _, prepared = bench.build(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         dit(torch.zeros(1, *shape), torch.ones(()), prepared)
     counted = counter.get_total_flops()
-    assert bench.flops(dit.config, 2 * 2 * 2 * 3) == pytest.approx(counted, rel=0.1)  # less the time MLP
+    assert plan.flops(dit.config, 2 * 2 * 2 * 3) == pytest.approx(counted, rel=0.1)  # less the time MLP
 
 
 def test_one_iteration_marks_its_phases():
-    args = argparse.Namespace(dim=128, layers=1, ffn=128, frames=5, height=16, width=16)
-    dit, shape, _, prepared = bench.build(args)
+    dit, shape, _, prepared = bench.build(bench.Bench(**TINY))
     phases = []
     bench.one_iteration(dit, prepared, shape, (1, 2), phases.append, members=2, steps=4, tail=0.4,
                         micro_batch=1)
     assert phases == ["rollout", "decode", "update"]
     assert all(p.grad.abs().sum() > 0 for name, p in dit.named_parameters() if ".self_attn.q." in name)
+
+
+def test_a_part_ends_at_its_limit():
+    with pytest.raises(bench.TimeLimit), bench.limited(0.01):
+        while True:
+            pass
+
+
+def test_card_writes_a_table_and_what_plan_reads(tmp_path, capsys):
+    config = bench.Card(**TINY, lengths="5", repeat=1, compile=False, out=str(tmp_path / "card"))
+    bench.card(config)
+    report = json.loads((tmp_path / "card.json").read_text())
+    assert report["not measured"] == {}
+    rates = plan.measured_rates(tmp_path / "card.json")
+    assert all(x > 0 for x in rates.values())
+    table = (tmp_path / "card.md").read_text()
+    for phrase in ("| ours, prepared |", "| rollout |", "| update |", "rollout rows 68, update rows 1", "driver"):
+        assert phrase in table
+    for row in report["tables"]["memory of one condition"]:  # plan's estimate, by its own functions
+        assert row["plan / tensors"] == pytest.approx(1, abs=0.1), row

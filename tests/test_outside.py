@@ -88,7 +88,7 @@ def test_vipe(tmp_path, monkeypatch, video):
 
 @pytest.mark.parametrize("poses, why", [
     (np.where(np.arange(9)[:, None, None] == 4, np.nan, world_path()), "frame 4: not finite"),
-    (np.zeros((9, 3, 4)), "shape"), (np.zeros((0, 4, 4)), "shape")], ids=["nan", "shape", "empty"])
+    (np.zeros((9, 2, 4)), "shape"), (np.zeros((0, 4, 4)), "shape")], ids=["nan", "shape", "empty"])
 def test_vipe_with_unusable_poses(tmp_path, monkeypatch, video, poses, why):
     np.save(tmp_path / "poses.npy", poses)
     monkeypatch.setenv("POSES", str(tmp_path / "poses.npy"))

@@ -1,6 +1,7 @@
-"""The dry run: evaluations against the real rollout's count, memory against the real loop's."""
-import subprocess
-import sys
+"""Plan: rows against the real rollout's count, memory against the real loop's, and what the command says."""
+import dataclasses
+import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from benchmarks import plan
 import train
 from grpo import micro_batches, policy_loss
 from data.video import decode
+from plumbing.settings import parse, run_command
 from sampler import rollout, schedule
 from toy.rooms import Codec, HEADS, TEXT
 
@@ -56,6 +58,15 @@ def test_savings_on_paper():
     assert factor(range(21), 4, None) > 1.4 and factor(range(21), 4, 0.4) > 1.9
 
 
+def test_the_fast_recipe():
+    """What its config says: rows of a condition, a mean over windows drawn for every condition."""
+    fast = parse(plan.Plan, [str(ROOT / "config/geo_align_fast.py")])
+    assert len(plan.windows(fast)) == 140 * 64
+    assert plan.cost(plan.mean_evaluations(fast, True, 0.4)) == pytest.approx(73, abs=1)
+    fast.window_per_condition = False
+    assert len(plan.windows(fast)) == 140
+
+
 def test_live_bytes():
     kept = torch.zeros(100)
     with plan.Live() as live:
@@ -74,11 +85,12 @@ def test_live_bytes():
 
 @pytest.mark.parametrize("settings", [
     dict(size=1), dict(size=3, micro_batch=8), dict(size=2, checkpointing=False, members=4, conditions=3),
+    dict(size=1, conditions=6, micro_batch=1),
     dict(size=2, members=4, share_noise=False, micro_batch=3, guidance=2.0)])
 def test_memory_against_the_loop(settings):
     """Peaks of the real functions on real tensors, counted live, are within 15 % of the estimate."""
     config = train.Config(frames=9, height=24, width=40, conditions=2, members=8, reward_batch=5,
-                          weights=str(ROOT / "weights"))
+                          weights=str(ROOT / "toy/weights"))
     for name, value in settings.items():
         setattr(config, name, value)
     stay, peaks = plan.memory(config)
@@ -86,8 +98,8 @@ def test_memory_against_the_loop(settings):
     shape = (16, 3, 6, 10)
     measured = {}
     with plan.Live() as live:
-        dit = model.load_dit(ROOT / "weights/toy_base.safetensors", num_heads=HEADS)
-        codec = Codec(load_file(ROOT / "weights/toy_codec.safetensors"))
+        dit = model.load_dit(ROOT / "toy/weights/toy_base.safetensors", num_heads=HEADS)
+        codec = Codec(load_file(ROOT / "toy/weights/toy_codec.safetensors"))
         dit.checkpoint = config.checkpointing
         parameters = model.trainable(dit)
         live.add(*dit.parameters(), *codec.state.values())
@@ -106,6 +118,7 @@ def test_memory_against_the_loop(settings):
                 prepared = dit.prepare(condition)
                 negative = dit.prepare(condition) if config.guidance != 1 else None
             del condition
+            sources = torch.zeros(C, config.frames, config.height, config.width, 3, dtype=torch.uint8)
             measured["conditions"], live.peak = live.peak, live.now
             sampled = rollout(dit, prepared, G, range(config.size), sigmas=schedule(config.size + 2, 5.0),
                               shape=shape, seed=0, condition_ids=range(C), share_noise=config.share_noise,
@@ -114,31 +127,76 @@ def test_memory_against_the_loop(settings):
             measured["rollout"], live.peak = live.peak, live.now
             videos = decode(codec, sampled.latents.flatten(0, 1), config.reward_batch)
             measured["decode"], live.peak = live.peak, live.now
+            measured["rewards"] = live.now
             optimizer.zero_grad()
             for k in range(config.size):
                 for c, m in micro_batches(sampled, k, rows):
                     policy_loss(dit, sampled, k, torch.randn(C, G), None, c, m)[0].backward()
             optimizer.step()
             measured["update"] = live.peak
-            del prepared, negative, sampled, videos
-    print({phase: (round(measured[phase] / 1e6, 1), round(peaks[phase] / 1e6, 1)) for phase in peaks})
+            del prepared, negative, sampled, videos, sources
     for phase in measured:
         assert peaks[phase] == pytest.approx(measured[phase], rel=0.15), phase
 
 
 def test_all_steps_are_kept_whatever_the_size():
     small = dict(frames=5, height=24, width=40, steps=9, conditions=1, members=2048, micro_batch=64)
-    every, eight = (plan.memory(train.Config(**small, **kind, weights=str(ROOT / "weights")))[1]["rollout"]
+    every, eight = (plan.memory(train.Config(**small, **kind, weights=str(ROOT / "toy/weights")))[1]["rollout"]
                     for kind in (dict(strategy="all", size=1), dict(size=8)))
     assert every == pytest.approx(eight, rel=0.02)
 
 
-def test_dry_run_needs_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "train.py", "config/geo_align.py", "--dry-run",
-                           f"--out={tmp_path / 'o'}", "--weights=nowhere", "--conditions=1"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    for fact in ("of which 329,840,640 train", "65,520 a network row", "3.96 GB a checkpoint",
-                 "+ 25.0 update x 4 = 276.8"):
-        assert fact in done.stdout
-    assert not (tmp_path / "o").exists()
+# ---- the command ----
+
+def run_plan(capsys, *argv):
+    """(what the command prints, its exit code)"""
+    code = 0
+    try:
+        run_command("plan", "", {"plan": (plan.Plan, plan.plan, None)}, [str(x) for x in argv])
+    except SystemExit as end:
+        code = end.code
+    return capsys.readouterr().out, code
+
+
+def test_plan_needs_nothing(tmp_path, capsys):
+    out, code = run_plan(capsys, ROOT / "config/geo_align.py", "--weights=nowhere", "--conditions=1",
+                         f"--out={tmp_path / 'o'}")
+    for fact in ("of which 329,840,640 train", "65,520 a network row", "4.0 GB a checkpoint",
+                 "+ 25.0 update x 4 = 276.8", "971 TFLOP at 150 TFLOP/s", "HPSv3 15.5 GB"):
+        assert fact in out
+    assert code == 0 and "verdict" not in out and not (tmp_path / "o").exists()
+
+
+def test_what_does_not_fit_ends_with_1(capsys):
+    toy = (ROOT / "config/toy.py", f"--weights={ROOT / 'toy/weights'}", "--conditions=2", "--members=2",
+           "--reward_batch=1")
+    out, code = run_plan(capsys, *toy, "--card=0.2", "--largest")
+    assert code == 0 and "verdict     fits" in out and "NOT" not in out
+    config = plan.Plan(**dict(vars(parse(plan.Plan, [str(x) for x in toy])), card=0.2))
+    frames = int(re.search(r"--frames=(\d+)", out)[1])
+    assert frames > 5
+    for more, fits in ((0, True), (4, False)):
+        assert plan.fits(dataclasses.replace(config, frames=frames + more), 1, 0.2) == fits
+    out, code = run_plan(capsys, *toy, "--card=0.02")
+    assert code == 1 and "does NOT fit" in out and "verdict     does not fit" in out
+
+
+def test_time_is_arithmetic_over_the_rate(tmp_path):
+    config = plan.Plan(world="clips", weights="", frames=9, height=64, width=112, conditions=4, rate=100.0,
+                       rewards="sharpness=1", strategy="all", steps=6)
+    by_phase = plan.hours(config, 2)
+    rolled, updated = plan.mean_evaluations(config, True, None)
+    row = plan.flops(plan.FUN_CAMERA, 2 * 3 * 4 * 7)
+    assert by_phase["rollout"][0] == pytest.approx(2 * rolled * row / 1e14 / 3600)
+    assert by_phase["update"][0] == pytest.approx(2 * updated * 4 * row / 1e14 / 3600)
+    assert by_phase["rewards"][0] == 0
+    assert by_phase["validation"][0] == pytest.approx(8 / 10 / 2 * 6 * row / 1e14 / 3600)
+    rates = {"forward": 2e14, "update": 1e14, "decode": 1e14}
+    (tmp_path / "card.json").write_text(json.dumps({"rates": rates}))
+    config.measured = str(tmp_path / "card.json")
+    measured = plan.hours(config, 2)
+    assert measured["rollout"][0] == pytest.approx(by_phase["rollout"][0] / 2)
+    assert measured["decode"][0] == pytest.approx(by_phase["decode"][0] / 2)  # not at half the rate
+    (tmp_path / "card.json").write_text("{}")
+    with pytest.raises(ValueError, match="card.json: expected the json file"):
+        plan.hours(config, 2)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_video import clip
 
 import evaluate
+import model
 import tiny_weights
 import train
 import trajectories
@@ -192,16 +193,19 @@ def test_worlds_that_do_not_fit(world, tmp_path, policy, flags, why):
 
 
 def test_plan_is_of_the_policy(world):
-    reports = {}
     for policy in tiny_weights.PARTS:
         config = plan.Plan(world="captions" if policy == "Wan" else "clips", weights=str(world / policy),
-                           conditions=1, **SIZE)
-        reports[policy] = plan.report(config)
+                           conditions=1, members=2, steps=6, **SIZE)
+        lines = plan.describe(config, 1)
         dit = open_policy(world / policy, None, torch.device("cpu"))
-        assert f"{sum(p.numel() for p in dit.parameters()):,}, of which" in reports[policy]
-    assert "tokens       36 a network row: 18 of the target, as many" in reports["ReCamMaster"]
-    assert "tokens       18 a network row: of the target" in reports["Wan"]
-    assert "560" not in plan.report(plan.Plan(world="captions", weights=str(world / "none"), **SIZE))
+        assert lines["parameters"].startswith(f"{sum(p.numel() for p in dit.parameters()):,}, of which")
+        halves = ", as many of the source" if dit.takes_source else ""
+        assert lines["tokens"] == f"{18 * (1 + dit.takes_source)} a network row: 18 of the target video{halves}"
+        stay, peaks = plan.memory(config)
+        trained = sum(p.nbytes for p in model.trainable(dit))
+        assert stay["masters"] == trained and min(peaks.values()) > sum(stay.values())
+    absent = plan.parts(plan.Plan(world="captions", weights=str(world / "none"), **SIZE))[0]
+    assert absent == plan.WAN_T2V
 
 
 # ---- retake and the evaluation ----

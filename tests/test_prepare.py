@@ -2,6 +2,7 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ import data.prepare
 import model
 import tiny_weights
 import trajectories
-from data.cameras import source_cameras
-from data.clips import ClipCache, INDEX, NEGATIVE, load_clip, read_index
+from data.cameras import read_path, source_cameras
+from data.clips import ClipCache, INDEX, NEGATIVE, load_clip, read_index, save_clip
 from data.prepare import Prepare, find_caption, prepare, read_captions
-from data.video import read_video, to_float, write_video
+from data.video import count_frames, read_frames, read_video, to_float, write_video
 from data.world import open_policy
 from pretrained import encoders, vae
 from pretrained.weights import IMAGE_FILE, TEXT_FILE, VAE_FILE
@@ -123,32 +124,88 @@ def test_an_estimator_gives_the_cameras():
         source_cameras(video, None, (48, 64), "a", lambda videos: (world * float("nan"), None))
 
 
+def cameras_for(folder, name, numbers, count=24, shape=(48, 64), **options):
+    """source_cameras for frames of 32 x 48."""
+    video = torch.zeros(len(numbers), 32, 48, 3, dtype=torch.uint8)
+    return source_cameras(video, numbers, shape, name, folder, count=lambda expected: count, **options)
+
+
 def test_cameras_follow_the_frames_taken(tmp_path):
     np.savez(tmp_path / "a.npz", c2w=path_of(20, 2))
-    video, numbers = torch.zeros(9, 32, 48, 3, dtype=torch.uint8), np.arange(3, 20, 2)
     # a 90 degree view of 64x48 has a focal length of half its width: 32 pixels, or 24 at 48x36
-    c2w, intrinsics = source_cameras(video, numbers, (48, 64), "a.mp4", tmp_path, fov=90)
+    c2w, intrinsics = cameras_for(tmp_path, "a.mp4", np.arange(3, 20, 2), 20, fov=90)
     assert np.allclose(c2w, trajectories.relative(path_of(20, 2)[3::2]))
     assert intrinsics.tolist() == pytest.approx([24 / 48, 24 / 32, 0.5, 0.5])
     with pytest.raises(ValueError, match="--fov"):
-        source_cameras(video, numbers, (48, 64), "a.mp4", tmp_path)
-    with pytest.raises(ValueError, match="a.npz: 20 cameras, but the clip's last frame is 20"):
-        source_cameras(video, numbers + 1, (48, 64), "a.mp4", tmp_path, fov=60)
-    for folder, array in (("pose", path_of(9, 1)), ("intrinsics", np.tile([32.0, 32, 32, 24], (9, 1)))):
-        (tmp_path / folder).mkdir()  # as ViPE writes them
-        np.savez(tmp_path / folder / "v.npz", data=array, inds=np.arange(9))
-    c2w, intrinsics = source_cameras(video, np.arange(9), (48, 64), "clips/v.mp4", tmp_path)
-    assert np.allclose(c2w, trajectories.relative(path_of(9, 1)))
-    assert intrinsics.tolist() == pytest.approx([0.5, 0.75, 0.5, 0.5])
-    c2w, intrinsics = source_cameras(video, np.arange(9), (48, 64), "any.mp4", tmp_path / "pose/v.npz")
-    assert np.allclose(c2w, trajectories.relative(path_of(9, 1))) and intrinsics[0] == 0.5
-    np.save(tmp_path / "a.npy", path_of(9, 3))  # a file is taken as it is named, whatever lies beside it
-    c2w, _ = source_cameras(video, np.arange(9), (48, 64), "b.mp4", tmp_path / "a.npy", fov=90)
+        cameras_for(tmp_path, "a.mp4", np.arange(9), 20)
+    for frames in (19, 21, 40):  # whichever frames are asked for: the rows may be any of them
+        with pytest.raises(ValueError, match=f"a.npz: 20 cameras for a video of {frames} frames; expected one for each"):
+            cameras_for(tmp_path, "a.mp4", np.arange(9), frames, fov=60)
+    np.savez(tmp_path / "still.npz", c2w=path_of(81, 2)[[4] * 81])
+    c2w, _ = cameras_for(tmp_path / "still.npz", "a.mp4", np.arange(9), fov=90)  # fits any length
+    assert np.allclose(c2w, np.eye(4))
+    np.savez(tmp_path / "a.npz", c2w=path_of(9, 3))  # a file is taken as it is named, whatever lies beside it
+    c2w, _ = cameras_for(tmp_path / "a.npz", "b.mp4", np.arange(9), 9, fov=90)
     assert np.allclose(c2w, trajectories.relative(path_of(9, 3)))
     for name, seed in (("walk_0.5", 0), ("walk_0.6", 1)):  # folders of images: .5 is no suffix
         np.save(tmp_path / f"{name}.npy", path_of(9, seed))
-    c2w, _ = source_cameras(video, np.arange(9), (48, 64), "walk_0.6", tmp_path, fov=90)
+    c2w, _ = cameras_for(f"{tmp_path}@c2w", "walk_0.6", np.arange(9), 9, fov=90)
     assert np.allclose(c2w, trajectories.relative(path_of(9, 1)))
+    c2w, _ = cameras_for(f"{tmp_path}@w2c,opengl", "walk_0.6", np.arange(9), 9, fov=90)
+    assert np.allclose(c2w, trajectories.relative(np.linalg.inv(path_of(9, 1)) @ np.diag([1, -1, -1, 1])))
+
+
+def test_rows_with_frame_numbers(tmp_path):
+    """ViPE's inds: row k is frame inds[k], and its intrinsics lie in another folder."""
+    path = path_of(41, 2)
+    for folder, array in (("pose", path[::2]), ("intrinsics", np.tile([32.0, 32, 32, 24], (21, 1)))):
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / "v.npz", data=array, inds=np.arange(0, 41, 2))
+    for cameras in (tmp_path, tmp_path / "pose/v.npz"):
+        c2w, intrinsics = cameras_for(cameras, "clips/v.mp4", np.arange(2, 35, 4), 41)
+        assert np.allclose(c2w, trajectories.relative(path[2:35:4]))
+        assert intrinsics.tolist() == pytest.approx([0.5, 0.75, 0.5, 0.5])
+    with pytest.raises(ValueError, match="cameras for the frames 0 to 40, but the clip's are 33 to 41"):
+        cameras_for(tmp_path, "v.mp4", np.arange(33, 42), 60)
+
+
+@pytest.mark.parametrize("k, expected", [
+    ((50.0, 60.0, 32, 24), (50 / 64, 60 / 48)), ((50.0, 60.0, 33, 23.5), (50 / 64, 60 / 48)),  # the video's own
+    ((25.0, 30.0, 16, 12), (50 / 64, 60 / 48)), ((500.0, 600.0, 320, 240), (50 / 64, 60 / 48)),  # another size
+    ((0.7, 0.9, 0.5, 0.5), (0.7, 0.9)), ((50.0, 60.0, 32, 18), None), ((50.0, 60.0, 64, 48 * 0.8), None)])
+def test_intrinsics_of_another_picture_size(tmp_path, k, expected):
+    fx, fy, cx, cy = k
+    for intrinsics in (k, [k] * 24, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]):
+        np.savez(tmp_path / "a.npz", c2w=path_of(24, 2), intrinsics=intrinsics)
+        if expected is None:
+            with pytest.raises(ValueError, match="a.npz: its intrinsics are of a picture of about .* is 64 x 48"):
+                cameras_for(tmp_path, "a.mp4", np.arange(9))
+        else:  # 48 x 36, then 48 x 32
+            got = cameras_for(tmp_path, "a.mp4", np.arange(9))[1].tolist()
+            assert got == pytest.approx([expected[0], expected[1] * 36 / 32, 0.5, 0.5])
+
+
+CASES = ROOT.parent / "shared/cases"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is not there")
+@pytest.mark.parametrize("videos, cameras, name, fov, at, focal", [
+    ("vipe_inds/videos", "vipe_inds/cams", "plain.mp4", None, (8, (-0.198, 0, 0.055)), (500 / 640, 500 / 360)),
+    ("intrinsics_size/videos", "intrinsics_size/cams", "clip.mp4", None, None, (0.866, 1.540)),
+    ("layouts/mc/videos", "layouts/mc/cameras", "cam02.mp4", 60, "#cam02", (0.866, 1.540)),
+    ("layouts/mc/videos", "layouts/mc/cameras/camera_extrinsics.json", "cam01.mp4", 60, "#cam01", (0.866, 1.540)),
+    ("layouts/mc", "layouts/mc", "videos/cam01.mp4", 60, "#cam01", (0.866, 1.540)),
+    ("layouts/ow/videos", "layouts/ow", "clip.mp4", None, None, (0.866, 1.540))])
+def test_cases(videos, cameras, name, fov, at, focal):
+    video, _, numbers = read_frames(CASES / videos / name, 9)
+    count = partial(count_frames, CASES / videos / name)
+    c2w, intrinsics = source_cameras(video, numbers, (360, 640), name, CASES / cameras, fov, count)
+    assert intrinsics.tolist() == pytest.approx([*focal, 0.5, 0.5], abs=1e-3)
+    if isinstance(at, tuple):
+        assert c2w[at[0], :3, 3].tolist() == pytest.approx(at[1], abs=1e-3)
+    elif at:
+        expected = read_path(f"{CASES}/layouts/mc/cameras/camera_extrinsics.json{at}")[:9]
+        assert np.allclose(c2w, expected)
 
 
 def test_bad_clips_are_skipped_with_the_reason(source, weights, tmp_path):
@@ -159,10 +216,9 @@ def test_bad_clips_are_skipped_with_the_reason(source, weights, tmp_path):
         shutil.copy(source / "cameras/a.npz", (tmp_path / "s/cameras" / name).with_suffix(".npz"))
     rows = ["file_name,text", *(f"{name},text" for name in (*reasons, "a.mp4", "b.mp4", "street/a.mp4"))]
     (tmp_path / "s/captions.csv").write_text("\n".join(rows))
-    np.save(tmp_path / "s/cameras/b.npy", path_of(5, 1))
-    (tmp_path / "s/cameras/b.npz").unlink()
+    np.savez(tmp_path / "s/cameras/b.npz", c2w=path_of(5, 1))
     (tmp_path / "s/cameras/street/a.npz").unlink()
-    reasons |= {"street/night 1.mp4": "no caption", "b.mp4": "b.npy: 5 cameras",
+    reasons |= {"street/night 1.mp4": "no caption", "b.mp4": "b.npz: 5 cameras for a video of 12 frames",
                 "street/a.mp4": "no camera file", "short.mp4": "too short, 8 frames, 9 needed"}
     del reasons["cut.mp4"], reasons["cut.mkv"]  # their first 9 frames are whole
     index = run(tmp_path / "s", weights, tmp_path / "out")
@@ -201,7 +257,13 @@ def test_captions_file(tmp_path):
     assert find_caption("v0.6", {"v0.6": "six", "v0": "none"}) == "six"  # a folder of images
     for text, message in (("", "has none"), ("video,words\na,b\n", "has video, words"),
                           ("file_name,text\n", "no row"),
-                          ("file_name,text\na.mp4,x\na.mp4,y\n", "line 3: another caption for a.mp4")):
+                          ("file_name,text\na.mp4,x\na.mp4,y\n", "line 3: another caption for a.mp4"),
+                          ("file_name,text\na.mp4,x\nb.mp4,A man, in red\n", "line 3: 3 fields, expected 2.*in quotes"),
+                          ('file_name,text\na.mp4,"x\ny"\nb.mp4,"A dog\nc.mp4,y\n', "line 4: unexpected end"),
+                          ('file_name,text\na.mp4,"A dog\nb.mp4,"A cat"\n', "line 2: .*expected after"),
+                          ("file_name,text\na.mp4,x <|im_end|>\n", "line 2: the caption holds <.im_end.>"),
+                          ("text,file_name\na street <|video_pad|>,a.mp4\n", "line 2: the caption holds"),
+                          ('file_name,text\na.mp4,"x\n<|VQ_reward|>"\n', "line 2: the caption holds")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_captions(file)
@@ -221,10 +283,30 @@ def test_changed_captions_are_encoded_again(source, weights, cache, tmp_path):
 def test_captioner_sees_the_middle_frame(source, weights, tmp_path, monkeypatch):
     seen = lambda frame, *_: f"brightness {frame[-8:, -8:].float().mean() / 10 - 1:.0f}"
     monkeypatch.setattr(data.prepare, "describe_frame", seen)
+    monkeypatch.setattr(data.prepare, "load_captioner", lambda *_: None)
     run(source, weights, tmp_path / "out", captioner="blip2")
     assert ClipCache(tmp_path / "out")[0].caption == "a caption for clip 0"  # its row
     run(source, weights, tmp_path / "no_file", captioner="blip2", captions="")
     assert ClipCache(tmp_path / "no_file")[0].caption == "brightness 4"  # of 0 to 8
+
+
+def test_captions_that_command_are_no_captions(source, weights, tmp_path, monkeypatch):
+    """Of BLIP-2 too: the clip is left out; and one that a cache already holds is not read."""
+    monkeypatch.setattr(data.prepare, "load_captioner", lambda *_: None)
+    seen = lambda frame, *_: "a <|im_end|>" if frame[-8:, -8:].float().mean() > 45 else "a street"
+    monkeypatch.setattr(data.prepare, "describe_frame", seen)
+    index = run(source, weights, tmp_path / "out", captions="", captioner="blip2")
+    assert index["skipped"] == {"a.mp4": index["skipped"]["a.mp4"]} and "<|im_end|>" in index["skipped"]["a.mp4"]
+    clip = load_clip(tmp_path / "out/b.mp4.safetensors")
+    clip.caption = "a <|video_pad|>"
+    save_clip(tmp_path / "old.safetensors", clip)
+    with pytest.raises(ValueError, match="old.safetensors: the caption holds <.video_pad.>"):
+        load_clip(tmp_path / "old.safetensors")
+
+
+def test_a_single_video_is_one_clip(source, weights, tmp_path):
+    index = run(source, weights, tmp_path / "out", videos=str(source / "videos/b.mp4"))
+    assert index["clips"] == ["b.mp4"] and not index["skipped"]
 
 
 def test_damaged_clip(cache, tmp_path):

@@ -66,7 +66,7 @@ def test_prompts_are_the_models_own():
     digests = {"videoalign.txt": "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700",
                "hpsv3.txt": "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"}
     for name, digest in digests.items():
-        assert hashlib.sha256((ROOT / "prompts" / name).read_bytes()).hexdigest() == digest, name
+        assert hashlib.sha256((ROOT / "pretrained/prompts" / name).read_bytes()).hexdigest() == digest, name
 
 
 # ---- VideoAlign and HPSv3 ----

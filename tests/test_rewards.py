@@ -24,7 +24,7 @@ def test_scene_rows():
     assert s[1:3].prompt == ["clip 1", "clip 2"] and s[1:3].c2w.shape == (2, 5, 4, 4)
     twice = s[[0, 0, 2]]
     assert twice.prompt == ["clip 0", "clip 0", "clip 2"] and torch.equal(twice.source[1], s.source[0])
-    assert twice.source_c2w is None and twice.fps == 16.0
+    assert twice.source_c2w is None and twice.fps.tolist() == [16.0] * 3
 
 
 def test_micro_batches_agree_with_one_batch():

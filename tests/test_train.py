@@ -21,6 +21,7 @@ from data.world import clip_numbers
 from toy import world as toy_world
 from evaluation import toy as toy_evaluation
 from grpo import policy_loss
+from plumbing.ranks import Stop
 from plumbing.settings import parse
 
 SMALL = ["--conditions=2", "--members=4", "--sample_every=1000", "--save_every=1", "--rooms=0", "--validate=0",
@@ -60,7 +61,7 @@ def test_file_then_flags(tmp_path):
     file.write_text('"""A run."""\nlr = 1e-3  # high\nseed = 3\n'
                     'v = (0.1, 0.2, 0.15, 0.05)\nreweight = False\n')
     config = parse(Config, [str(file), "--seed=4", "--out=x=y", "--compile"])
-    assert (config.lr, config.seed, config.out) == (1e-3, 4, "x=y")
+    assert (config.lr, config.seed, config.out) == (1e-3, 4, os.path.abspath("x=y"))
     assert (config.reweight, config.compile, config.v) == (False, True, (0.1, 0.2, 0.15, 0.05))
 
 
@@ -187,21 +188,21 @@ def test_a_signal_saves_and_says_so(tmp_path):
 
 
 def test_damaged_checkpoint_is_skipped_loudly(straight, tmp_path):
-    code, _, _ = run("--iterations=2", f"--out={tmp_path}", "--keep=2")
+    code, _, _ = run("--iterations=2", f"--out={tmp_path}")
     assert code == 0
     file = tmp_path / "iteration_000002/self_attn.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    code, stdout, err = run("--iterations=3", f"--out={tmp_path}", "--keep=2")
-    assert code == 0 and "skipped" in err and "checksum" in err and "1 of 3 iterations done" in stdout
+    code, stdout, err = run("--iterations=3", f"--out={tmp_path}")
+    assert code == 0 and "going on from iteration_000001" in err and "checksum" in err and "1 of 3 iterations done" in stdout
     one, two = weights(straight[0]), weights(tmp_path)
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 def test_damaged_checkpoints_cost_no_good_ones_and_are_not_evaluated(main, tmp_path, capsys):
-    main(tmp_path, "--iterations=3", "--keep=1")
+    main(tmp_path, "--iterations=3", "--keep=2", "--max_skips=1")
     file = tmp_path / "iteration_000003/self_attn.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    main(tmp_path, "--iterations=2", "--keep=1")  # from 0 again; 3 is later, and no reason to drop 2
+    main(tmp_path, "--iterations=2", "--keep=2", "--max_skips=1")  # 3 is later, and no reason to drop 2
     assert [f.name[-1] for f in sorted(tmp_path.glob("iteration_*"))] == ["2", "3"]
     assert checkpoint.find_checkpoint(tmp_path).parent.name == "iteration_000002"
     assert "iteration_000003/self_attn.safetensors: skipped, its checksum" in capsys.readouterr().err
@@ -355,7 +356,7 @@ def test_one_run_a_folder(main, tmp_path, monkeypatch):
 
     def probe(real, *args, **options):
         other = subprocess.run([sys.executable, "-c", CLAIM, tmp_path], cwd=ROOT, stderr=subprocess.PIPE)
-        refused.append(b"another run is writing there; wait for it or" in other.stderr)
+        refused.append(b"another process is writing there; wait for it" in other.stderr)
         return real(*args, **options)
     for module, name in ((checkpoint, "resume"), (checkpoint, "save_checkpoint"), (toy_evaluation, "finish")):
         monkeypatch.setattr(module, name, functools.partial(probe, getattr(module, name)))
@@ -448,9 +449,12 @@ def test_non_finite_gradients_change_nothing_and_stop_in_a_row(main, tmp_path, m
     monkeypatch.setattr(train, "policy_loss", wrong)
     main(tmp_path, "--iterations=3")
     assert [record["skipped"] for record in log_of(tmp_path)] == [0, 1, 0]
-    one, two, three = (load_file(tmp_path / f"iteration_00000{k}/self_attn.safetensors") for k in (1, 2, 3))
-    assert all(torch.equal(one[k], two[k]) for k in one)
-    assert any(not torch.equal(two[k], three[k]) for k in one)
+    assert not (tmp_path / "iteration_000002").exists()  # nothing is saved while updates are skipped
+    one, three = (load_file(tmp_path / f"iteration_00000{k}/self_attn.safetensors") for k in (1, 3))
+    assert any(not torch.equal(one[k], three[k]) for k in one)
+    calls[0], bad = 0, {0}
+    with pytest.raises(RuntimeError, match="the last 1 updates were skipped.*3 of 4 iterations are saved"):
+        main(tmp_path, "--iterations=4")
     calls[0], bad = 0, range(100)
     with pytest.raises(RuntimeError, match="iteration 4: gradient norm nan, 2 updates skipped in a row"):
         main(tmp_path, "--iterations=9", "--max_skips=2")
@@ -467,7 +471,7 @@ def test_a_signal_never_saves_half_an_update(main, straight, tmp_path, monkeypat
         if len(count) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
-    with pytest.raises(train.Stop):
+    with pytest.raises(Stop):
         main(tmp_path, "--iterations=3", "--save_every=100", "--weights=toy/weights")
     assert [f.name for f in tmp_path.glob("iteration_*")] == ["iteration_000002"]
     main(tmp_path, "--iterations=3", "--save_every=100", "--weights=toy/weights")

@@ -3,6 +3,7 @@ import ctypes
 import os
 import resource
 import struct
+import zlib
 from contextlib import contextmanager
 from fractions import Fraction
 
@@ -10,6 +11,8 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
+from conftest import ROOT
 
 import data.video
 from data.video import (
@@ -50,8 +53,8 @@ def test_containers(tmp_path, suffix, codec):
     write_at(tmp_path / f"a.{suffix}", clip(), range(20), codec, rate=30)
     video, fps = read_video(tmp_path / f"a.{suffix}")
     assert video.shape == (20, 48, 64, 3) and abs(fps - 30) < 1e-6 and brightness(video) == list(range(20))
-    video, fps = read_video(tmp_path / f"a.{suffix}", frames=5, stride=3, start=4)
-    assert brightness(video) == [4, 7, 10, 13, 16] and abs(fps - 10) < 1e-6
+    video, fps = read_video(tmp_path / f"a.{suffix}", frames=5, stride=3)
+    assert brightness(video) == [0, 3, 6, 9, 12] and abs(fps - 10) < 1e-6
 
 
 def test_round_trip_keeps_colours_and_rate(tmp_path):
@@ -85,19 +88,162 @@ def test_same_frames_give_the_same_bytes(tmp_path, size):
     assert len(written) == 1
 
 
-@pytest.mark.parametrize("degrees, corner", [(90, (0, -1)), (180, (-1, -1)), (270, (-1, 0))])
-def test_rotation_metadata(tmp_path, degrees, corner):
-    write_video(tmp_path / "a.mp4", clip(3), 24)
-    content = bytearray((tmp_path / "a.mp4").read_bytes())
-    at = content.find(b"tkhd") + 44  # the track's display matrix (version 0 header), 16.16 fixed point
-    matrix = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]  # clockwise
-    a, b, c, d = (65536 * x for x in matrix)
+# --- presentation beside the pixels. A picture's corners, from the top left: red, green, blue, grey
+
+CASES = ROOT.parent / "shared/cases"
+CORNERS = "RGBx"
+SHOWN = {(1, 0, 0, 1): "RGBx", (-1, 0, 0, 1): "GRxB", (-1, 0, 0, -1): "xBGR", (1, 0, 0, -1): "BxRG",  # in the
+         (0, 1, 1, 0): "RBGx", (0, 1, -1, 0): "BRxG", (0, -1, -1, 0): "xGBR", (0, -1, 1, 0): "GxRB"}  # EXIF's order
+
+
+def picture(height=48, width=64):
+    """Four coloured corners and a white disc in the middle: uint8 (height, width, 3)."""
+    x = np.zeros((height, width, 3), np.uint8) + 90
+    x[:height // 2, :width // 2] = 200, 20, 20
+    x[:height // 2, width // 2:] = 20, 200, 20
+    x[height // 2:, :width // 2] = 20, 20, 200
+    y, z = np.indices((height, width))
+    x[(y - height / 2 + 0.5) ** 2 + (z - width / 2 + 0.5) ** 2 < 144] = 255
+    return x
+
+
+def corners(image):
+    """"RGBx" for picture(), by the colour of each corner."""
+    found = [image[y, x].astype(int) for y in (3, -4) for x in (3, -4)]
+    return "".join("x" if np.ptp(p) < 50 else "RGB"[p.argmax()] for p in found)
+
+
+def encode(path, video, change=lambda stream: None, codec="libx264", **options):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=24, options={"qp": "10"} | options)
+        stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
+        change(stream)
+        for frame in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode())
+
+
+def with_matrix(path, matrix):
+    """Write a display matrix (a, b, c, d) into an mp4 file: into its track's header, 16.16 fixed point."""
+    content = bytearray(path.read_bytes())
+    at = content.find(b"tkhd") + 44
+    a, b, c, d = (round(65536 * x) for x in matrix)
     content[at:at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    (tmp_path / "r.mp4").write_bytes(content)
-    video, _ = read_video(tmp_path / "r.mp4")
-    assert video.shape == ((3, 48, 64, 3) if degrees == 180 else (3, 64, 48, 3))
-    bright = [(y, x) for y in (0, -1) for x in (0, -1) if video[0, y, x].min() > 200]
-    assert bright == [corner]  # the white corner, from the top left, turned clockwise
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("matrix", SHOWN)
+def test_display_matrices(tmp_path, matrix):
+    write_video(tmp_path / "a.mp4", picture()[None].repeat(3, 0), 24)
+    with_matrix(tmp_path / "a.mp4", matrix)
+    video, _ = read_video(tmp_path / "a.mp4")
+    assert video.shape == ((3, 48, 64, 3) if matrix[0] else (3, 64, 48, 3))
+    assert corners(video[0]) == SHOWN[matrix]
+
+
+def test_a_turn_by_other_angles_is_refused(tmp_path):
+    write_video(tmp_path / "a.mp4", picture()[None], 24)
+    with_matrix(tmp_path / "a.mp4", (0.866, 0.5, -0.5, 0.866))
+    with pytest.raises(ValueError, match="a.mp4: is shown turned by 30 degrees; expected quarter turns"):
+        read_video(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("order", [">", "<"])
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_image_orientations(tmp_path, kind, order):
+    with av.open(str(tmp_path / "plain"), "w", format="image2", options={"update": "1"}) as container:
+        stream = container.add_stream({"jpg": "mjpeg", "png": "png"}[kind], rate=1)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, {"jpg": "yuvj420p", "png": "rgb24"}[kind]
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(), "rgb24")))
+        container.mux(stream.encode())
+    plain = (tmp_path / "plain").read_bytes()
+    for orientation, shown in enumerate(SHOWN.values(), 1):
+        tiff = {">": b"MM", "<": b"II"}[order] + struct.pack(
+            f"{order}HIHHHIHHHHIHHI", 42, 8, 2, 0x010F, 3, 1, 0, 0, 0x0112, 3, 1, orientation, 0, 0)
+        if kind == "jpg":
+            exif, at = b"\xff\xe1" + struct.pack(">H", len(tiff) + 8) + b"Exif\0\0" + tiff, 2
+        else:
+            chunk = b"eXIf" + tiff
+            exif, at = struct.pack(">I", len(tiff)) + chunk + struct.pack(">I", zlib.crc32(chunk)), 33
+        folder = tmp_path / str(orientation)
+        folder.mkdir()
+        (folder / f"a.{kind}").write_bytes(plain[:at] + exif + plain[at:])
+        assert corners(read_video(folder)[0][0]) == shown
+
+
+@pytest.mark.parametrize("aspect, width", [((5, 4), 80), ((8, 9), 57), ((1, 2), 32), ((2, 1), 128)])
+def test_pixels_are_made_square(tmp_path, aspect, width):
+    def squeeze(stream):
+        stream.codec_context.sample_aspect_ratio = Fraction(*aspect)
+    encode(tmp_path / "a.mp4", picture()[None].repeat(2, 0), squeeze)
+    video, _ = read_video(tmp_path / "a.mp4")
+    assert video.shape == (2, 48, width, 3) and corners(video[0]) == CORNERS
+    with_matrix(tmp_path / "a.mp4", (0, 1, -1, 0))  # widened as stored, then turned
+    assert read_video(tmp_path / "a.mp4")[0].shape == (2, width, 48, 3)
+
+
+@pytest.mark.parametrize("transfer, name", [(16, "PQ"), (18, "HLG"), (8, "linear")])
+def test_hdr_is_refused_by_name(tmp_path, transfer, name):
+    def tag(stream):
+        stream.codec_context.color_trc = transfer
+        stream.codec_context.color_primaries = 9
+    encode(tmp_path / "a.mp4", picture()[None].repeat(2, 0), tag)
+    with pytest.raises(ValueError, match=f"a.mp4: its transfer is {name}.*expected SDR"):
+        read_video(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("first", ["tff", "bff"])
+def test_interlaced_frames_are_straightened(tmp_path, first):
+    """A bar that moves 4 columns a field; progressive frames at the start pass through as they are."""
+    video = np.zeros((8, 48, 160, 3), np.uint8) + 40
+    for k in range(8):
+        for field in range(2):
+            left = 16 + 4 * (2 * k + field)
+            video[k, field if first == "tff" else 1 - field::2, left:left + 24] = 220
+    encode(tmp_path / "a.mp4", video, **{"x264-params": f"{first}=1"})
+    shown, _ = read_video(tmp_path / "a.mp4")
+    assert len(shown) == 8
+    edges = (shown[..., 1] > 128).argmax(2)  # (8, 48): per row
+    assert (np.ptp(edges[1:, 8:-8], 1) <= 1).all()
+    assert (np.diff(edges[1:, 24]) == 8).all()  # one field of each frame is kept: the speed is
+
+
+@pytest.mark.parametrize("order", ["cover first", "cover last"])
+@pytest.mark.parametrize("disposition", ["attached_pic", "default"])
+def test_the_video_not_its_cover(tmp_path, order, disposition):
+    still = np.zeros((96, 128, 3), np.uint8)
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        streams = {}
+        for name in ("cover", "video") if order == "cover first" else ("video", "cover"):
+            stream = container.add_stream("mjpeg" if name == "cover" else "libx264", rate=24)
+            stream.height, stream.width = (96, 128) if name == "cover" else (48, 64)
+            stream.pix_fmt = "yuvj420p" if name == "cover" else "yuv420p"
+            streams[name] = stream
+        streams["cover"].disposition = getattr(Disposition, disposition)
+        for name, frames in (("cover", [still]), ("video", clip(9))):
+            for frame in frames:
+                container.mux(streams[name].encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+            container.mux(streams[name].encode())
+    assert brightness(read_video(tmp_path / "a.mp4")[0]) == list(range(9))
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is not there")
+@pytest.mark.parametrize("name, shape, shown", [
+    ("sar/sar.mp4", (24, 360, 640, 3), "RGBx"), ("mirror/hflip.mp4", (24, 360, 640, 3), "GRxB"),
+    ("mirror/vflip.mp4", (24, 360, 640, 3), "BxRG"), ("cover/thumbfirst.mp4", (24, 360, 640, 3), "RGBx"),
+    ("interlaced/inter.mp4", (12, 360, 640, 3), "RGBx"), ("hdr/hlg2.mp4", None, "HLG")])
+def test_cases(name, shape, shown):
+    if shape is None:
+        with pytest.raises(ValueError, match=shown):
+            read_video(CASES / name)
+        return
+    video, _ = read_video(CASES / name)
+    assert video.shape == shape and corners(video[0]) == shown
+    if "inter" in name:  # the dark bar's edge, before: 48 and 56 in turn
+        assert np.ptp((video[4, 176:184, 20:120, 1] < 60).argmax(1)) == 0
+    else:
+        disc = (video[0] > 240).all(2)
+        assert abs(np.ptp(disc.nonzero()[0]) - np.ptp(disc.nonzero()[1])) <= 2  # round
 
 
 def test_variable_rate_keeps_speed(tmp_path):
@@ -219,7 +365,7 @@ def test_bad_videos(tmp_path):
 def test_decoding_stops_early(tmp_path, monkeypatch):
     write_at(tmp_path / "a.mp4", clip().repeat(20, 0), range(400), rate=24)
     shown = []
-    monkeypatch.setattr(data.video, "rgb", lambda frame, rgb=rgb: shown.append(frame.time) or rgb(frame))
+    monkeypatch.setattr(data.video, "rgb", lambda frame, *args: shown.append(frame.time) or rgb(frame, *args))
     read_video(tmp_path / "a.mp4", frames=4, stride=2)
     assert np.allclose(np.array(shown) * 24, [0, 2, 4, 6])  # frames between are not converted
     fps, ticks = open_video(tmp_path / "a.mp4")

@@ -3,8 +3,13 @@
     python tests/tiny_weights.py FOLDER [ReDirector | ReCamMaster | Wan]
 
 Names, keys, layouts and the parts of each network are the published files'; only widths and depths are small.
-The pictures made with it are noise. FOLDER/paths gets camera files: the ten evaluation paths, and "static".
+The pictures made with it are noise, and so are their scores. Beside the weights, for a rehearsal:
+    FOLDER/paths     camera files: the ten evaluation paths, and "static"
+    FOLDER/videos    two short videos, with their captions in captions.csv
+    FOLDER/packages  a package `mapanything` that stands in for the real one (for PYTHONPATH)
+    FOLDER/bin       a program `vipe` that stands in for the real one (for PATH)
 """
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2VLModel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from data import cameras  # noqa: E402
 import model  # noqa: E402
 import trajectories  # noqa: E402
+from data.video import write_video  # noqa: E402
 from pretrained import vae  # noqa: E402
 from pretrained.weights import (  # noqa: E402
     DIT, IMAGE_FILE, RECAMMASTER, REDIRECTOR, TEXT_FILE, TOKENIZER, VAE_FILE)
@@ -108,8 +114,156 @@ def save_tokenizer(folder):
                             unk_token="<unk>").save_pretrained(folder)
 
 
+# ---- reward models ----
+
+QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+               "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def save_qwen_base(folder):
+    """Config and tokenizer of a small Qwen2-VL -> how many tokens it has."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [file.read_text(encoding="utf-8") for file in (ROOT / "pretrained/prompts").glob("*.txt")]
+    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=list(QWEN_TOKENS), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=QWEN_TOKENS[0], eos_token=QWEN_TOKENS[2])
+    fast.save_pretrained(folder)
+    ids = {f"{name}_token_id": tokenizer.token_to_id(f"<|{token}|>") for name, token in (
+        ("bos", "endoftext"), ("eos", "im_end"), ("vision_start", "vision_start"), ("vision_end", "vision_end"),
+        ("vision", "vision_pad"), ("image", "image_pad"), ("video", "video_pad"))}
+    config = {"model_type": "qwen2_vl", "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 1,
+              "num_hidden_layers": 2, "num_key_value_heads": 1, "vocab_size": len(fast), "rms_norm_eps": 1e-6,
+              "max_position_embeddings": 32768, "tie_word_embeddings": True, **ids,
+              "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+              "vision_config": {"depth": 1, "embed_dim": 16, "mlp_ratio": 2, "num_heads": 1, "in_chans": 3,
+                                "hidden_size": 32, "patch_size": 14, "spatial_merge_size": 2,
+                                "spatial_patch_size": 14, "temporal_patch_size": 2}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return len(fast)
+
+
+def qwen_shapes(base, tokens, head):
+    """Shapes of a reward model over the Qwen2-VL in folder `base`, under the published keys; head: rm_head's."""
+    config = AutoConfig.from_pretrained(base)
+    config.text_config.vocab_size = tokens
+    with torch.device("meta"):
+        body = Qwen2VLModel(config).state_dict()
+    shapes = {name.replace("language_model.", "model."): x.shape for name, x in body.items()}
+    return shapes | {name: torch.Size(shape) for name, shape in head.items()}
+
+
+VIDEO_REWARD = {  # what is read of the published model_config.json
+    "data_config": {"max_frame_pixels": 448 * 448, "num_frames": None, "fps": 2.0,
+                    "prompt_template_type": "detailed_special"},
+    "model_config": {"output_dim": 1, "reward_token": "special"},
+    "peft_lora_config": {"lora_r": 64, "lora_alpha": 128},
+    "inference_config": {"VQ_mean": 3.6757, "VQ_std": 2.2476, "MQ_mean": 1.1646, "MQ_std": 1.3811,
+                         "TA_mean": 2.8105, "TA_std": 2.5121}}
+
+
+def write_reward_models(folder, seed):
+    """VideoReward and HPSv3, random, in the official layout."""
+    for name in ("VideoReward/checkpoint-1", "HPSv3"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "VideoReward/model_config.json").write_text(json.dumps(VIDEO_REWARD))
+    base = folder / "Qwen2-VL-2B-Instruct"
+    shapes = qwen_shapes(base, save_qwen_base(base) + 3, {"rm_head.weight": (1, 32)})
+    state = {f"base_model.model.{name}": x for name, x in random_state(shapes, seed).items()}
+    torch.save(state, folder / "VideoReward/checkpoint-1/model.pth")
+    base = folder / "Qwen2-VL-7B-Instruct"
+    sizes = {0: (32, 32), 3: (16, 32), 5: (2, 16)}
+    head = {f"rm_head.{i}.weight": size for i, size in sizes.items()}
+    head |= {f"rm_head.{i}.bias": size[:1] for i, size in sizes.items()}
+    shapes = qwen_shapes(base, save_qwen_base(base) + 1, head)
+    save_file(random_state(shapes, seed + 1), folder / "HPSv3/HPSv3.safetensors")
+
+
+# ---- programs of others ----
+
+MAPANYTHING = '''"""Stands in for MapAnything in rehearsals: cameras that depend on the pixels, and mean nothing."""
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+
+class MapAnything(torch.nn.Module):
+    @classmethod
+    def from_pretrained(cls, folder, strict=True):
+        model = cls()
+        model.weight = torch.nn.Parameter(load_file(f"{folder}/model.safetensors")["info_sharing.weight"].float())
+        return model
+
+    def infer(self, views, **options):
+        """A view's thumbnail through a matrix gives its rotation vector and position, close to the first's."""
+        seen = [0.1 * torch.tanh(F.adaptive_avg_pool2d(view["img"].float(), 4).flatten(1) @ self.weight.T)
+                for view in views]
+        out = []
+        for x in seen:
+            x = x - seen[0]
+            c2w = torch.eye(4).to(x).repeat(len(x), 1, 1)
+            skew = torch.zeros(len(x), 3, 3).to(x)
+            for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+                skew[:, j, k] = -x[:, i]
+                skew[:, k, j] = x[:, i]
+            c2w[:, :3, :3] = torch.matrix_exp(skew)
+            c2w[:, :3, 3] = x[:, 3:]
+            height, width = views[0]["img"].shape[-2:]
+            focal = torch.tensor([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1]]).to(x)
+            out.append({"camera_poses": c2w, "intrinsics": focal.expand(len(x), 3, 3)})
+        return out
+'''
+VIPE = '''#!{python}
+"""Stands in for ViPE in rehearsals: vipe infer VIDEO -o OUT -p PRESET writes a straight path for any video."""
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+
+video, out = Path(sys.argv[2]), Path(sys.argv[4])
+with av.open(str(video)) as file:
+    frames = [(frame.width, frame.height) for frame in file.decode(video=0)]
+c2w = np.tile(np.eye(4), (len(frames), 1, 1))
+c2w[:, 2, 3] = 0.01 * np.arange(len(frames))
+width, height = frames[0]
+for kind, data in (("pose", c2w), ("intrinsics", np.tile([width, width, width / 2, height / 2], (len(frames), 1)))):
+    (out / kind).mkdir(parents=True)
+    np.savez(out / kind / f"{video.stem}.npz", data=data, inds=np.arange(len(frames)))
+'''
+
+
+def write_stand_ins(folder, seed):
+    """Weights and package of a stand-in for MapAnything, and a program for ViPE."""
+    (folder / "map-anything").mkdir(exist_ok=True)
+    (folder / "map-anything/config.json").write_text(json.dumps({"torch_hub_pretrained": False}))
+    state = random_state({"info_sharing.weight": torch.Size((6, 48))}, seed)
+    save_file(state, folder / "map-anything/model.safetensors")
+    package = folder / "packages/mapanything"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").write_text("")
+    (package / "models.py").write_text(MAPANYTHING)
+    (folder / "bin").mkdir(exist_ok=True)
+    program = folder / "bin/vipe"
+    program.write_text(VIPE.replace("{python}", sys.executable))
+    program.chmod(0o755)
+
+
+def write_videos(folder, frames=13, height=72, width=128):
+    """Two videos of a pattern that wanders, and captions."""
+    folder.mkdir(exist_ok=True)
+    y, x = np.mgrid[:height, :width] / height
+    for i in range(2):
+        waves = [np.sin(9 * (x + 0.02 * t) + 3 * i) * np.cos(7 * (y - 0.01 * t)) for t in range(frames)]
+        video = np.stack([np.stack([wave, wave ** 2, -wave], -1) for wave in waves])
+        write_video(folder / f"clip{i}.mp4", (127.5 * (video + 1)).clip(0, 255).astype(np.uint8), 24)
+    (folder / "captions.csv").write_text("file_name,text\nclip0.mp4,a street at night\nclip1.mp4,a bear walks\n")
+
+
 def write(folder, seed=0, policy="ReDirector"):
-    """Write what a run on a published policy reads, reward models apart, to folder; returns its Path."""
+    """Write all that a run on a published policy reads to folder; returns its Path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shapes = dit_shapes(policy)
@@ -129,9 +283,12 @@ def write(folder, seed=0, policy="ReDirector"):
     if policy == "ReDirector":
         torch.save(random_state(image_shapes(), seed + 4), folder / IMAGE_FILE)
     save_tokenizer(folder / TOKENIZER)
+    write_reward_models(folder, seed + 5)
+    write_stand_ins(folder, seed + 7)
+    write_videos(folder / "videos")
     (folder / "paths").mkdir(exist_ok=True)
     for name in ("static", *trajectories.PATHS):
-        np.save(folder / f"paths/{name}.npy", cameras.named_path(name))
+        np.savez(folder / f"paths/{name}.npz", c2w=cameras.named_path(name))
     return folder
 
 

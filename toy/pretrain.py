@@ -7,6 +7,8 @@ rewards it looks at colours: the metric reward alone must find out which habit f
 command trains the metric depth network of a small pose estimator (MapAnything's part); both are shipped in
 weights/. `judge`, the referee, registers a video to the true scene and is never seen by any training.
 """
+import plumbing.early  # noqa: F401, first of all: a signal while the rest is imported ends this quietly
+
 import json
 import os
 import sys

@@ -15,6 +15,8 @@ from toy.rooms import (
     BASE_SPEED, BASE_TURN, Codec, FPS, FRAMES, HEADS, HEIGHT, INTRINSICS, PATCH, SPEED,
     TEST_ROOMS, TEXT, TRAIN_ROOMS, TURN, WIDTH, integrate, render_video, rooms, walks)
 
+SIZE = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH}  # of every video, as train.py's settings call them
+
 
 def read_tensors(path, wanted):
     """A safetensors file's tensors; ValueError where they are not those `wanted`: name -> shape."""
@@ -99,7 +101,9 @@ def open_toy(config, device):
 
     rewarded, weights = rewards.load(config.rewards, config.weights, estimator=estimator,
                                      schedule=config.frame_weights)
-    return World(dit, codec, tuple(latents.shape[1:]), TRAIN_ROOMS, draw, None, rewarded, weights, true_view)
+    files = [Path(config.weights) / f"toy_{name}.safetensors" for name in ("base", "codec", "estimator")]
+    return World(dit, codec, tuple(latents.shape[1:]), TRAIN_ROOMS, draw, None, rewarded, weights,
+                 {"weights": files}, true_view)
 
 
 def held_out(count, codec, speed=1.0):
