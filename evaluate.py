@@ -1,8 +1,11 @@
 """Evaluation: did it get better, and at what? (paper, section 4)
 
     python evaluate.py --videos=DAVIS --weights=... --ckpt=out   the paper's protocol, base and tuned
-    python evaluate.py --videos=DAVIS --generated=ReCamMaster    videos made elsewhere
+    python evaluate.py --videos=DAVIS --weights=... --baselines=...   other policies beside it
+    python evaluate.py --videos=DAVIS --generated=W/CogNVS       videos made elsewhere
+    python evaluate.py warp --method=CogNVS --evaluation=...     to methods that warp, and back
     python evaluate.py toy --ckpt=out/toy                        Tables 1 and 2 in the toy world
+    python evaluate.py ablation                                  Table 3 there: trains two runs
     python evaluate.py compare out/a out/b                       evaluations, on the cases all have
     python evaluate.py curves out/a out/b                        training logs, also of runs going on
     python evaluate.py try my.py:f                               is this reward any good? no training
@@ -11,6 +14,7 @@
 `python evaluate.py [COMMAND] --help` lists the settings. The first two can run under torchrun; the
 ranks then share the cases. The same command again goes on from where it stopped. In --out:
     sources/<clip>.mp4                    the source as the model saw it
+    conditions/<clip>.safetensors         and encoded (a baseline's: <method>/conditions)
     <method>/videos/<clip>_camera_<n>_speed_<s>.mp4, and the like in <method>/poses and /cases
     results.json, tables.md, report.html  every case; the paper's tables; all of it to look at
 
@@ -39,6 +43,7 @@ from data.clips import NEGATIVE, load_clip, save_clip
 from data.prepare import find_caption, read_captions
 from data.video import write_video
 from data.world import open_policy
+from evaluation.ablation import Ablation, ablation
 from evaluation.cases import case_digest, say_what_is_asked, split_case, what_is_asked
 from evaluation.compare import Compare, Curves, compare, draw_curves
 from evaluation.generate import Generating, find_cameras, make_clip, read_clip, rerender
@@ -48,12 +53,13 @@ from evaluation.scores import (
     keep_all_settings, open_estimator, score_met3r, score_poses, score_vbench)
 from evaluation.toy import Toy, evaluate_toy
 from evaluation.trial import try_reward
+from evaluation.warping import Warp, warp
 from plumbing.files import digest, read_json, write_file
 from plumbing.ranks import connect, rank_of
 from plumbing.settings import run_command
 from pretrained.encoders import NEGATIVE_PROMPT, load_captioner, open_encoders
 from pretrained.vae import load_vae
-from pretrained.weights import VAE_FILE
+from pretrained.weights import VAE_FILE, find_policy
 from train import Config
 
 
@@ -64,6 +70,7 @@ class Evaluate(Generating):
     """
     videos: str = ""            # folder of source videos, or of folders of images (DAVIS/JPEGImages/480p)
     clips: str = ""             # only these, comma-separated or one a line in a file; empty: all
+    baselines: str = ""         # folders of other policies' weights, by commas: each is a method of its own
     generated: str = ""         # folders of videos made elsewhere: <clip>_camera_<n>_speed_<s>.mp4
     out: str = "out/evaluation"  # folder for all that is made; goes on there
     paths: str = "1,2,3,4,5,6,7,8,9,10"  # ReCamMaster's, by number or name (paper)
@@ -102,13 +109,15 @@ def evaluate(config):
     # Sources: the clips as the model sees them, and encoded.
     quiet = rank > 0
     mine = list(asked.clips)[rank::ranks]  # this rank's share
-    prepare_sources(config, asked.clips, out, mine, estimate, device, quiet)
+    encodings = dict.fromkeys((weights, folder) for weights, _, folder in asked.policies.values())
+    for weights, conditions in encodings or {("", out / "conditions"): None}:
+        prepare_sources(config, asked.clips, out, weights, conditions, mine, estimate, device, quiet)
     wait()
 
-    # Videos: of base and tuned models, from the same noise.
+    # Videos: of base and tuned models and of baselines, from the same noise.
     mine = asked.cases[rank::ranks]
-    for method, checkpoint in asked.checkpoints.items():
-        generate_videos(config, method, checkpoint, asked, out, mine, device, quiet)
+    for method in asked.policies:
+        generate_videos(config, method, asked, mine, device, quiet)
 
     # Scores: cameras and MEt3R by every rank for its own cases, VBench by the first.
     notes = {}
@@ -126,56 +135,59 @@ def evaluate(config):
 
 # ---- the three steps ----
 
-def prepare_sources(config, clips, out, mine, estimate, device, quiet):
-    """Write every clip of `mine` as the model sees it to out/sources and, to generate with, encoded
-    to out/conditions. What is wrong with a clip is written to out/sources/<clip>.failed, in its
-    place."""
-    sources, conditions = out / "sources", out / "conditions"
+def prepare_sources(config, clips, out, weights, conditions, mine, estimate, device, quiet):
+    """Write every clip of `mine` as the model sees it to out/sources and, to generate with the
+    policy in `weights` (if any), encoded to the folder `conditions`. What is wrong with a clip is
+    written there as <clip>.failed, in its place."""
+    sources = out / "sources"
     todo = [clip for clip in mine
             if not all((sources / f"{clip}{end}").exists() for end in (".mp4", ".digest"))
-            or config.weights and not (conditions / f"{clip}.safetensors").exists()]
+            or weights and not (conditions / f"{clip}.safetensors").exists()]
     captions = read_captions(config.captions) if config.captions else None
-    if config.weights and (todo or not (conditions / NEGATIVE).exists()):
-        encoders = open_encoders(config.weights, device)
+    if weights and (todo or not (conditions / NEGATIVE).exists()):
+        encoders = open_encoders(weights, device)
         unwanted = encoders[1].embed([NEGATIVE_PROMPT])[0].bfloat16().cpu()
         write_file(conditions / NEGATIVE, save({"text": unwanted}))
     for clip in tqdm(todo, "sources", unit="clip", disable=quiet or not todo):
         path = Path(config.videos) / clips[clip]
         mp4 = sources / f"{clip}.mp4"
+        failed = conditions / f"{clip}.failed"
         try:
             read = read_clip(path, config)
-            write_video(mp4, *read[:2])
+            if not mp4.exists():
+                write_video(mp4, *read[:2])
             write_file(mp4.with_suffix(".digest"), digest(read[0].tobytes()).encode())
-            if config.weights:
+            if weights:
                 caption = find_caption(clips[clip], captions) if captions else None
                 if captions and caption is None:
                     raise ValueError(f"no caption in {config.captions}")
-                cameras = find_cameras(path, clips[clip], read, mp4, config, estimate)
+                estimator = estimate if "c2w" in find_policy(weights).parts else None
+                cameras = find_cameras(path, clips[clip], read, mp4, config, estimator)
                 prepared = make_clip(read, path, caption, cameras, encoders, config, device)
                 save_clip(conditions / f"{clip}.safetensors", prepared)
-            mp4.with_suffix(".failed").unlink(missing_ok=True)
+            failed.unlink(missing_ok=True)
         except (ValueError, FileNotFoundError) as error:
-            write_file(mp4.with_suffix(".failed"), str(error).encode())
+            write_file(failed, str(error).encode())
             tqdm.write(f"{clip}: {error}")
-    if todo and config.weights and not captions:
+    if todo and weights and not captions:
         load_captioner.cache_clear()  # makes room
 
 
-def generate_videos(config, method, checkpoint, asked, out, mine, device, quiet):
-    """Generate the videos of the cases `mine` that are not there yet, by the published model with a
-    checkpoint's weights laid over it (None: the base). The noise depends on seed and case alone."""
-    conditions = out / "conditions"
+def generate_videos(config, method, asked, mine, device, quiet):
+    """Generate the videos of the cases `mine` that are not there yet, by the published policy with
+    a checkpoint's weights, if any, laid over it. The noise depends on seed and case alone."""
+    weights, checkpoint, conditions = asked.policies[method]
     todo = [case for case in mine if not asked.files[method][case].exists()
             and (conditions / f"{split_case(case)[0]}.safetensors").exists()]
     if not todo:
         return
-    dit = open_policy(config.weights, checkpoint, device)
-    codec = load_vae(Path(config.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
+    dit = open_policy(weights, checkpoint, device)
+    codec = load_vae(Path(weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
     negative = load_file(conditions / NEGATIVE)["text"][None]
     for case in tqdm(todo, method, unit="video", disable=quiet):
         name, number, speed = split_case(case)
         clip = load_clip(conditions / f"{name}.safetensors")
-        target = trajectories.recammaster(number, len(clip.c2w), speed)
+        target = trajectories.recammaster(number, 4 * clip.latents.shape[1] - 3, speed)
         video = rerender(dit, codec, clip, target, case, negative, config, device)
         write_video(asked.files[method][case], video, clip.fps)
 
@@ -188,10 +200,10 @@ def score_cases(config, method, asked, out, mine, estimate, quiet):
         notes["MEt3R"] = "not installed: MEt3R (needs --redirector, its checkout, and --videos)"
     for case in tqdm(mine, f"{method}: scores", unit="video", disable=quiet):
         source = out / "sources" / f"{split_case(case)[0]}.mp4"
-        failed = source.with_suffix(".failed")
         why = "missing: there is no such video"
-        if method in asked.checkpoints and failed.exists():
-            why = f"source: {failed.read_text()}"
+        if method in asked.policies:
+            failed = asked.policies[method][2] / f"{split_case(case)[0]}.failed"
+            why = f"source: {failed.read_text()}" if failed.exists() else why
         video = asked.files[method][case]
         scores = score_poses(out / method, case, video, estimate, why)
         if "MEt3R" not in notes:
@@ -227,6 +239,7 @@ class Try(Config):
 
 COMMANDS = {  # name -> settings, what it does, and the setting that may be given plainly
     "evaluate": (Evaluate, evaluate, None), "toy": (Toy, evaluate_toy, None),
+    "warp": (Warp, warp, None), "ablation": (Ablation, ablation, None),
     "compare": (Compare, compare, "results"), "curves": (Curves, draw_curves, "logs"),
     "try": (Try, try_reward, "reward"), "retake": (Retake, retake, "clip")}
 

@@ -54,11 +54,11 @@ class Scene:
     """What n videos should show. scene[i:j] or scene[[0, 0, 1]] takes rows.
 
     c2w (n,T,4,4): target path, metres, relative to the source's first camera; intrinsics (n,4): fx/W, fy/H,
-    cx/W, cy/H; prompt: n strings; fps (n,): frames per second, of each; source uint8 (n,T,H,W,3) or None;
-    source_c2w (n,T,4,4) or None.
+    cx/W, cy/H; prompt: n strings; fps (n,): frames per second, of each; source uint8 (n,T,H,W,3); source_c2w
+    (n,T,4,4). What a world does not have is None: all but prompt and fps in a world of captions.
     """
-    c2w: torch.Tensor
-    intrinsics: torch.Tensor
+    c2w: torch.Tensor | None
+    intrinsics: torch.Tensor | None
     prompt: list
     fps: torch.Tensor  # or a number, the same for all
     source: torch.Tensor = None

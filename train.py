@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rewards
 import trajectories
+from data.captions import open_captions
 from data.video import decode
 from data.world import clip_numbers, open_clips
 from evaluation.generate import demonstration, prepare, validation
@@ -44,9 +45,11 @@ from toy.world import SIZE as TOY_SIZE, open_toy
 class Config:
     """One comment per field: what it is, its unit, where its default comes from."""
     # the world
-    world: str = "toy"                 # toy: rooms, shipped weights; clips: real, published models
+    world: str = "toy"                 # toy: rooms, shipped weights; clips: real, published models;
+                                       # captions: prompts alone, for a policy without a source
     weights: Folder = "toy/weights"    # folder of the official files (clips) or of the toy's
     clips: Folder = ""                 # folder that `python -m data.prepare` wrote
+    captions: str = ""                 # captions: text file, one prompt a line
     trajectories: Folder = ""          # folder of camera paths, in formats that data/cameras reads
     frames: int = 81                   # video length, 4k + 1 (ReDirector; paper's missing)
     height: int = 480                  # pixels (ReDirector)
@@ -113,7 +116,8 @@ class Config:
         def need(ok, message):
             if not ok:
                 raise ValueError(message)
-        need(self.world in ("toy", "clips"), f"world: expected toy or clips, found {self.world!r}")
+        reads = {"toy": (), "clips": ("clips", "trajectories"), "captions": ("captions",)}
+        need(self.world in reads, f"world: expected toy, clips or captions, found {self.world!r}")
         fits = self.height % 16 == 0 and self.width % 16 == 0
         need(fits or self.world == "toy",
              f"height and width: expected multiples of 16, found {self.height} x {self.width}")
@@ -159,9 +163,12 @@ class Config:
             for name, size in TOY_SIZE.items():
                 need(getattr(self, name) in (size, getattr(Config, name)),
                      f"{name}: expected {size}, the toy's, found {getattr(self, name)}")
-        if self.world == "clips" and folders:
-            for name in ("clips", "trajectories"):
-                need(getattr(self, name), f"--{name}=FOLDER is needed")
+        for name in ("clips", "trajectories", "captions") if folders else ():
+            given = bool(getattr(self, name))
+            kind = "FILE" if name == "captions" else "FOLDER"
+            need(given or name not in reads[self.world], f"--{name}={kind} is needed")
+            need(not given or name in reads[self.world],
+                 f"{name}: world = {self.world} does not read it")
 
     def window(self, iteration):
         """The stochastic steps of an iteration, which are trained on: C tuples of indices."""
@@ -188,10 +195,11 @@ def main(argv):
     rank, ranks = rank_of()
     config = read_config(argv, ranks)
     interrupts = Interrupts()
-    device = launch(config.world == "clips", config.threads, config.timeout)
+    device = launch(config.world != "toy", config.threads, config.timeout)
 
     # The world: policy, codec, what to draw, what to reward. Trained weights are kept in float32.
-    world = {"toy": open_toy, "clips": open_clips}[config.world](config, device)
+    open_world = {"toy": open_toy, "clips": open_clips, "captions": open_captions}[config.world]
+    world = open_world(config, device)
     dit = world.dit
     dit.checkpoint = config.checkpointing
     parameters = trainable(dit)

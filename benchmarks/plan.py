@@ -30,12 +30,13 @@ from grpo import micro_batches, policy_loss
 from model import Condition, Config, DiT, config_from, rope_angles, trainable, trains
 from plumbing.settings import run_command
 from pretrained.vae import VAE
-from pretrained.weights import DIT, REDIRECTOR, open_tensors
+from pretrained.weights import find_policy, open_tensors
 from sampler import chunks, rollout, schedule
 from toy.rooms import Codec, HEADS, PATCH, TEXT
 
 FUN_CAMERA = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, image_dim=1280, camera_dim=24,
                     roce=True)
+WAN_T2V = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, in_dim=16)
 USABLE = 0.9  # of a card: the rest is for CUDA itself, kernels' scratch space and the allocator's losses
 
 
@@ -86,9 +87,12 @@ def flops(config, tokens, text=512, image=257):
     tokens: of target and source together.
     """
     D = config.dim
-    phases = 2 * config.num_heads * 2 * (D // config.num_heads // 6)
-    linear = 6 * D * D + phases * D + 2 * D * config.ffn_dim  # q k v o, cross-attention's q o, RoCE, MLP
-    attention = 2 * tokens * D * (tokens + text + image)
+    linear = 6 * D * D + 2 * D * config.ffn_dim  # q k v o, cross-attention's q o, MLP
+    if config.roce:
+        linear += 2 * config.num_heads * 2 * (D // config.num_heads // 6) * D
+    if config.pose_dim:
+        linear += D * D  # ReCamMaster's projector
+    attention = 2 * tokens * D * (tokens + text + (image if config.image_dim else 0))
     ends = tokens // 2 * 4 * D * (config.out_dim + config.out_dim)  # patches in and out, of the target
     return 2 * (config.num_layers * (tokens * linear + attention) + ends)
 
@@ -176,15 +180,16 @@ def parts(config):
     """
     folder = Path(config.weights)
     frames = (config.frames - 1) // 4 + 1
-    shapes_of = lambda name: open_tensors(folder / name)[0]
+    shapes_of = lambda *names: {k: x for name in names for k, x in open_tensors(folder / name)[0].items()}
     if config.world == "toy":
         shapes = shapes_of("toy_codec.safetensors")
         codec = Codec({key: torch.empty(shape) for key, shape in shapes.items()})
         dit = config_from(shapes_of("toy_base.safetensors"), HEADS)
         return dit, codec, (16, frames, config.height // PATCH, config.width // PATCH), (1, TEXT)
-    dit = FUN_CAMERA
-    if (folder / DIT).is_file() and (folder / REDIRECTOR).is_file():
-        dit = config_from({**shapes_of(DIT), **shapes_of(REDIRECTOR)})
+    dit = WAN_T2V if config.world == "captions" else FUN_CAMERA
+    files = find_policy(folder).files
+    if all(file.is_file() for file in files):
+        dit = config_from(shapes_of(*(file.name for file in files)))
     codec = VAE(16, [96, 96, 192, 384, 384], 2, [False, True, True])  # as published
     return dit, codec, (16, frames, config.height // 8, config.width // 8), (512, dit.text_dim)
 
@@ -247,7 +252,7 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     """`memory` of a DiT with as many blocks as dit_config says, under Live."""
     # What stays: frozen weights, float32 masters, AdamW's two moments, gradients (and DDP's buckets of them).
     dit = DiT(dit_config)
-    if config.world == "clips":  # nothing else of it is a module
+    if config.world != "toy":  # nothing else of it is a module
         state = {k: torch.empty(x.shape, dtype=dtype) for k, x in codec.state_dict().items()}
         codec.load_state_dict(state, assign=True)
         del state
@@ -273,12 +278,14 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     branches = 1 if config.guidance == 1 else 2
     live.peak = live.now
     peaks = {}
-    condition = Condition(torch.empty(C, *text), source=torch.empty(C, *shape))
+    condition = Condition(torch.empty(C, *text))
+    if dit.takes_source:
+        condition.source = torch.empty(C, *shape)
     if dit_config.image_dim:
         condition.image = torch.empty(C, 257, dit_config.image_dim)
     if dit_config.pose_dim:
         condition.camera = torch.empty(C, shape[1], dit_config.pose_dim)
-    else:
+    elif dit_config.camera_dim:
         condition.camera = torch.empty(C, 24, shape[1], 8 * shape[2], 8 * shape[3])
         condition.source_camera = torch.empty_like(condition.camera)
     with torch.no_grad():
@@ -344,7 +351,7 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
 def needs(config, ranks):
     """(What stays, phase -> bytes on a card) with the reward models of a run in it."""
     stay, peaks = memory(config, ranks)
-    models = reward_models(config) if config.world == "clips" else []
+    models = reward_models(config) if config.world != "toy" else []
     weights = [model.weights for model in models]
     working = max((model.working for model in models), default=0)
     if config.park:  # on the card one at a time, while it judges
@@ -415,12 +422,13 @@ def hours(config, ranks):
         source = "given by --rate"
     with without_contents():
         dit_config, codec, shape, _ = parts(config)
-        decoding = decode_flops(codec, shape) if config.world == "clips" else 0
-    tokens = 2 * shape[1] * (shape[2] // 2) * (shape[3] // 2)
+        decoding = decode_flops(codec, shape) if config.world != "toy" else 0
+    halves = 1 if config.world == "captions" else 2
+    tokens = halves * shape[1] * (shape[2] // 2) * (shape[3] // 2)
     row = flops(dit_config, tokens)
     rolled, updated = mean_evaluations(config, config.share_noise and config.share_prefix, config.tail or None)
     local = config.conditions // ranks
-    judging = sum(model.flops for model in reward_models(config)) if config.world == "clips" else 0
+    judging = sum(model.flops for model in reward_models(config)) if config.world != "toy" else 0
     branches = 1 if config.guidance == 1 else 2
     valid = config.validate / config.sample_every / ranks  # videos an iteration
     work = {
@@ -467,7 +475,8 @@ def describe(config, ranks):
         "run": f"{config.iterations} iterations, {config.iterations * videos:,} videos, "
                f"{config.iterations * config.updates:,} optimiser steps",
         "parameters": f"{total:,}, of which {trained:,} train",
-        "tokens": f"{2 * tokens:,} a network row: {tokens:,} of the target video, as many of the source",
+        "tokens": f"{(1 + dit.takes_source) * tokens:,} a network row: {tokens:,} of the target video"
+                  + ", as many of the source" * dit.takes_source,
         "rows": f"{ours[0]:.1f} rollout + {ours[1]:.1f} update x {times} = {ours_cost:.1f} for a condition and "
                 "iteration, mean over the run's windows",
         "": f"(update x {times}: forward 1, backward 2{', recomputed forward 1' if times == 4 else ''}; "
@@ -480,7 +489,7 @@ def report_memory(config, ranks, card):
     """(Lines about memory on each card, whether it fits)."""
     stay, peaks = needs(config, ranks)
     limit = USABLE * card * 2 ** 30
-    models = reward_models(config) if config.world == "clips" else []
+    models = reward_models(config) if config.world != "toy" else []
     lines = [f"all the time: {', '.join(f'{name} {gb(size)}' for name, size in stay.items())}",
              f"together {gb(sum(stay.values()))}; uncompiled, measured on tensors without contents"]
     for phase, size in peaks.items():
@@ -533,7 +542,7 @@ def plan(config):
     lines = describe(config, config.ranks)
     memory_lines, fit = report_memory(config, config.ranks, config.card)
     sections = {**{name: [line] for name, line in lines.items()}, "memory": memory_lines}
-    if config.world == "clips":
+    if config.world != "toy":
         sections["time"] = report_time(config, config.ranks)
     for name, found in sections.items():
         for i, line in enumerate(found):

@@ -16,16 +16,17 @@ INDEX, NEGATIVE = "index.json", "negative_prompt.safetensors"  # a cache's, besi
 
 @dataclass
 class Clip:
-    """A conditioning clip, encoded: all that training needs of it."""
+    """A conditioning clip, encoded: all that training needs of it. Not every policy needs the last three."""
     name: str                 # its video's path below the videos folder
     video: str                # that video's full path, its first frame being frame 0 here
     caption: str
     fps: float                # frames per second
     latents: torch.Tensor     # (16, F, h, w) normalised latents
-    image: torch.Tensor       # (257, 1280) CLIP tokens of the first frame
+    image: torch.Tensor | None  # (257, 1280) CLIP tokens of the first frame
     text: torch.Tensor        # (512, 4096) caption's embedding, zero beyond its length
-    c2w: torch.Tensor         # (T, 4, 4) float64 source path, metres, relative to its first camera
-    intrinsics: torch.Tensor  # (4,) fx/W, fy/H of the first frame; cx/W = cy/H = 0.5, as ReDirector has them
+    c2w: torch.Tensor | None  # (T, 4, 4) float64 source path, metres, relative to its first camera
+    intrinsics: torch.Tensor | None  # (4,) fx/W, fy/H of the first frame; cx/W = cy/H = 0.5 (ReDirector)
+
 
 TENSORS = ("latents", "image", "text", "c2w", "intrinsics")
 FACTS = ("name", "video", "caption", "fps")
@@ -33,23 +34,25 @@ FACTS = ("name", "video", "caption", "fps")
 
 def save_clip(path, clip):
     """Clip -> one safetensors file; the text embedding's zeros, most of it, are left out."""
-    tensors = {key: getattr(clip, key).detach().cpu() for key in TENSORS}
+    tensors = {key: getattr(clip, key) for key in TENSORS}
+    tensors = {key: x.detach().cpu() for key, x in tensors.items() if x is not None}
     used = tensors["text"].any(1).nonzero().flatten().tolist()
     tensors["text"] = tensors["text"][:max(used, default=0) + 1]
     facts = {key: getattr(clip, key) for key in FACTS} | {"text_length": len(clip.text)}
     write_file(path, save({key: x.contiguous() for key, x in tensors.items()}, {"clip": json.dumps(facts)}))
 
 
-def load_clip(path):
-    """File written by save_clip -> Clip on the CPU. ValueError naming the file and what is wrong with it."""
+def load_clip(path, needs=("latents", "text")):
+    """File written by save_clip -> Clip on the CPU. needs: the tensors that it must have.
+    ValueError naming the file and what is wrong with it."""
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get("clip", "{}"))
             missing = [key for key in (*FACTS, "text_length") if key not in facts]
-            missing += [key for key in TENSORS if key not in file.keys()]
+            missing += [key for key in needs if key not in file.keys()]
             if missing:
                 raise ValueError(f"{path}: no prepared clip, lacks {', '.join(missing)}")
-            tensors = {key: file.get_tensor(key) for key in TENSORS}
+            tensors = {key: file.get_tensor(key) if key in file.keys() else None for key in TENSORS}
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or no safetensors file ({one_line(error)})") from None
     except (json.JSONDecodeError, RecursionError, TypeError) as error:
@@ -66,17 +69,22 @@ def load_clip(path):
 class ClipCache:
     """What `python -m data.prepare` wrote: cache[i] reads clip i as a Clip.
     names: the clips' names; settings: what they were made with; negative: (512, 4096), the negative prompt's
-    embedding. expected: settings that must agree, as in ClipCache(folder, frames=81, height=480, width=832).
-    FileNotFoundError where there is none; ValueError where it is empty, damaged or made with other settings.
+    embedding. needs: the tensors that every clip must have. expected: settings that must agree, as in
+    ClipCache(folder, frames=81, height=480, width=832). FileNotFoundError where there is none; ValueError
+    where it is empty, damaged or made with other settings or without what is needed.
     """
 
-    def __init__(self, folder, **expected):
-        self.folder = Path(folder)
+    def __init__(self, folder, needs=("latents", "text"), **expected):
+        self.folder, self.needs = Path(folder), needs
         index = read_index(self.folder)
         if index is None:
             raise FileNotFoundError(f"{folder}: no {INDEX}: expected clips made by python -m data.prepare")
         self.settings, self.names = index["settings"], index["clips"]
         check_settings(folder, self.settings, expected)
+        lacks = [name for name in needs if name in self.settings.get("without", ())]
+        if lacks:
+            raise ValueError(f"{folder}: its clips lack {', '.join(lacks)}, which this policy takes: "
+                             "python -m data.prepare with this policy's weights adds them")
         if not self.names:
             raise ValueError(f"{folder}: {INDEX} lists no clip: prepare has not finished, run it again")
         try:
@@ -91,7 +99,7 @@ class ClipCache:
         return [self.folder / name for name in (INDEX, NEGATIVE, *(f"{x}.safetensors" for x in self.names))]
 
     def __getitem__(self, i):
-        return load_clip(self.folder / (self.names[i] + ".safetensors"))
+        return load_clip(self.folder / (self.names[i] + ".safetensors"), self.needs)
 
 
 def read_index(folder):

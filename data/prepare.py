@@ -20,7 +20,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from data.cameras import check_fov, source_cameras, split_name, suffix_of
-from data.clips import Clip, INDEX, NEGATIVE, check_settings, read_index, save_clip
+from data.clips import Clip, INDEX, NEGATIVE, TENSORS, check_settings, read_index, save_clip
 from data.video import count_frames, find_videos, natural, read_frames, read_video, to_float, without_suffix
 from plumbing.files import one_line, write_file
 from plumbing.ranks import connect
@@ -30,7 +30,7 @@ from pretrained.encoders import (
     load_text_encoder)
 from pretrained.reward_models import mapanything
 from pretrained.vae import load_vae
-from pretrained.weights import IMAGE_FILE, TEXT_FILE, TOKENIZER, VAE_FILE
+from pretrained.weights import IMAGE_FILE, TEXT_FILE, TOKENIZER, VAE_FILE, find_policy
 
 
 def read_captions(path):
@@ -77,25 +77,27 @@ def find_caption(name, captions):
 
 
 def encode_clip(video, caption, vae, text_encoder, image_encoder):
-    """uint8 (T, H, W, 3) and a caption -> bf16 latents (16, F, h, w), CLIP tokens (257, d), text (512, D)."""
+    """uint8 (T, H, W, 3) and a caption -> bf16 latents (16, F, h, w), CLIP tokens (257, d) or, without their
+    encoder, None, text (512, D)."""
     x = to_float(video)[None]
-    parts = vae.encode(x), image_encoder(x[:, :, 0]), text_encoder.embed([caption])
-    return [part[0].bfloat16() for part in parts]
+    image = image_encoder(x[:, :, 0])[0].bfloat16() if image_encoder else None
+    return vae.encode(x)[0].bfloat16(), image, text_encoder.embed([caption])[0].bfloat16()
 
 
-def up_to_date(path, caption):
-    """Whether a clip was prepared before, with this caption (None: with any)."""
+def up_to_date(path, caption, without):
+    """Whether a clip was prepared before, with this caption (None: with any), and all but `without`."""
     try:
         with safe_open(path, "pt") as file:  # reads the header, which must fit the file's length
             facts = json.loads((file.metadata() or {})["clip"])
-        return caption in (None, facts["caption"])
+            whole = set(TENSORS) <= {*file.keys(), *without}
+        return whole and caption in (None, facts["caption"])
     except (OSError, SafetensorError, ValueError, KeyError):
         return False
 
 
 def write_index(out, settings, skipped):
     clips = [f.relative_to(out).as_posix().removesuffix(".safetensors") for f in out.rglob("*.safetensors")]
-    clips = sorted((name for name in clips if name != Path(NEGATIVE).stem), key=natural)
+    clips = sorted((name for name in clips if name not in (Path(NEGATIVE).stem, *skipped)), key=natural)
     index = {"settings": settings, "clips": clips, "skipped": skipped}
     write_file(out / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
     return index
@@ -106,11 +108,12 @@ class Prepare:
     """`python -m data.prepare`"""
     videos: str = ""                  # folder of video files, or of folders of images; or one video file
     out: str = ""                     # folder for the clips; an interrupted run goes on there
-    weights: str = ""                 # folder of the published Wan2.1-Fun-V1.1-1.3B-Control-Camera files
+    weights: str = ""                 # folder of the published files of the policy to train
     captions: str = ""                # csv with columns file_name, text (or videoFile, caption)
     captioner: str = ""               # BLIP-2 by folder or hub id, for clips without a caption (middle frame)
-    cameras: str = "mapanything"      # mapanything (in the weights' map-anything), a folder with a/b.npz for
-                                      # a/b.mp4, or one file for all
+    cameras: str = ""                 # mapanything (in the weights' map-anything), a folder with a/b.npz for
+                                      # a/b.mp4, or one file for all; empty: mapanything, or none where
+                                      # the policy takes none (ReCamMaster)
     fov: float = 0.0                  # horizontal field of view, degrees, for camera files without intrinsics
     estimator_stride: int = 1         # estimate every n-th camera, interpolate the others
     frames: int = 81                  # 4k + 1
@@ -136,14 +139,18 @@ def prepare(config):
         connect("gloo", timeout=30 * 24 * 3600)
     videos, out, weights = Path(config.videos), Path(config.out), Path(config.weights)
     frames, height, width = config.frames, config.height, config.width
-    cameras, fov = config.cameras, config.fov or None
+    policy = find_policy(weights)
+    cameras = config.cameras or ("mapanything" if "c2w" in policy.parts else "")
+    fov = config.fov or None
+    images = "image" in policy.parts or (weights / IMAGE_FILE).is_file()
+    without = ([] if images else ["image"]) + ([] if cameras else ["c2w", "intrinsics"])
     single = videos.is_file()
     names = [videos.name] if single else find_videos(videos)
     videos = videos.parent if single else videos
     texts = read_captions(config.captions) if config.captions else {}
     nothing = None if config.captions or config.captioner else ""  # with neither, every caption is empty
     wanted = {name: find_caption(name, texts) or nothing for name in names}
-    if cameras != "mapanything" and not split_name(cameras)[0].exists():
+    if cameras not in ("", "mapanything") and not split_name(cameras)[0].exists():
         raise FileNotFoundError(f"{cameras}: expected mapanything, a camera file or a folder of them")
     if fov:
         check_fov(fov)
@@ -154,27 +161,33 @@ def prepare(config):
             or height % (2 * vae.space) or width % (2 * vae.space)):
         raise ValueError(f"{frames} frames of {height}x{width}: expected {vae.time}k+1 frames, "
                          f"height and width divisible by {2 * vae.space}")
-    settings = dict(frames=frames, height=height, width=width, stride=config.stride, fov=fov,
-                    cameras=cameras if cameras == "mapanything" else
-                    f"files of {split_name(cameras)[0].resolve()}{suffix_of(cameras)}",
-                    estimator_stride=config.estimator_stride, negative_prompt=config.negative_prompt)
-    for file in (VAE_FILE, TEXT_FILE, IMAGE_FILE):  # tells one set of weights from another
+    settings = dict(frames=frames, height=height, width=width, stride=config.stride,
+                    negative_prompt=config.negative_prompt, without=without)
+    if cameras:
+        files = f"files of {split_name(cameras)[0].resolve()}{suffix_of(cameras)}"
+        settings["cameras"] = cameras if cameras == "mapanything" else files
+        settings |= dict(fov=fov, estimator_stride=config.estimator_stride)
+    for file in (VAE_FILE, TEXT_FILE, *([IMAGE_FILE] if images else [])):  # tells sets of weights apart
         settings[f"bytes of {file}"] = (weights / file).stat().st_size
-    if index := read_index(out):
-        check_settings(out, index["settings"], settings)
+    begun = settings
+    if index := read_index(out):  # what its clips lack, and this command makes, is added
+        begun = settings | {"without": index["settings"].get("without", [])}
+        check_settings(out, index["settings"], {key: begun.get(key) for key in index["settings"]})
     text_encoder = load_text_encoder(weights / TEXT_FILE, weights / TOKENIZER, device, dtype)
-    image_encoder = load_image_encoder(weights / IMAGE_FILE, device, dtype)
+    image_encoder = load_image_encoder(weights / IMAGE_FILE, device, dtype) if images else None
     if cameras == "mapanything":
         cameras = mapanything(weights / "map-anything", device, config.estimator_stride).cameras
     box, skipped = [None], {}
     if rank == 0:
         for leftover in out.rglob("*.tmp"):  # of a killed run
             leftover.unlink()
-        write_index(out, settings, {})
-        box = [[name for name in names if not up_to_date(out / f"{name}.safetensors", wanted[name])]]
+        write_index(out, begun, {})
+        box = [[name for name in names
+                if not up_to_date(out / f"{name}.safetensors", wanted[name], without)]]
         latents = vae.z * (1 + (frames - 1) // vae.time) * (height // vae.space) * (width // vae.space)
-        size = 2 * (latents + 257 * 1280 + 512 * 4096) + 128 * frames
-        print(f"{len(names)} videos, {len(box[0])} to do{'' if nothing is None else ', without captions'}: "
+        size = 2 * (latents + 257 * 1280 * images + 512 * 4096) + 128 * frames
+        lacks = ["captions"] * (nothing == "") + ["CLIP tokens"] * (not images) + ["cameras"] * (not cameras)
+        print(f"{len(names)} videos, {len(box[0])} to do{', without ' * bool(lacks)}{', '.join(lacks)}: "
               f"{frames} frames of {height}x{width}, at most {size / 1e6:.1f} MB each, "
               f"{len(box[0]) * size / 1e9:.2f} GB together, {shutil.disk_usage(out).free / 1e9:.1f} GB free",
               flush=True)
@@ -194,8 +207,10 @@ def prepare(config):
             video, fps, numbers = read_frames(path, frames, config.stride, (height, width))
             shown = read_video(path, frames=1)[0].shape[1:3]
             video = torch.from_numpy(video).to(device)
-            count = partial(count_frames, path)
-            c2w, intrinsics = source_cameras(video, numbers, shown, name, cameras, fov, count)
+            c2w = intrinsics = None
+            if cameras:
+                count = partial(count_frames, path)
+                c2w, intrinsics = source_cameras(video, numbers, shown, name, cameras, fov, count)
             if text is None:
                 text = describe_frame(video[frames // 2], config.captioner, device, dtype)
             check_caption(text, f"{config.captioner} describes it")

@@ -12,7 +12,7 @@ from data.clips import ClipCache
 from data.video import read_video
 from model import Condition, load_dit
 from pretrained.vae import load_vae
-from pretrained.weights import DIT, REDIRECTOR, VAE_FILE
+from pretrained.weights import VAE_FILE, find_policy
 
 
 @dataclass
@@ -41,8 +41,8 @@ def clip_numbers(iteration, count, size, seed):
 # ---- real clips under the published policy ----
 
 def open_policy(weights, checkpoint, device):
-    """The published DiT with ReDirector's weights and, if any, a checkpoint laid over them."""
-    files = [Path(weights) / DIT, Path(weights) / REDIRECTOR, *([checkpoint] if checkpoint else [])]
+    """The published policy in a folder of weights and, if any, a checkpoint laid over it -> DiT."""
+    files = [*find_policy(weights).files, *([checkpoint] if checkpoint else [])]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; README.md lists what this folder holds")
@@ -50,17 +50,30 @@ def open_policy(weights, checkpoint, device):
     return load_dit(*files, device=device, dtype=dtype, trained_dtype=torch.float32)  # as it was trained
 
 
-def condition_of(clips, target, config, device):
-    """data.Clips and their target paths (C, T, 4, 4) -> Condition, a row per clip."""
-    stack = lambda name: torch.stack([getattr(clip, name) for clip in clips]).to(device)
-    maps = [trajectories.camera_maps(torch.as_tensor(c2w).to(device), stack("intrinsics"), config.height,
-                                     config.width) for c2w in (target, stack("c2w"))]
-    return Condition(stack("text"), stack("image"), stack("latents"), *maps)
+def stacked(clips, name):
+    """A tensor of several clips, batch first; None where one of them lacks it."""
+    parts = [getattr(clip, name) for clip in clips]
+    return None if any(part is None for part in parts) else torch.stack(parts)
+
+
+def condition_of(dit, clips, target, config, device):
+    """Clips and their target paths (C, T, 4, 4) -> what the policy takes of them: Condition, a row per clip."""
+    take = lambda name: stacked(clips, name).to(device)
+    target = torch.as_tensor(target).to(device)
+    if dit.takes_poses:  # ReCamMaster: neither the source's path nor intrinsics
+        return Condition(take("text"), source=take("latents"), camera=trajectories.poses(target))
+    maps = [trajectories.camera_maps(c2w, take("intrinsics"), config.height, config.width)
+            for c2w in (target, take("c2w"))]
+    return Condition(take("text"), take("image"), take("latents"), *maps)
 
 
 def open_clips(config, device):
     """train.World of prepared clips; target paths are drawn from a folder and rescaled (paper Sec. 3.4)."""
-    clips = ClipCache(config.clips, frames=config.frames, height=config.height, width=config.width)
+    policy = find_policy(config.weights)
+    if not policy.source:
+        raise ValueError(f"{config.weights}: {policy.name} takes no source video: expected world = captions")
+    clips = ClipCache(config.clips, policy.parts, frames=config.frames, height=config.height,
+                      width=config.width)
     paths = PathFolder(config.trajectories, config.frames)
     dit = open_policy(config.weights, None, device)
     codec = load_vae(Path(config.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
@@ -70,20 +83,21 @@ def open_clips(config, device):
         rows = [clips[i] for i in numbers]
         target = [trajectories.rescale(paths.draw(rng), *trajectories.draw_speeds(rng, config.v, omega))
                   for rng in rngs]
-        target, source = torch.from_numpy(np.stack(target)), torch.stack([clip.c2w for clip in rows])
-        intrinsics = torch.stack([clip.intrinsics for clip in rows])
-        condition = condition_of(rows, target, config, device)
+        target = torch.from_numpy(np.stack(target)).to(device)
+        condition = condition_of(dit, rows, target, config, device)
+        on_device = lambda x: None if x is None else x.to(device)
         videos = [read_source(clip, config, clips.settings) for clip in rows]
         videos = None if any(x is None for x in videos) else torch.stack(videos).to(device)
-        scene = rewards.Scene(target.to(device), intrinsics.to(device), [clip.caption for clip in rows],
-                              torch.tensor([clip.fps for clip in rows], device=device), videos, source.to(device))
+        fps = torch.tensor([clip.fps for clip in rows], device=device)
+        scene = rewards.Scene(target, on_device(stacked(rows, "intrinsics")), [clip.caption for clip in rows],
+                              fps, videos, on_device(stacked(rows, "c2w")))
         return condition, scene
 
     rewarded, weights = rewards.load(config.rewards, config.weights, device, park=config.park,
                                      schedule=config.frame_weights, stride=config.estimator_stride,
                                      grey_mq=config.grey_mq, hpsv3_prompt=config.hpsv3_prompt or None)
     shape, negative = tuple(clips[0].latents.shape), clips.negative[None].to(device)
-    published = [Path(config.weights) / name for name in (DIT, REDIRECTOR, VAE_FILE)]
+    published = [*policy.files, Path(config.weights) / VAE_FILE]
     inputs = {"weights": published + rewards.model_files(weights, config.weights), "clips": clips.files(),
               "trajectories": sorted({split_name(name)[0] for name in paths.names})}
     return World(dit, codec, shape, len(clips), draw, negative, rewarded, weights, inputs)

@@ -12,6 +12,7 @@ from evaluation.page import read_log
 from plumbing.checkpoint import WEIGHTS, find_checkpoint
 from plumbing.files import digest
 from plumbing.settings import at_least_1
+from pretrained.weights import find_policy, weights_sizes
 from trajectories import path_number
 
 
@@ -106,8 +107,32 @@ class Asked:
     """What an evaluation is asked for."""
     clips: dict        # clip -> video below config.videos; empty where only videos made elsewhere are scored
     cases: list        # names <clip>_camera_<n>_speed_<s>
-    checkpoints: dict  # method -> file (None: the base), of those that generate here
+    checkpoints: dict  # method -> file (None: the base), of config.weights' policy
+    policies: dict     # method -> (weights, checkpoint, conditions' folder), of those that generate here
     files: dict        # method -> case -> video, of all methods
+
+
+def find_policies(config):
+    """{method: (weights, checkpoint or None, folder of conditions)} of what generates here: base and
+    tuned of config.weights, and the baselines, by their policies' names. ValueError, OSError for
+    what cannot be."""
+    if not config.weights and (config.ckpt or config.baselines):
+        raise ValueError("ckpt and baselines: --weights=FOLDER is needed")
+    policies = {}
+    if config.weights:
+        for method, checkpoint in find_checkpoints(config.ckpt).items():
+            policies[method] = config.weights, checkpoint, Path(config.out) / "conditions"
+    for weights in items(config.baselines):
+        name = find_policy(weights).name
+        if name in policies:
+            raise ValueError(f"baselines: expected one {name}, found another in {weights}")
+        policies[name] = weights, None, Path(config.out) / name / "conditions"
+    for weights, *_ in policies.values():
+        policy = find_policy(weights)
+        weights_sizes(weights)  # all there?
+        if not policy.source:
+            raise ValueError(f"{weights}: {policy.name} takes no source video")
+    return policies
 
 
 def what_is_asked(config):
@@ -128,11 +153,11 @@ def what_is_asked(config):
 
     # methods: those that generate here, and folders of videos made elsewhere
     clips = find_clips(config.videos, config.clips) if config.videos else {}
-    checkpoints = find_checkpoints(config.ckpt) if config.weights else {}
+    policies = find_policies(config)
     folders = [Path(folder) for folder in items(config.generated)]
     elsewhere = {folder.resolve().name: find_generated(folder) for folder in folders}
-    if len({*checkpoints, *elsewhere}) < len(checkpoints) + len(folders):
-        raise ValueError(f"generated: expected folders of different names, none {', '.join(checkpoints)}")
+    if len({*policies, *elsewhere}) < len(policies) + len(folders):
+        raise ValueError(f"generated: expected folders of different names, none {', '.join(policies)}")
 
     # cases: every clip along every path at every speed
     names = list(clips) or sorted({split_case(case)[0] for videos in elsewhere.values() for case in videos})
@@ -145,11 +170,12 @@ def what_is_asked(config):
         if not set(videos) & set(cases):
             raise ValueError(f"{method}: none of its {len(videos)} videos has such a clip, path and speed")
     files = {}
-    for method in checkpoints:
+    for method in policies:
         files[method] = {case: Path(config.out) / method / "videos" / f"{case}.mp4" for case in cases}
     for method, videos in elsewhere.items():
         files[method] = {case: videos.get(case, Path(method) / f"{case}.mp4") for case in cases}
-    return Asked(clips, cases, checkpoints, files)
+    checkpoints = find_checkpoints(config.ckpt) if config.weights else {}
+    return Asked(clips, cases, checkpoints, policies, files)
 
 
 def say_what_is_asked(config, asked):

@@ -43,17 +43,18 @@ def prepare(dit, condition, negative, guidance):
 
 @torch.no_grad()
 def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0, tail=None,
-             rows=1):
+             rows=1, shape=None):
     """Condition of C rows -> uint8 videos (C, T, H, W, 3), by the plain ODE.
 
     The noise depends on seed and ids (C names) alone, so two models get the same. negative: the
     negative prompt's embedding (1, L, D), for guidance other than 1; steps, shift, tail:
-    sampler.schedule's and rollout's; rows: decode's.
+    sampler.schedule's and rollout's; rows: decode's; shape: of a latent, where there is no source
+    to have it from.
     """
     prepared, negative = prepare(dit, condition, negative, guidance)
     latents = sample(dit, prepared, sigmas=schedule(steps, shift), seed=seed, tail=tail,
-                     shape=tuple(condition.source.shape[1:]), condition_ids=list(ids), guidance=guidance,
-                     negative=negative, device=condition.source.device)
+                     shape=shape or tuple(condition.source.shape[1:]), condition_ids=list(ids),
+                     guidance=guidance, negative=negative, device=condition.text.device)
     return decode(codec, latents, rows)
 
 
@@ -63,8 +64,9 @@ def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidanc
 class Generating:
     """Settings of all that generates videos with the published weights."""
     weights: str = ""           # folder of the published weights
-    ckpt: str = ""              # beside or in place of ReDirector's: files, checkpoints' or runs' folders
+    ckpt: str = ""              # laid over the policy in `weights`: files, checkpoints' or runs' folders
     cameras: str = ""           # source cameras: a file, or a folder of one for each video; empty: estimated
+                                # where the policy takes them (ReCamMaster does not)
     fov: float = 0.0            # horizontal field of view, degrees, where camera files have no intrinsics
     blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id, where captions are not given
     vipe: str = "vipe"          # ViPE's program
@@ -98,9 +100,12 @@ def read_clip(path, config, stride=1):
 def find_cameras(path, name, clip, mp4, config, estimate):
     """Cameras of a clip as read_clip returns it: c2w (T, 4, 4), metres, relative to the first, and
     intrinsics (4,). From config.cameras, a file, or a folder that has one for the video called
-    `name`; where that is empty, estimated from `mp4`, the clip as the model sees it."""
+    `name`; where that is empty, estimated from `mp4`, the clip as the model sees it; without an
+    estimator either, None and None."""
     video, _, rows = clip
     cameras = config.cameras
+    if not cameras and estimate is None:
+        return None, None
     if not cameras:
         def cameras(_):
             c2w, intrinsics = estimate(mp4)
@@ -124,7 +129,7 @@ def make_clip(clip, path, caption, cameras, encoders, config, device):
 def rerender(dit, codec, clip, target, name, negative, config, device):
     """A data.Clip re-rendered along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named
     `name`."""
-    condition = condition_of([clip], target[None], config, device)
+    condition = condition_of(dit, [clip], target[None], config, device)
     return generate(dit, codec, condition, [name], negative, steps=config.steps, shift=config.shift,
                     guidance=config.guidance, seed=config.seed)[0].cpu().numpy()
 
@@ -136,7 +141,7 @@ def demonstration(world, config):
     the panels source | true view | base | now; the true view where the world knows it.
 
     Two paths are drawn into base and now: white the one asked for, in colour the one that the
-    rewards' estimator sees. The base's videos are sampled here, before any update. Beside the mp4,
+    rewards' estimator sees. A world of captions has neither source nor paths. The base's videos are sampled here, before any update. Beside the mp4,
     panels.json names the panels, for the report.
     """
     numbers = list(range(3 if config.world == "toy" else 1))
@@ -144,12 +149,14 @@ def demonstration(world, config):
     condition, scene = world.draw(numbers, rngs)
     now = partial(generate, world.dit, world.codec, condition, [f"show {j}" for j in numbers],
                   world.negative, steps=config.steps, shift=config.shift, guidance=config.guidance,
-                  seed=config.seed, rows=config.reward_batch)
+                  seed=config.seed, rows=config.reward_batch, shape=world.shape)
     geometry = [reward for reward in world.rewards if set(getattr(reward, "names", ())) & set(rewards.POSES)]
     estimate = rewards.estimator_of(geometry)  # of a run without these rewards, none is loaded for this
 
     def with_paths(videos, colour):
-        """uint8 (n, T, H, W, 3) -> n arrays, the paths drawn in."""
+        """uint8 (n, T, H, W, 3) -> n arrays, the paths drawn in, if there are any."""
+        if scene.c2w is None:
+            return [large(video) for video in videos]
         seen = relative(estimate(videos, scene)[0]) if estimate else [None] * len(videos)
         drawn = []
         for video, target, found in zip(videos, scene.c2w, seen):
@@ -160,9 +167,9 @@ def demonstration(world, config):
         return drawn
 
     source = scene.source
-    if source is None:
+    if source is None and condition.source is not None:
         source = decode(world.codec, condition.source, config.reward_batch)
-    panels = {"source": [large(video) for video in source]}
+    panels = {} if source is None else {"source": [large(video) for video in source]}
     if world.true_view:
         panels["true view"] = [large(video) for video in world.true_view(numbers, scene.c2w)]
     panels["base"] = with_paths(now(), PATH_COLORS[2])
@@ -202,7 +209,8 @@ def validation(world, config, rank, ranks):
             condition, scene = world.draw([j % world.size for j in numbers], rngs)
             videos = generate(world.dit, world.codec, condition, [f"valid {j}" for j in numbers],
                               world.negative, steps=config.steps, shift=config.shift,
-                              guidance=config.guidance, seed=config.seed, rows=config.reward_batch)
+                              guidance=config.guidance, seed=config.seed, rows=config.reward_batch,
+                              shape=world.shape)
             found, _ = rewards.score(world.rewards, videos, scene, config.reward_batch or None)
             for name, x in found.items():
                 scores[name][at:at + len(numbers)] = x

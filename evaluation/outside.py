@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from data.cameras import read_focal, read_path
-from data.video import read_video
+from data.video import read_video, write_video
 from plumbing.files import one_line
 
 
@@ -105,6 +105,18 @@ def vbench(python, videos, dimension):
     return scores, f"failed: VBench, {dimension} ({len(lacks)} videos, {lacks[0]} first)" if lacks else None
 
 
+def copy_as_long(source, video, path):
+    """Copies a source, cut to the length of a shorter video: ReDirector's program shortens videos only."""
+    shutil.copyfile(source, path)
+    try:
+        frames = len(read_video(video)[0])
+        whole, fps = read_video(source)
+    except ValueError:
+        return  # that program then says what is wrong with it
+    if frames < len(whole):
+        write_video(path, whole[:frames], fps)
+
+
 def met3r(python, checkout, source, video, number, speed):
     """Scores of one video by ReDirector's evaluate.py -> ({"MEt3R", "Dyn-MEt3R": score}, note or None).
 
@@ -114,7 +126,7 @@ def met3r(python, checkout, source, video, number, speed):
     """
     with tempfile.TemporaryDirectory(prefix="met3r_") as folder:
         file = f"{folder}/clip_camera_{number}_speed_{speed:g}.mp4"
-        shutil.copyfile(source, f"{folder}/input.mp4")
+        copy_as_long(source, video, f"{folder}/input.mp4")
         shutil.copyfile(video, file)
         code, last = call([python, "evaluate.py", "--data_path", file], checkout)
         try:

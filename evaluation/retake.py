@@ -14,7 +14,7 @@ from evaluation.scores import open_estimator
 from plumbing.checkpoint import find_checkpoint
 from plumbing.settings import at_least_1
 from pretrained.encoders import NEGATIVE_PROMPT, check_caption, load_captioner, open_encoders
-from pretrained.weights import weights_sizes
+from pretrained.weights import find_policy, weights_sizes
 
 
 @dataclass
@@ -46,12 +46,16 @@ def retake(config):
     target = named_path(config.camera, len(video), config.speed)
     checkpoint = find_checkpoint(config.ckpt) if config.ckpt else None
     weights_sizes(config.weights)  # all there?
+    policy = find_policy(config.weights)
+    if not policy.source:
+        raise ValueError(f"{config.weights}: {policy.name} takes no source video")
     if config.cameras and not split_name(config.cameras)[0].is_file():
         raise FileNotFoundError(f"{config.cameras}: no such camera file")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source.mp4"
         write_video(source, video, fps)
-        estimate = None if config.cameras else open_estimator(config, device)
+        estimated = "c2w" in policy.parts and not config.cameras
+        estimate = open_estimator(config, device) if estimated else None
         cameras = find_cameras(path, path.name, read, source, config, estimate)
     del estimate
     encoders = open_encoders(config.weights, device)
@@ -68,7 +72,8 @@ def retake(config):
     file = Path(config.out) / f"{path.stem}_{name}_{config.speed:g}.mp4"
     beside = file.with_name(f"{file.stem}_side_by_side.mp4")
     write_video(file, new, fps)
-    drawn = draw_paths(new, [clip.c2w.numpy(), target])  # white: the source's, orange: the new cameras
+    known = clip.c2w if clip.c2w is not None else torch.eye(4)[None]  # the source's, else where it starts
+    drawn = draw_paths(new, [known.numpy(), target])  # white: the source's, orange: the new cameras
     write_video(beside, grid([video, drawn], ["source", title]), fps)
     print(f"{file}\n{beside}")
     return file, beside

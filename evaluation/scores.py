@@ -127,13 +127,14 @@ def keep_all_settings(config, asked, out):
     """Make the folders of an evaluation; ValueError where one was made with other settings."""
     shape = {"frames": config.frames, "height": config.height, "width": config.width}
     made = {**shape, "cameras": config.cameras or config.estimator, "fov": config.fov,
-            "captions": config.captions, **(weights_sizes(config.weights) if config.weights else {})}
+            "captions": config.captions}
     sampling = {name: getattr(config, name) for name in ("steps", "shift", "guidance", "seed")}
     keep_settings(out / "sources", shape)
-    for method, checkpoint in asked.checkpoints.items():
-        keep_settings(out / "conditions", made)
+    for method, (weights, checkpoint, conditions) in asked.policies.items():
+        encoded = made | weights_sizes(weights)
+        keep_settings(conditions, encoded)
         keep_settings(out / method / "videos",
-                      made | sampling | {"checkpoint": checkpoint_digest(checkpoint)})
+                      encoded | sampling | {"checkpoint": checkpoint_digest(checkpoint)})
     for method in asked.files:
         keep_settings(out / method / "cases",
                       {"estimator": config.estimator, "pipeline": config.vipe_pipeline})

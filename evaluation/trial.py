@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 import rewards
+from data.captions import COMPARING, open_captions
 from data.video import decode
 from data.world import clip_numbers, open_clips
 from evaluation.generate import prepare
@@ -32,9 +33,10 @@ def try_reward(config):
     if config.batches < 1:
         raise ValueError(f"batches: expected at least 1, found {config.batches}")
     config.check(1)
-    config.rewards = with_others(config.rewards, spec, name)
-    device = launch(config.world == "clips", config.threads, config.timeout)
-    world = {"toy": open_toy, "clips": open_clips}[config.world](config, device)
+    config.rewards = with_others(config.rewards, spec, name, config.world)
+    device = launch(config.world != "toy", config.threads, config.timeout)
+    open_world = {"toy": open_toy, "clips": open_clips, "captions": open_captions}[config.world]
+    world = open_world(config, device)
     timed = [with_clock(reward, device) for reward in world.rewards]
     print(f"{name} on {config.batches} batches of {config.conditions} conditions x {config.members} members")
 
@@ -50,12 +52,13 @@ def try_reward(config):
     return found
 
 
-def with_others(others, spec, name):
+def with_others(others, spec, name, world="toy"):
     """A run's list of rewards, the one on trial, and those that need no model, which cost nothing;
     the additional ones at weight 0."""
     listed = [item.strip() for item in others.split(",") if item.strip()]
     known = {item.rpartition("=")[0].rpartition(":")[2] for item in listed}
-    free = [f.__name__ for f in rewards.MODEL_FREE if f.__name__ not in known | {name}]
+    out = {*known, name, *(COMPARING if world == "captions" else ())}
+    free = [f.__name__ for f in rewards.MODEL_FREE if f.__name__ not in out]
     own = [] if name in known else [spec]
     return ",".join(listed + [f"{item}=0" for item in [*free, *own]])
 

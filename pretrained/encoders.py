@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from pretrained.vae import load_vae
 from pretrained.weights import (
-    IMAGE_FILE, TEXT_FILE, TOKENIZER, VAE_FILE, fill, first_line, need, read_weights)
+    IMAGE_FILE, TEXT_FILE, TOKENIZER, VAE_FILE, fill, find_policy, first_line, need, read_weights)
 
 TEXT_TOKENS = 512  # every prompt is padded or cut to as many
 
@@ -226,11 +226,12 @@ def load_image_encoder(path, device="cpu", dtype=torch.float32, num_heads=None):
 
 
 def open_encoders(weights, device):
-    """VAE, text and image encoder from the folder of the published weights."""
+    """VAE, text and image encoder (None where the policy takes no image) from a folder of weights."""
     dtype, folder = torch.float32 if device.type == "cpu" else torch.bfloat16, Path(weights)
     return (load_vae(folder / VAE_FILE, device, dtype),
             load_text_encoder(folder / TEXT_FILE, folder / TOKENIZER, device, dtype),
-            load_image_encoder(folder / IMAGE_FILE, device, dtype))
+            load_image_encoder(folder / IMAGE_FILE, device, dtype)
+            if "image" in find_policy(weights).parts else None)
 
 
 # ---- captions, for videos that come without one

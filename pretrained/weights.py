@@ -26,15 +26,52 @@ from plumbing.settings import run_command
 VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"  # as published
 IMAGE_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER = "google/umt5-xxl"
-DIT, REDIRECTOR = "diffusion_pytorch_model.safetensors", "step20000.safetensors"  # as published
+DIT = "diffusion_pytorch_model.safetensors"  # of Wan-AI's T2V and of PAI's Fun-Control-Camera
+REDIRECTOR, RECAMMASTER = "step20000.safetensors", "step20000.ckpt"
 
 
 # ---- a folder of published files ----
 
+@dataclass
+class Policy:
+    """A policy that others published, and what it takes besides text."""
+    name: str     # ReDirector, ReCamMaster or Wan T2V
+    files: tuple  # of its DiT, the base first
+    source: bool  # takes a source video
+    parts: tuple  # of a prepared clip (data/clips.py), those that it cannot do without
+
+
+def find_policy(weights):
+    """Which policy a folder of weights holds, by its files and their keys -> Policy.
+
+    ReCamMaster is a whole DiT, as published or the same keys in safetensors; ReDirector lies over its base;
+    a base alone that takes no cameras is Wan T2V. Whether the files are there is for the reader to find out.
+    ValueError for two policies in one folder.
+    """
+    base, redirector, recammaster = (Path(weights) / name for name in (DIT, REDIRECTOR, RECAMMASTER))
+
+    def has(file, part):
+        return file.is_file() and any(part in key for key in open_tensors(file)[0])
+
+    whole = [file for file in (redirector, base) if has(file, ".cam_encoder.")]
+    if recammaster.is_file():
+        if redirector.is_file() and redirector not in whole:
+            raise ValueError(f"{weights}: expected one policy, found {RECAMMASTER} (ReCamMaster) and "
+                             f"{REDIRECTOR} (ReDirector)")
+        whole = [recammaster]
+    if whole:
+        return Policy("ReCamMaster", (whole[0],), True, ("text", "latents"))
+    if base.is_file() and not redirector.is_file() and not has(base, "control_adapter."):
+        return Policy("Wan T2V", (base,), False, ("text",))
+    return Policy("ReDirector", (base, redirector), True,
+                  ("text", "latents", "image", "c2w", "intrinsics"))
+
+
 def weights_sizes(weights):
     """{file: bytes} of the published files; FileNotFoundError for one that is missing."""
-    names = DIT, REDIRECTOR, VAE_FILE, TEXT_FILE, IMAGE_FILE
-    files = [Path(weights) / name for name in names]
+    policy = find_policy(weights)
+    files = [*policy.files, Path(weights) / VAE_FILE, Path(weights) / TEXT_FILE]
+    files += [Path(weights) / IMAGE_FILE] if "image" in policy.parts else []
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(f"{', '.join(missing)}: no such file, expected the published weights")

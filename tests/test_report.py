@@ -162,6 +162,29 @@ def test_no_column_is_lost_where_one_method_has_no_score(which):
     assert report.three_lines(methods, "base", "tuned")[0] == "position error  no case has it from both"
 
 
+@pytest.mark.parametrize("rewards, kind", [
+    ("", "no RL"), (None, None), ("trans=1,rot=1", None), ("trans=0,vq=1", "video quality reward"),
+    ("trans=1, rot=1, vq=1,my.py:f=0.5", "full reward"), ("sharpness=0.01", "video quality reward")])
+def test_runs_are_rows_of_table_3_by_their_rewards(rewards, kind):
+    assert report.ablated(rewards) == kind
+
+
+def test_table_3_has_the_papers_rows_and_ours():
+    methods = {name: {"cases": {"bear_camera_9_speed_1": {"TransErr": x, "RotErr": 1.0, "position": x}}, "notes": {},
+                      "rewards": rewards}
+               for name, x, rewards in (("base", 0.3, ""), ("a", 0.2, "vq=1"), ("b", 0.1, "trans=1,vq=1"))}
+    found = {t["title"]: t for t in report.tables(methods)}["Table 3: rewards, at speed 1"]
+    rows = [dict(zip(found["header"], row)) for row in found["rows"]]
+    kinds = ["no RL", "video quality reward", "full reward"]
+    assert [row["Reward"] for row in rows] == [*kinds, *(f"{kind} (paper)" for kind in kinds)]
+    assert [row["Method"] for row in rows] == ["base", "a", "b", "", "", ""]
+    assert rows[5]["TransErr ↓"] == "0.0140" and rows[4]["RotErr (deg) ↓"] == "1.6082"
+    assert rows[2]["TransErr ↓"] == rows[2]["Position error (m) ↓"] == "0.1000"
+    assert "140 iterations on 16 GPUs" in found["notes"][0]
+    del methods["a"]
+    assert not any(t["title"].startswith("Table 3") for t in report.tables(methods))
+
+
 def test_transerr_is_given_with_and_without_pure_rotations():
     methods = two_methods()
     camera = next(t for t in report.tables(methods) if t["title"].startswith("Cameras"))

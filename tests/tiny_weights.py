@@ -1,6 +1,6 @@
 """A weights folder in the official layout with tiny random weights: stands in for the real one in tests.
 
-    python tests/tiny_weights.py FOLDER
+    python tests/tiny_weights.py FOLDER [ReDirector | ReCamMaster | Wan]
 
 Names, keys, layouts and the parts of each network are the published files'; only widths and depths are small.
 The pictures made with it are noise, and so are their scores. Beside the weights, for a rehearsal:
@@ -27,7 +27,8 @@ import model  # noqa: E402
 import trajectories  # noqa: E402
 from data.video import write_video  # noqa: E402
 from pretrained import vae  # noqa: E402
-from pretrained.weights import DIT, IMAGE_FILE, REDIRECTOR, TEXT_FILE, TOKENIZER, VAE_FILE  # noqa: E402
+from pretrained.weights import (  # noqa: E402
+    DIT, IMAGE_FILE, RECAMMASTER, REDIRECTOR, TEXT_FILE, TOKENIZER, VAE_FILE)
 
 TEXT_DIM, IMAGE_DIM, VOCABULARY = 32, 80, 400
 
@@ -50,10 +51,14 @@ def random_state(shapes, seed):
     return state
 
 
-def dit_shapes(heads=1, layers=2):
-    """Shapes of a DiT with every part of ReDirector's (head size 128, as published)."""
+PARTS = {"ReDirector": dict(image_dim=IMAGE_DIM, camera_dim=24, roce=True),
+         "ReCamMaster": dict(in_dim=16, pose_dim=12), "Wan": dict(in_dim=16)}
+
+
+def dit_shapes(policy="ReDirector", heads=1, layers=2):
+    """Shapes of a DiT with every part of a policy's (head size 128, as published)."""
     config = model.Config(dim=128 * heads, num_heads=heads, num_layers=layers, ffn_dim=256, freq_dim=64,
-                          text_dim=TEXT_DIM, image_dim=IMAGE_DIM, camera_dim=24, roce=True)
+                          text_dim=TEXT_DIM, **PARTS[policy])
     with torch.device("meta"):
         return {name: x.shape for name, x in model.DiT(config).state_dict().items()}
 
@@ -257,18 +262,26 @@ def write_videos(folder, frames=13, height=72, width=128):
     (folder / "captions.csv").write_text("file_name,text\nclip0.mp4,a street at night\nclip1.mp4,a bear walks\n")
 
 
-def write(folder, seed=0):
-    """Write all that a run on the published models reads to folder; returns its Path."""
+def write(folder, seed=0, policy="ReDirector"):
+    """Write all that a run on a published policy reads to folder; returns its Path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = dit_shapes()
-    base = {name: shape for name, shape in shapes.items() if "rope_phase" not in name}
-    attention = {name: shape for name, shape in shapes.items() if ".self_attn." in name}
-    save_file(random_state(base, seed), folder / DIT)
-    save_file(random_state(attention, seed + 1), folder / REDIRECTOR)
+    shapes = dit_shapes(policy)
+    if policy == "ReDirector":  # base, and attention laid over it
+        base = {name: shape for name, shape in shapes.items() if "rope_phase" not in name}
+        attention = {name: shape for name, shape in shapes.items() if ".self_attn." in name}
+        save_file(random_state(base, seed), folder / DIT)
+        save_file(random_state(attention, seed + 1), folder / REDIRECTOR)
+    elif policy == "ReCamMaster":  # one file of mixed types
+        added = lambda name: "cam_encoder" in name or "projector" in name
+        state = random_state(shapes, seed)
+        torch.save({k: x.float() if added(k) else x for k, x in state.items()}, folder / RECAMMASTER)
+    else:
+        save_file(random_state(shapes, seed), folder / DIT)
     torch.save(random_state(vae_shapes(), seed + 2), folder / VAE_FILE)
     torch.save(random_state(text_shapes(), seed + 3), folder / TEXT_FILE)
-    torch.save(random_state(image_shapes(), seed + 4), folder / IMAGE_FILE)
+    if policy == "ReDirector":
+        torch.save(random_state(image_shapes(), seed + 4), folder / IMAGE_FILE)
     save_tokenizer(folder / TOKENIZER)
     write_reward_models(folder, seed + 5)
     write_stand_ins(folder, seed + 7)
@@ -280,4 +293,4 @@ def write(folder, seed=0):
 
 
 if __name__ == "__main__":
-    print(write(sys.argv[1]))
+    print(write(sys.argv[1], policy=(sys.argv[2:] or ["ReDirector"])[0]))
