@@ -62,6 +62,9 @@ def load_clip(path, needs=("latents", "text")):
     length, text = facts.pop("text_length"), tensors["text"]
     if type(length) is not int or not len(text) <= length <= 1 << 16 or text.ndim != 2:
         raise ValueError(f"{path}: damaged (text_length {length!r} of {tuple(text.shape)})")
+    for key, x in tensors.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{path}: {key} holds NaN or infinity; prepare it again")
     tensors["text"] = F.pad(text, (0, 0, 0, length - len(text)))
     return Clip(**facts, **tensors)
 

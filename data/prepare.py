@@ -78,10 +78,15 @@ def find_caption(name, captions):
 
 def encode_clip(video, caption, vae, text_encoder, image_encoder):
     """uint8 (T, H, W, 3) and a caption -> bf16 latents (16, F, h, w), CLIP tokens (257, d) or, without their
-    encoder, None, text (512, D)."""
+    encoder, None, text (512, D). ValueError where one of them holds NaN or infinity."""
     x = to_float(video)[None]
-    image = image_encoder(x[:, :, 0])[0].bfloat16() if image_encoder else None
-    return vae.encode(x)[0].bfloat16(), image, text_encoder.embed([caption])[0].bfloat16()
+    parts = {"the VAE": vae.encode(x), "the text encoder": text_encoder.embed([caption]),
+             "the image encoder": image_encoder(x[:, :, 0]) if image_encoder else None}
+    for name, part in parts.items():
+        if part is not None and not part.isfinite().all():
+            raise ValueError(f"{name} makes NaN or infinity of it")
+    latents, text, image = (part if part is None else part[0].bfloat16() for part in parts.values())
+    return latents, image, text
 
 
 def up_to_date(path, caption, without):
@@ -197,7 +202,8 @@ def prepare(config):
     if any(wanted[name] is None for name in todo) and config.captioner:
         load_captioner(config.captioner, device, dtype)  # refused now, where there is none
     if rank == 0:
-        write_file(out / NEGATIVE, save({"text": text_encoder.embed([config.negative_prompt])[0].bfloat16().cpu()}))
+        negative = text_encoder.embed([config.negative_prompt])[0].bfloat16().cpu()
+        write_file(out / NEGATIVE, save({"text": negative}))
     for name in tqdm(todo[rank::world], desc="prepare", unit="clip", disable=rank > 0):
         path = videos / name
         try:
@@ -214,11 +220,11 @@ def prepare(config):
             if text is None:
                 text = describe_frame(video[frames // 2], config.captioner, device, dtype)
             check_caption(text, f"{config.captioner} describes it")
+            encoded = encode_clip(video, text, vae, text_encoder, image_encoder)
         except (ValueError, FileNotFoundError) as error:
             skipped[name] = str(error).removeprefix(f"{path}: ")
             tqdm.write(f"skipped {name}: {skipped[name]}")
             continue
-        encoded = encode_clip(video, text, vae, text_encoder, image_encoder)
         clip = Clip(name, str(path.resolve()), text, fps, *encoded, c2w, intrinsics)
         save_clip(out / f"{name}.safetensors", clip)
     if world > 1:

@@ -170,6 +170,9 @@ def open_video(path):
         raise FileNotFoundError(f"{path}: no such video")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: empty file (0 bytes)")
+    with open(path, "rb") as file:
+        if file.read(64).lstrip().startswith((b"ffconcat", b"#EXTM3U", b"<?xml", b"<MPD")):
+            raise ValueError(f"{path}: a list of other files, expected a video")
     container = av.open(f"file:{path}")  # "file:", or a colon in the name would be taken for a protocol
     stream = film_stream(container)
     if stream is None:

@@ -55,6 +55,8 @@ def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidanc
     latents = sample(dit, prepared, sigmas=schedule(steps, shift), seed=seed, tail=tail,
                      shape=shape or tuple(condition.source.shape[1:]), condition_ids=list(ids),
                      guidance=guidance, negative=negative, device=condition.text.device)
+    if not latents.isfinite().all():  # it would decode to black
+        raise ValueError(f"the model makes NaN or infinity of {', '.join(map(str, ids)):.100}")
     return decode(codec, latents, rows)
 
 
