@@ -42,9 +42,9 @@ def open_captions(config, device):
     if found:
         raise ValueError(f"rewards: {', '.join(found)}: this world has no path or source to compare with")
     lines = Path(config.captions).read_text("utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        check_caption(line, f"{config.captions}: line {number}")
     prompts = [line.strip() for line in lines if line.strip()]
-    for prompt in prompts:
-        check_caption(prompt, config.captions)
     if not prompts:
         raise ValueError(f"{config.captions}: expected one prompt a line, found none")
     (unwanted, *texts), length = embed(config.weights, [NEGATIVE_PROMPT, *prompts], device)

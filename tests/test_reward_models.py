@@ -57,6 +57,9 @@ def test_sizes():
     assert video(480, 832) == image(480, 832) == (336, 588) and video(64, 96) == (280, 392)
     assert image(600, 338) == (616, 364) and image(100, 1000) == (168, 1428)
     assert reward_models.mapanything_size(480, 832) == ((294, 518), (298, 518))
+    assert reward_models.mapanything_size(500, 304)[0] == (518, 294)  # a tie: the smaller aspect ratio
+    one = reward_models.fill_in(camera_path(1, yaw=0.1)[:, :1], np.array([0]), 1)  # a video of one frame
+    assert one.shape == (1, 1, 4, 4) and one.isfinite().all()
     for n, seen in ((81, [0, 16, 32, 48, 64, 80]), (5, [0, 1, 3, 4]), (3, [0, 2])):
         assert reward_models.spread(reward_models.frame_count(n, 24, 2.0), n).tolist() == seen
 
@@ -104,6 +107,19 @@ def scene_of(prompts, fps, frames):
 
 def close(found, expected):
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=0, atol=1e-4)
+
+
+@golden_vlm
+def test_videoaligns_frames_follow_each_videos_own_rate():
+    """Clips of 24 and 60 frames per second in one batch score as each does alone."""
+    reward = videoalign("ckpt_full")
+    videos = torch.randint(0, 256, (2, 81, 40, 60, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    both = reward(videos, scene_of(["a", "b"], torch.tensor([24.0, 60.0]), 81))
+    for i, fps in enumerate((24.0, 60.0)):
+        alone = reward(videos[i:i + 1], scene_of([["a", "b"][i]], fps, 81))
+        other = reward(videos[i:i + 1], scene_of([["a", "b"][i]], 84 - fps, 81))
+        close(both["vq"][i:i + 1], alone["vq"])
+        assert abs(alone["vq"] - other["vq"]) > 1e-3
 
 
 @golden_vlm
@@ -290,10 +306,14 @@ def test_incomplete_or_foreign_videoalign(folder):
         rewards.load("vq=1", folder)
     config = json.loads((reward / "model_config.json").read_text())
     frames = config["data_config"] | {"num_frames": 8}
+    middle = config["data_config"] | {"sample_type": "multi_pts"}
+    rank = config["peft_lora_config"] | {"use_rslora": True}
     (reward / "model_config.json").unlink()
     for wrong, message in (("{", "JSONDecodeError"), ("{}", "data_config"),
                            (json.dumps(config | {"inference_config": {"VQ_mean": 1}}), "MQ_mean"),
-                           (json.dumps(config | {"data_config": frames}), "found .'detailed_special', 8")):
+                           (json.dumps(config | {"data_config": frames}), "found .'detailed_special', 8"),
+                           (json.dumps(config | {"data_config": middle}), "sample_type.*multi_pts"),
+                           (json.dumps(config | {"peft_lora_config": rank}), "use_rslora.* True, 'uniform'")):
         (reward / "model_config.json").write_text(wrong)
         with pytest.raises(ValueError, match=message):
             rewards.load("vq=1", folder)
