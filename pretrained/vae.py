@@ -175,8 +175,7 @@ class Decoder(nn.Module):
 
 class VAE(nn.Module):
     """z: latent channels; widths: of the first convolution, then of every level; blocks: residual ones per
-    level; temporal: for every downsampling, whether it also halves the number of frames.
-    `chunk`: latent frames per step; more take more memory, the result is the same."""
+    level; temporal: for every downsampling, whether it also halves the number of frames."""
 
     def __init__(self, z, widths, blocks, temporal):
         super().__init__()
@@ -184,7 +183,9 @@ class VAE(nn.Module):
         self.conv1 = CausalConv3d(2 * z, 2 * z, (1, 1, 1))
         self.conv2 = CausalConv3d(z, z, (1, 1, 1))
         self.decoder = Decoder(z, widths, blocks, temporal)
-        self.z, self.time, self.space, self.chunk = z, 2 ** sum(temporal), 2 ** len(temporal), 1
+        self.z = z
+        self.time = 2 ** sum(temporal)  # video frames of a latent frame, the first apart
+        self.space = 2 ** len(temporal)  # pixels of a latent pixel, in each direction
 
     @torch.no_grad()
     def encode(self, video):
@@ -200,9 +201,8 @@ class VAE(nn.Module):
         if not (low >= -1.5 and high <= 1.5):  # leaves room for a resize's overshoot, none for 0..255 or NaN
             raise ValueError(f"video: values from {low:.3g} to {high:.3g}; expected [-1, 1]")
         past, mu = {}, []
-        for start in [0, *range(1, T, self.time * self.chunk)]:
-            x = self.place(video[:, :, start : start + self.time * self.chunk if start else 1])
-            mu.append(self.conv1(self.encoder(x, past), past)[:, : self.z].float())
+        for x in video.split([1, *(T - 1) // self.time * [self.time]], 2):  # one latent frame each
+            mu.append(self.conv1(self.encoder(self.place(x), past), past)[:, : self.z].float())
         mean, std = statistics(mu[0])
         return ((torch.cat(mu, 2) - mean) / std).to(video)
 
@@ -211,10 +211,9 @@ class VAE(nn.Module):
         """Yields what `decode` returns piece by piece: (B,3,1,H,W), then (B,3,4,H,W) each."""
         check(latents, "latents", self.z)
         past = {}
-        for start in [0, *range(1, latents.shape[2], self.chunk)]:
-            z = latents[:, :, start : start + self.chunk if start else 1].float()
-            mean, std = statistics(z)
-            x = self.decoder(self.conv2(self.place(z * std + mean), past), past)
+        mean, std = statistics(latents)
+        for z in latents.split(1, 2):
+            x = self.decoder(self.conv2(self.place(z.float() * std + mean), past), past)
             yield x.clamp_(-1, 1).to(latents)
 
     def decode(self, latents):
@@ -223,7 +222,8 @@ class VAE(nn.Module):
         ValueError for another shape or dtype."""
         check(latents, "latents", self.z)
         B, _, frames, h, w = latents.shape
-        video, end = latents.new_empty(B, 3, self.time * (frames - 1) + 1, self.space * h, self.space * w), 0
+        video = latents.new_empty(B, 3, self.time * (frames - 1) + 1, self.space * h, self.space * w)
+        end = 0
         for piece in self.decode_chunks(latents):
             video[:, :, end : end + piece.shape[2]] = piece
             end += piece.shape[2]
