@@ -1,7 +1,7 @@
 """One camera file, of any format, told in any convention -> one camera a frame.
 
-No convention is guessed from a shape. Published layouts have known ones. Other files say theirs in a
-key (c2w, w2c, viewmats, ...; OpenCV axes), or are told by their name, or by that of their folder:
+No convention is guessed from a shape. Published layouts have known ones. Other files say theirs in
+a key (c2w, w2c, viewmats, ...; OpenCV axes), or are told by their name, or by that of their folder:
 
     path.npz@w2c         world-to-camera matrices, OpenCV axes (x right, y down, z forward)
     folder@c2w,opengl    camera-to-world matrices, OpenGL axes (x right, y up, z backward)
@@ -72,7 +72,8 @@ def suffix_of(name):
 # ---- one file ----
 
 def read_path(name):
-    """One camera file -> c2w (T, 4, 4) relative to its first frame, in its unit (MultiCamVideo: metres).
+    """One camera file -> c2w (T, 4, 4) relative to its first frame, in its unit (MultiCamVideo:
+    metres).
 
     Its format is one of FORMATS; one of MultiCamVideo's ten cameras is named as file.json#cam03.
     Frames that its rows leave out (ViPE's inds) are interpolated.
@@ -82,7 +83,7 @@ def read_path(name):
 
 
 def read_cameras(name):
-    """One camera file -> Cameras; poses: valid c2w (T, 4, 4), OpenCV axes, any world, a frame apart."""
+    """One camera file -> Cameras; poses: valid c2w (T, 4, 4), OpenCV axes, one for every frame."""
     file, camera, told = split_name(name)
     if not file.is_file():
         raise FileNotFoundError(f"{name}: no such camera file")
@@ -99,7 +100,7 @@ def read_cameras(name):
 
 
 def read_file(file, camera, name):
-    """A file's content as Cameras; camera: which one, where it holds several; name: for messages."""
+    """A file's content as Cameras; camera: which one, if it holds several; name: for messages."""
     if file.suffix == ".npy":
         return Cameras(np.load(file))  # refuses pickles
     if file.suffix == ".npz":
@@ -128,7 +129,7 @@ def read_file(file, camera, name):
 
 
 def opencv_c2w(cameras, told, name):
-    """Poses of any convention -> c2w (N, 4, 4), OpenCV axes; told: the convention that the name tells."""
+    """Poses of any convention -> c2w (N, 4, 4), OpenCV axes; told: what the name tells of it."""
     if len(cameras.poses) > MOST:
         raise ValueError(f"{len(cameras.poses)} cameras, expected at most {MOST}")
     poses = np.array(cameras.poses, np.float64)
@@ -154,7 +155,8 @@ def opencv_c2w(cameras, told, name):
 
 def unrounded(poses, name):
     """Rotations of (N, 4, 4) that were rounded, by up to 0.01 in R R^T, made exact, with a warning.
-    ValueError where one is off by more. What is not finite, or of another shape, is left for check."""
+    ValueError where one is off by more. What is not finite, or of another shape, is left for
+    check."""
     if poses.ndim != 3 or poses.shape[1:] != (4, 4) or not np.isfinite(poses).all():
         return poses
     R = poses[:, :3, :3]
@@ -206,9 +208,9 @@ def every_frame(cameras):
 def focal_of(cameras, shape):
     """Cameras' (fx/W, fy/H) for a video of shape (H, W), None without intrinsics.
 
-    Intrinsics below 10 are shares of width and height. Others are pixels of a picture whose size the
-    file says, or twice cx, cy tells: the video's, or another of its aspect ratio. ValueError where
-    they contradict it.
+    Intrinsics below 10 are shares of width and height. Others are pixels of a picture whose size
+    the file says, or twice cx, cy tells: the video's, or another of its aspect ratio. ValueError
+    where they contradict it.
     """
     if cameras.intrinsics is None:
         return None
@@ -288,7 +290,7 @@ def intrinsics_of(arrays):
 
 
 def read_focal(file, shape):
-    """(fx/W, fy/H) of the first frame, from ViPE's .npz of intrinsics, for a video of shape (H, W)."""
+    """(fx/W, fy/H) of the first frame, from ViPE's .npz of intrinsics, for a video of (H, W)."""
     with np.load(file) as arrays:
         intrinsics = intrinsics_of({"K": arrays["data"]} if "data" in arrays else arrays)
     return focal_of(Cameras(None, intrinsics=intrinsics), shape)
@@ -314,8 +316,8 @@ def quaternions(wxyz):
 
 
 def omniworld(file, data):
-    """OmniWorld-Game's camera/split_<i>.json: quats (w, x, y, z) and trans, world-to-camera; as many
-    frames as split_info.json, beside the camera folder, says (where there is one)."""
+    """OmniWorld-Game's camera/split_<i>.json: quats (w, x, y, z) and trans, world-to-camera; as
+    many frames as split_info.json, beside the camera folder, says (where there is one)."""
     quats = np.array(data["quats"], np.float64)
     trans = np.array(data["trans"], np.float64)
     frames = len(trans)
@@ -426,7 +428,8 @@ def frames_of(times):
 
 
 def images_txt(file, text):
-    """COLMAP's images.txt, world-to-camera, in the order of the pictures' names; cameras.txt beside it."""
+    """COLMAP's images.txt, world-to-camera, in the order of the pictures' names; cameras.txt beside
+    it."""
     rows = []
     for line in text.splitlines():
         words = line.split(maxsplit=9)  # id qw qx qy qz tx ty tz camera name
@@ -443,7 +446,8 @@ def images_txt(file, text):
 
 
 def colmap_camera(file, number):
-    """(fx, fy, cx, cy) and (width, height) of a camera in COLMAP's cameras.txt, None for each without."""
+    """(fx, fy, cx, cy) and (width, height) of a camera in COLMAP's cameras.txt, None for each
+    without."""
     for line in file.read_text().splitlines() if file.is_file() else ():
         words = line.split()  # id model width height parameters
         if words[:1] == [number]:

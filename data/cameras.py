@@ -21,8 +21,8 @@ from trajectories import PATHS, recammaster, relative, resample, scale_motion
 # ---- by name ----
 
 def named_path(path, frames=81, speed=1.0):
-    """A path as users name it, an evaluation path, "static" or a camera file: c2w (frames, 4, 4), whose
-    first is the identity.
+    """A path as users name it, an evaluation path, "static" or a camera file: c2w (frames, 4, 4),
+    whose first is the identity.
 
     A file (see read_path) is resampled from start to end, then its motion multiplied by speed.
     """
@@ -39,13 +39,13 @@ def named_path(path, frames=81, speed=1.0):
 # ---- a folder of them ----
 
 def find_paths(folder):
-    """(names, others): sorted names, as read_path takes them, of all files below a folder that may hold
-    cameras, and the number of other files. None is opened. A convention told of the folder, as in
-    DATA@w2c, is told of each.
+    """(names, others): sorted names, as read_path takes them, of all files below a folder that may
+    hold cameras, and the number of other files. None is opened. A convention told of the folder, as
+    in DATA@w2c, is told of each.
 
     Folders of images, masks, text and intrinsics, and OmniWorld-Game's coarser droidclib poses, are
-    not entered. Each camera_extrinsics.json counts as its ten cameras. FileNotFoundError for a missing
-    folder.
+    not entered. Each camera_extrinsics.json counts as its ten cameras. FileNotFoundError for a
+    missing folder.
     """
     told = suffix_of(folder)
     folder = split_name(folder)[0]
@@ -69,7 +69,8 @@ def find_paths(folder):
 
 
 class PathFolder:
-    """The camera paths below a folder, opened when drawn: a folder of 96,000 is only listed at first.
+    """The camera paths below a folder, opened when drawn: a folder of 96,000 is only listed at
+    first.
 
     What cannot be read or has fewer than `frames` frames is skipped and counted with its reason;
     ValueError where nothing is usable.
@@ -103,7 +104,8 @@ class PathFolder:
             self.skipped[name] = str(e).removeprefix(f"{name}: ")
 
     def draw(self, rng):
-        """A random stretch of a random path, c2w (frames, 4, 4), relative to its first, by a Generator.
+        """A random stretch of a random path, c2w (frames, 4, 4), relative to its first, by a
+        Generator.
 
         The same rng state gives the same stretch whatever was drawn before.
         """
@@ -115,8 +117,8 @@ class PathFolder:
         raise ValueError(f"{self.folder}: no usable camera path is left: {self.summary()}")
 
     def summary(self):
-        """One line: how many paths are listed, how many of those opened were skipped and why, and how
-        many other files there are."""
+        """One line: how many paths are listed, how many of those opened were skipped and why, and
+        how many other files there are."""
         short = lambda reason: re.sub(r"^frame \d+: | \(.*\)$", "", reason)
         why = Counter(map(short, self.skipped.values()))
         first = "".join(f"; first: {name}: {self.skipped[name]}" for name in list(self.skipped)[:1])
@@ -134,7 +136,8 @@ def check_fov(fov):
 
 
 def camera_file(cameras, name):
-    """The camera file, as read_cameras takes it, of a clip `name` (its path below the videos folder).
+    """The camera file, as read_cameras takes it, of a clip `name` (its path below the videos
+    folder).
 
     cameras: a file; or a folder that for a/b.mp4 holds a/b.npz, .npy, .json or .txt,
     a/b/transforms.json or images.txt, or ViPE's pose/b.npz, and for a/cam03.mp4 MultiCamVideo's
@@ -160,8 +163,8 @@ def camera_file(cameras, name):
 
 
 def rows_of(found, numbers, count, name):
-    """Cameras of a video's frames `numbers`, c2w (T, 4, 4); count: see source_cameras. ValueError where
-    the file's rows are not known to be the video's frames, or leave some out."""
+    """Cameras of a video's frames `numbers`, c2w (T, 4, 4); count: see source_cameras. ValueError
+    where the file's rows are not known to be the video's frames, or leave some out."""
     if np.ptp(found.poses, axis=0).max() == 0:  # it stands still: whatever frames the rows are
         return found.poses[:1].repeat(len(numbers), 0)
     rows = len(found.poses)
@@ -178,13 +181,14 @@ def rows_of(found, numbers, count, name):
 
 
 def source_cameras(video, numbers, shape, name, cameras, fov=None, count=None):
-    """A clip's cameras -> c2w (T, 4, 4), metres, relative to its first, and normalised intrinsics (4,).
+    """A clip's cameras -> c2w (T, 4, 4), metres, relative to its first, and normalised intrinsics
+    (4,).
     video: uint8 (T, H, W, 3), scaled and cropped; numbers (T,): its frames as rows of a camera file
     shape: (H, W) of the video as it is shown
     fov: its horizontal view in degrees, for files without intrinsics
-    cameras: an estimator, videos (1, T, H, W, 3) -> metric c2w (1, T, 4, 4) and intrinsics (1, 4), or
-        the name of a file or folder as camera_file takes it
-    count: how many frames the whole video has, a function of the number that is expected; None: enough
+    cameras: an estimator, videos (1, T, H, W, 3) -> metric c2w (1, T, 4, 4) and intrinsics (1, 4),
+        or the name of a file or folder as camera_file takes it
+    count: how many frames the whole video has, a function of the number expected; None: enough
     ValueError with the reason where there are none, too few, or the estimator failed."""
     if callable(cameras):
         c2w, intrinsics = cameras(video[None])
@@ -212,7 +216,8 @@ def source_cameras(video, numbers, shape, name, cameras, fov=None, count=None):
 
 
 def stored_focal(found, name, shape):
-    """(fx/W, fy/H) of Cameras read from the file `name`, or from ViPE's other file; None without."""
+    """(fx/W, fy/H) of Cameras read from the file `name`, or from ViPE's other file; None
+    without."""
     file = split_name(name)[0]
     vipe = file.parent.parent / "intrinsics" / file.name
     try:

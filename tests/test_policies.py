@@ -59,7 +59,7 @@ def cache(world, out, policy, **options):
 
 
 def cameras(world):
-    return dict(cameras=str(world / "ReDirector/paths/arc_left.npy"), fov=60.0)
+    return dict(cameras=str(world / "ReDirector/paths/static.npz"), fov=60.0)
 
 
 def run(world, out, policy, clips, *more):
