@@ -117,11 +117,24 @@ def shape_of(config):
                   image_dim=1280, camera_dim=24, roce=True)
 
 
+@contextmanager
+def made_in(config):
+    """Modules made here are on the device and of config.dtype from the start."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, config.dtype))
+    try:
+        with DEVICE:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build(config, seed=0):
     """DiT, latent's shape, one Condition, what the DiT prepares of it; random, every part at work."""
     torch.manual_seed(seed)
+    with made_in(config):
+        dit = DiT(shape_of(config)).eval()
     with DEVICE, torch.no_grad():
-        dit = DiT(shape_of(config)).to(getattr(torch, config.dtype)).eval()
         for name, p in dit.named_parameters():
             if name.endswith("head.weight") or "rope_phase" in name:
                 p.normal_(std=0.02)
@@ -142,9 +155,9 @@ def published_vae():
 
 def random_vae(config):
     torch.manual_seed(0)
-    with DEVICE:
+    with made_in(config):
         codec = published_vae()
-    return codec.to(getattr(torch, config.dtype)).eval().requires_grad_(False)
+    return codec.eval().requires_grad_(False)
 
 
 def one_iteration(dit, prepared, shape, at, mark, members=8, steps=25, codec=None, **settings):
@@ -175,7 +188,8 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if not function.is_view:
+        moves = not function.is_view and function is not torch.ops.aten._unsafe_view.default
+        if moves and function.namespace == "aten":
             self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x))
             self.kernels += 1
         return out
