@@ -371,33 +371,49 @@ def fits(config, ranks, card):
 def largest(config, ranks, card):
     """The largest values of single settings that fit, the others as asked: lines to print.
 
-    Where that alone helps, reward models are parked. Memory is about linear in each setting, so two values
-    tell where the limit lies; what is told was then measured itself.
+    Where that alone helps, reward models are parked.
     """
     lines = []
     if not config.park and not fits(config, ranks, card):
         config = dataclasses.replace(config, park=True)
         if fits(config, ranks, card):
             lines.append("as asked, with --park")
-    limit = USABLE * card * 2 ** 30
-    picture = lambda height: {"height": height, "width": round(height * config.width / config.height / 16) * 16}
     searches = {  # setting -> its values, and what one of them changes
         "frames": (range(5, 401, 4), lambda x: {"frames": x}),
         "conditions": (range(ranks, 1000 * ranks, ranks), lambda x: {"conditions": x}),
-        "height": (range(64, 2161, 16), picture)}
+        "height": (range(64, 2161, 16),
+                   lambda x: {"height": x, "width": round(x * config.width / config.height / 16) * 16})}
     for name, (values, change) in tqdm(searches.items(), "what would fit", leave=False):
-        at = values.index(getattr(config, name)) if getattr(config, name) in values else len(values) // 4
-        other = at // 2 if at > 8 else at + 8
-        x, y = (needs(dataclasses.replace(config, **change(values[i])), ranks)[1] for i in (at, other))
-        slope = {phase: (y[phase] - x[phase]) / (other - at) for phase in x}
-        ends = [at + (limit - x[phase]) / slope[phase] for phase in x if slope[phase] > 0]
-        best = min(len(values) - 1, int(min(ends)))
-        while best >= 0 and not fits(dataclasses.replace(config, **change(values[best])), ranks, card):
-            best -= 1
+        peaks = lambda i: needs(dataclasses.replace(config, **change(values[i])), ranks)[1]
+        at = min(range(len(values)), key=lambda i: abs(values[i] - getattr(config, name)))
+        best = last_that_fits(peaks, at, len(values), USABLE * card * 2 ** 30)
         if best >= 0:
             changed = " ".join(f"--{key}={value}" for key, value in change(values[best]).items())
             lines.append(f"{changed}{' --park' if config.park else ''}")
     return lines
+
+
+def last_that_fits(peaks, at, count, limit):
+    """The last of 0 .. count - 1 at which no phase is above `limit`, -1 if none; peaks: i -> phase -> bytes.
+
+    Memory is about linear in i: two values tell where the limit lies. The answer itself was measured; where
+    the line has led too far, halves are tried.
+    """
+    other = at // 2 if at > 8 else at + 8
+    x = peaks(at)
+    y = peaks(other)
+    slopes = {phase: (y[phase] - x[phase]) / (other - at) for phase in x}
+    ends = [at + (limit - x[phase]) / slope for phase, slope in slopes.items() if slope > 0]
+    guess = min(max(int(min(ends, default=count - 1)), 0), count - 1)
+    low = max([i for i, found in ((at, x), (other, y)) if max(found.values()) <= limit], default=-1)
+    high = guess + 1
+    while low < guess < high:
+        if max(peaks(guess).values()) <= limit:
+            low = guess
+        else:
+            high = guess
+        guess = (low + high) // 2
+    return low
 
 
 # ---- time ----
