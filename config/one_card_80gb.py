@@ -12,7 +12,6 @@ tail = 0.4
 micro_batch = 1                    # one row fills a card
 compile = True
 estimator_stride = 3               # cameras of every third frame, interpolated between
-park = True                        # reward models visit the card: room for the update
 save_every = 5
 sample_every = 20
 out = "out/one_card"
