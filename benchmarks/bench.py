@@ -10,10 +10,10 @@
     python -m benchmarks.bench share        VAE decode and Pluecker packing
     python -m benchmarks.bench curves       the toy's learning curve, fast loop against every member alone
 
-`python -m benchmarks.bench COMMAND --help` lists a command's settings. --official=CHECKOUT puts the official code
-beside ours. Weights are random. Sizes and dtype are the published ones on a card, small ones and float32 on a CPU.
-Seconds are the best of --repeat; on a CPU with one thread they are seconds of that thread, so that other programs
-on the same core do not count.
+`python -m benchmarks.bench COMMAND --help` lists a command's settings. --official=CHECKOUT puts the
+official code beside ours. Weights are random. Sizes and dtype are the published ones on a card, small ones and
+float32 on a CPU. Seconds are the best of --repeat; on a CPU with one thread they are seconds of
+that thread, so that other programs on the same core do not count.
 """
 import collections
 import dataclasses
@@ -75,7 +75,8 @@ def show(x):
 
 
 def table(config, title, rows):
-    """Prints rows (dicts with the same keys) under a title, and adds them to the json file if one is asked."""
+    """Prints rows (dicts with the same keys) under a title, and adds them to the json file if one
+    is asked."""
     text = [[show(x) for x in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(rows[0], *text)]
     print(f"\n{title}")
@@ -130,7 +131,8 @@ def made_in(config):
 
 
 def build(config, seed=0):
-    """DiT, latent's shape, one Condition, what the DiT prepares of it; random, every part at work."""
+    """DiT, latent's shape, one Condition, what the DiT prepares of it; random, every part at
+    work."""
     torch.manual_seed(seed)
     with made_in(config):
         dit = DiT(shape_of(config)).eval()
@@ -210,14 +212,14 @@ def official(config, dit, x, t, condition):
 
     ValueError with the program's last line where it fails.
     """
-    parts = {"x": x, "t": t[None], "text": condition.text, "image": condition.image, "source": condition.source,
-             "camera": condition.camera, "source_camera": condition.source_camera}
+    parts = {"x": x, "t": t[None], **vars(condition)}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         save_file({name: y.contiguous().cpu() for name, y in parts.items()}, folder / "inputs.safetensors")
         save_file({name: y.contiguous().cpu() for name, y in dit.state_dict().items()},
                   folder / "weights.safetensors")
-        shape = dict(dim=config.dim, ffn_dim=config.ffn, num_heads=config.dim // 128, num_layers=config.layers)
+        shape = dict(dim=config.dim, ffn_dim=config.ffn, num_heads=config.dim // 128,
+                     num_layers=config.layers)
         write_json(folder / "settings.json", {"shape": shape, "device": DEVICE.type, "dtype": config.dtype,
                                               "repeat": config.repeat, "backward": config.backward})
         done = subprocess.run([config.official_python, ROOT / "benchmarks/official.py", folder],
@@ -238,7 +240,8 @@ class Network(Bench):
 
 
 def measure_network(config):
-    """(Facts, rows: name -> row) of the network at one size: seconds, bytes, share of the product's rate."""
+    """(Facts, rows: name -> row) of the network at one size: seconds, bytes, share of the product's
+    rate."""
     dit, shape, condition, prepared = build(config)
     tokens = 2 * shape[1] * shape[2] * shape[3] // 4
     product, copy = rates(config, tokens)
@@ -248,9 +251,10 @@ def measure_network(config):
     attend = lambda: F.scaled_dot_product_attention(q, q, q)
     with torch.no_grad():
         attention = config.layers * seconds(attend, config.repeat)[1]
+    scores = config.layers * 4 * tokens ** 2 * config.dim
     facts = {"tokens": tokens, "TFLOP a forward": work / 1e12, "matrix product TFLOP/s": product / 1e12,
              "copy GB/s": copy / 1e9, "self-attention alone s": attention,
-             "its share of the product's rate": config.layers * 4 * tokens ** 2 * config.dim / attention / product}
+             "its share of the product's rate": scores / attention / product}
     if config.backward:
         both = seconds(lambda: attend().backward(q.detach()), config.repeat)[1]
         facts["self-attention with its backward s"] = config.layers * both
@@ -395,7 +399,8 @@ def process_memory(pid="self", key="VmRSS"):
 
 
 class Peaks:
-    """Peak bytes of each phase: of the card's allocator, or of live tensors on a CPU (under `live`)."""
+    """Peak bytes of each phase: of the card's allocator, or of live tensors on a CPU (under
+    `live`)."""
     def __init__(self):
         self.live = plan.Live()
         self.found = {}  # phase -> (bytes, MB by which the process grew at most)
@@ -537,7 +542,8 @@ def allreduce(config):
 
 
 class Waits(TorchDispatchMode):
-    """Where values leave tensors for python: what a card's host would wait for. file:line -> times."""
+    """Where values leave tensors for python: what a card's host would wait for. file:line ->
+    times."""
     def __init__(self):
         super().__init__()
         self.at = collections.Counter()
@@ -615,7 +621,8 @@ class Curves(Bench):
 
 
 def curves(config):
-    """A shared prefix and a tail against neither (calls of one row would change no sum, only take long)."""
+    """A shared prefix and a tail against neither (calls of one row would change no sum, only take
+    long)."""
     runs = {name: [toy_log(f"--iterations={config.iterations}", f"--seed={seed}", *how)
                    for seed in range(config.seeds)]
             for name, how in (("fast", ()), ("alone", ("--share_prefix=False", "--tail=0.0")))}
@@ -641,7 +648,8 @@ class TimeLimit(Exception):
 
 @contextmanager
 def limited(budget):
-    """Ends what is inside after `budget` seconds, by TimeLimit; between python's own instructions."""
+    """Ends what is inside after `budget` seconds, by TimeLimit; between python's own
+    instructions."""
     def end(signum, frame):
         raise TimeLimit
     before = signal.signal(signal.SIGALRM, end)
@@ -686,9 +694,11 @@ def card_network(config, report):
     report["rates"].setdefault("forward", work / ours["forward s"])
     if ours["fwd + bwd s"]:
         report["rates"].setdefault("update", 4 * work / ours["fwd + bwd s"])
-    facts |= {"self-attention's share of our forward": share_of_attention, "graphs compiled": graphs() - before}
-    if config.compile and "ours, compiled" in rows:
-        facts["compile s"] = rows["ours, compiled"]["first calls s"] - ours["forward s"] - (ours["fwd + bwd s"] or 0)
+    facts["self-attention's share of our forward"] = share_of_attention
+    facts["graphs compiled"] = graphs() - before
+    if "ours, compiled" in rows:
+        usual = ours["forward s"] + (ours["fwd + bwd s"] or 0)
+        facts["compile s"] = ours["first calls s"] - usual
     report["tables"][f"network, {config.frames} frames"] = [{"": name, **row} for name, row in rows.items()]
     report["facts"][f"{config.frames} frames"] = facts
 
@@ -717,7 +727,8 @@ def card_iteration(config, report):
 
 
 def card(config):
-    """Everything that is owed of a card, in parts with a limit each; writes a markdown table and plan's rates."""
+    """Everything that is owed of a card, in parts with a limit each; writes a markdown table and
+    plan's rates."""
     say_where(config)
     start = time.monotonic()
     report = {"device": torch.cuda.get_device_name() if CUDA else f"CPU {platform.processor()}",
@@ -758,7 +769,8 @@ def card(config):
 COMMANDS = {"card": (Card, card, None), "network": (Network, network, None),
             "compilation": (Bench, compilation, None), "iteration": (Bench, iteration, None),
             "memory": (Bench, memory, None), "soak": (Soak, soak, None), "scaling": (Scaling, scaling, None),
-            "allreduce": (Bench, allreduce, None), "share": (Bench, share, None), "curves": (Curves, curves, None)}
+            "allreduce": (Bench, allreduce, None), "share": (Bench, share, None),
+            "curves": (Curves, curves, None)}
 
 if __name__ == "__main__":
     run_command("benchmarks.bench", __doc__, COMMANDS, sys.argv[1:] or ["--help"])
