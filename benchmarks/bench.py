@@ -11,8 +11,8 @@
     python -m benchmarks.bench curves       the toy's learning curve, fast loop against every member alone
 
 `python -m benchmarks.bench COMMAND --help` lists a command's settings. --official=CHECKOUT puts the
-official code beside ours. Weights are random. Sizes and dtype are the published ones on a card, small ones and
-float32 on a CPU. Seconds are the best of --repeat; on a CPU with one thread they are seconds of
+official code beside ours. Weights are random. Sizes and dtype are the published
+ones on a card, small ones and float32 on a CPU. Seconds are the best of --repeat; on a CPU with one thread they are seconds of
 that thread, so that other programs on the same core do not count.
 """
 import collections
@@ -416,7 +416,7 @@ class Peaks:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
 
-def measure_memory(config, settings, at, members, steps, codec, mark, **how):
+def measure_memory(config, settings, at, members, steps, mark, **how):
     """(Rows: phase, plan's estimate, measured) of one condition's iteration at `at`.
 
     settings: train.Config's that plan is told; mark(phase) is called too; how: rollout's options.
@@ -428,6 +428,7 @@ def measure_memory(config, settings, at, members, steps, codec, mark, **how):
     peaks = Peaks()
     with peaks.live:
         dit, shape, condition, prepared = build(config)
+        codec = random_vae(config)
         dit.checkpoint = True
         if how.pop("compile", False):
             dit.compile()
@@ -456,7 +457,7 @@ def measure_memory(config, settings, at, members, steps, codec, mark, **how):
 def memory(config):
     say_where(config)
     members = 8 if CUDA else 2
-    rows = measure_memory(config, {"size": 2}, (1, 2), members, 4, random_vae(config), lambda phase: None)
+    rows = measure_memory(config, {"size": 2}, (1, 2), members, 4, lambda phase: None)
     table(config, "memory: peak per phase", rows)
 
 
@@ -707,12 +708,11 @@ def card_iteration(config, report):
     """One iteration of the fast recipe at full size, decoded: seconds, and memory against plan."""
     fast = parse(train.Config, [str(ROOT / "config/geo_align_fast.py")])
     at = (fast.first // 2,)  # the middle of where its window may be
-    codec = random_vae(config)
     stamps = {}
     mark = lambda phase: stamps.update({phase: now()})
     settings = dict(strategy="random", size=1, first=fast.first, tail=fast.tail)
     before = graphs()
-    rows = measure_memory(config, settings, at, fast.members, fast.steps, codec, mark, tail=fast.tail,
+    rows = measure_memory(config, settings, at, fast.members, fast.steps, mark, tail=fast.tail,
                           compile=config.compile)
     times = dict(zip(("rollout", "decode", "update"), np.diff(list(stamps.values())).tolist()))
     rolled, updated = plan.evaluations(at, fast.steps, fast.members, True, fast.tail)

@@ -561,7 +561,8 @@ def report_time(config, ranks):
     lines = [f"{phase:<10} {60 * time:7.1f} min   {why}" for phase, (time, why) in by_phase.items()]
     days = config.iterations * together / 24
     lines.append(f"together {together:.2f} h an iteration, {days:.1f} days for {config.iterations} "
-                 f"iterations, {ranks * 24 * days:,.0f} card hours; reading files and waiting for the slowest rank apart")
+                 f"iterations, {ranks * 24 * days:,.0f} card hours; reading files and waiting for the "
+                 "slowest rank apart")
     return lines
 
 
