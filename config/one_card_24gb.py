@@ -1,10 +1,12 @@
 """One 24 GB card: 49 frames of 368x640 in place of 81 of 480x832, and no HPSv3.
 
-The base was trained on the larger ones, so its pictures are worse to begin with, and long paths are not seen;
-HPSv3's 15.5 GB do not fit beside the optimiser, so nothing looks at single frames' beauty: watch the samples.
-What `python -m benchmarks.plan config/one_card_24gb.py --card=24 --rate=80` says: 22.4 GB at the update of 23.2
-usable; 73 network rows for a condition, each a sixth of a full one; 4,480 videos; 4 GB a checkpoint; 9 GB of the
-computer's memory; 0.21 h an iteration, so 1.2 days at 80 TFLOP/s.
+The base was trained on the larger ones, so its pictures are worse to begin with, and long paths
+are not seen; HPSv3's 15.5 GB do not fit beside the optimiser, so nothing looks at single frames'
+beauty: watch the samples.
+
+What `python -m benchmarks.plan config/one_card_24gb.py --card=24 --rate=80` says: 22.4 GB at the
+update of 23.2 usable; 73 network rows for a condition, each a sixth of a full one; 4,480 videos;
+4 GB a checkpoint; 9 GB of the computer's memory; 0.21 h an iteration, so 1.2 days at 80 TFLOP/s.
 """
 world = "clips"
 frames = 49
