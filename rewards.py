@@ -235,7 +235,7 @@ def model_files(names, weights):
 
 
 def load(spec, weights="toy/weights", device="cpu", dtype=None, park=False, estimator=None, schedule="linear",
-         stride=1, grey_mq=False, hpsv3_prompt=None, hpsv3_stride=1):
+         stride=1, grey_mq=False, hpsv3_prompt=None):
     """"trans=1,rot=1,my.py:f=0.5" -> (reward callables, name -> weight); weight 0: logged, not trained on.
 
     my.py:f is a function `f(videos, scene)` in a file of one's own; it returns (n,) or {"f": (n,)}. A model
@@ -289,7 +289,7 @@ def load(spec, weights="toy/weights", device="cpu", dtype=None, park=False, esti
         rewards.append(videoalign(folder / "VideoReward", base, grades, grey_mq, home, dtype))
     if "hpsv3" in chosen:
         file, base = folder / "HPSv3/HPSv3.safetensors", folder / "Qwen2-VL-7B-Instruct"
-        rewards.append(hpsv3(file, base, hpsv3_prompt, hpsv3_stride, home, dtype))
+        rewards.append(hpsv3(file, base, hpsv3_prompt, home, dtype))
     rewards += [f for f in MODEL_FREE if f.__name__ in chosen]
     for name, path in files.items():
         function, code = load_function(path, name)

@@ -96,7 +96,8 @@ def mapanything_views(frames):
     H, W = frames.shape[-3:-1]
     (height, width), (h, w) = mapanything_size(H, W)
     x = resize(frames.reshape(-1, H, W, 3), h, w, "lanczos" if max(height / H, width / W) < 1 else "bicubic")
-    top, left = (h - height) // 2, (w - width) // 2
+    top = (h - height) // 2
+    left = (w - width) // 2
     x = x[:, top:top + height, left:left + width].permute(0, 3, 1, 2).float() / 255
     mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     return ((x - mean) / std).unflatten(0, frames.shape[:-3])
@@ -143,7 +144,8 @@ def mapanything(folder, device="cpu", stride=1):
     def estimator(videos, scene=None):
         return cameras(videos)[0]
 
-    estimator.module, estimator.cameras = model, cameras
+    estimator.module = model
+    estimator.cameras = cameras
     return estimator
 
 
@@ -168,7 +170,9 @@ def patchify(clip):
     """
     if len(clip) == 1:
         clip = clip.expand(2, -1, -1, -1)
-    t, h, w = len(clip) // 2, clip.shape[1] // 14, clip.shape[2] // 14
+    t = len(clip) // 2
+    h = clip.shape[1] // 14
+    w = clip.shape[2] // 14
     x = clip.permute(0, 3, 1, 2).reshape(t, 2, 3, h // 2, 2, 14, w // 2, 2, 14)
     return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1), (t, h, w)
 
@@ -276,7 +280,8 @@ def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torc
             rows, columns = at[:, :2].to(device).unbind(1)
             return head(hidden[rows, columns].float()).view(len(ids), len(tokens), -1)
 
-    read.module, read.tokenize = both, tokenize
+    read.module = both
+    read.tokenize = tokenize
     return read
 
 
@@ -311,11 +316,14 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
     file = expect(folder / "model_config.json", "VideoAlign")
     try:
         config = json.loads(file.read_text())
-        data, lora = config["data_config"], config["peft_lora_config"]
+        data = config["data_config"]
+        lora = config["peft_lora_config"]
         found = (data["prompt_template_type"], data["num_frames"], config["model_config"]["reward_token"],
                  lora.get("use_rslora", False), data.get("sample_type", "uniform"))
-        scale, norm = lora["lora_alpha"] / lora["lora_r"], config.get("inference_config")
-        rate, most = data["fps"], data["max_frame_pixels"]
+        scale = lora["lora_alpha"] / lora["lora_r"]
+        norm = config.get("inference_config")
+        rate = data["fps"]
+        most = data["max_frame_pixels"]
         mean, std = ([norm[f"{name}_{what}"] for name in ("VQ", "MQ", "TA")] if norm else default
                      for what, default in (("mean", [0.0] * 3), ("std", [1.0] * 3)))
     except (ValueError, KeyError, TypeError) as error:
@@ -353,14 +361,16 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
             scores["mq"] = grade(grey, scene)["mq"]
         return {name: scores[name] for name in names}
 
-    reward.names, reward.module, reward.read = names, read.module, read
+    reward.names = names
+    reward.module = read.module
+    reward.read = read
     return reward
 
 
 # ---- HPSv3 ----
 
-def hpsv3(file, base, prompt=None, stride=1, device="cpu", dtype=torch.float32):
-    """HPSv3's mean score mu over every stride-th frame.
+def hpsv3(file, base, prompt=None, device="cpu", dtype=torch.float32):
+    """HPSv3's mean score mu over the frames.
 
     prompt: one fixed text for all frames in place of each video's own (LongCat-Video: "A high-quality
     image"), which leaves text alignment out. Pixels are bit for bit the official code's for image files
@@ -370,12 +380,13 @@ def hpsv3(file, base, prompt=None, stride=1, device="cpu", dtype=torch.float32):
     read = qwen2vl(base, state, file, "hpsv3.txt", ["<|Reward|>"], "image", device, dtype)
 
     def reward(videos, scene):
-        frames = videos[:, ::stride]
         size = smart_size(*videos.shape[2:4], 448 * 448, 448 * 448)
-        images = resize(frames.flatten(0, 1), *size, "bicubic").unsqueeze(1).unbind()
-        prompts = [prompt or text for text in scene.prompt for _ in range(frames.shape[1])]
+        images = resize(videos.flatten(0, 1), *size, "bicubic").unsqueeze(1).unbind()
+        prompts = [prompt or text for text in scene.prompt for _ in range(videos.shape[1])]
         mu = read(images, prompts)[:, 0, 0]  # the second output is a log deviation
-        return {"hpsv3": mu.view(frames.shape[:2]).mean(1)}
+        return {"hpsv3": mu.view(videos.shape[:2]).mean(1)}
 
-    reward.names, reward.module, reward.read = ("hpsv3",), read.module, read
+    reward.names = ("hpsv3",)
+    reward.module = read.module
+    reward.read = read
     return reward
