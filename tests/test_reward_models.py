@@ -194,11 +194,11 @@ def test_hpsv3_averages_frames_and_takes_a_fixed_prompt():
     single = [hpsv3()(video[:, i:i + 1], s)["hpsv3"] for i in range(3)]
     close(hpsv3()(video, s)["hpsv3"], sum(single) / 3)
     fixed = "A high-quality image"
-    reward = reward_models.hpsv3(IMAGE / "HPSv3.safetensors", IMAGE / "base", prompt=fixed, stride=2)
+    reward = reward_models.hpsv3(IMAGE / "HPSv3.safetensors", IMAGE / "base", prompt=fixed)
     s.prompt = ["something", "else"]
     scores = reward(video, s)["hpsv3"]
     s.prompt = [fixed, fixed]
-    close(scores, (hpsv3()(video[:, :1], s)["hpsv3"] + hpsv3()(video[:, 2:], s)["hpsv3"]) / 2)
+    close(scores, hpsv3()(video, s)["hpsv3"])
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_a_reward_token_in_a_caption_costs_that_member(folder):
 
 
 def test_two_processes_agree_with_one(folder, tmp_path):
-    spec, options = "vq=1,mq=1,hpsv3=1,sharpness=1", {"hpsv3_stride": 3}
+    spec = "vq=1,mq=1,hpsv3=1,sharpness=1"
     script = tmp_path / "half.py"
     script.write_text(f"""
 import sys
@@ -241,14 +241,14 @@ import rewards, test_rewards
 from safetensors.torch import save_file
 part = slice(*map(int, sys.argv[1:3]))
 video, s = test_rewards.scene(4, frames=4, height=56, width=84)
-loaded, _ = rewards.load({spec!r}, {str(folder)!r}, **{options})
+loaded, _ = rewards.load({spec!r}, {str(folder)!r})
 save_file(rewards.score(loaded, video[part].roll(1, 1), s[part])[0], sys.argv[3])
 """)
     files = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
     jobs = [subprocess.Popen([sys.executable, script, str(2 * i), str(2 * i + 2), file])
             for i, file in enumerate(files)]
     video, s = scene(4, frames=4, height=56, width=84)
-    whole, _ = rewards.score(rewards.load(spec, folder, **options)[0], video.roll(1, 1), s)
+    whole, _ = rewards.score(rewards.load(spec, folder)[0], video.roll(1, 1), s)
     assert [job.wait(120) for job in jobs] == [0, 0]
     first, second = map(load_file, files)
     for name, expected in whole.items():
