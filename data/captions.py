@@ -15,6 +15,7 @@ import rewards
 from data.world import World, open_policy
 from model import Condition
 from pretrained.encoders import NEGATIVE_PROMPT, check_caption, load_text_encoder
+from pretrained.reward_models import model_files
 from pretrained.vae import load_vae
 from pretrained.weights import TEXT_FILE, TOKENIZER, VAE_FILE, find_policy
 
@@ -62,6 +63,6 @@ def open_captions(config, device):
 
     shape = (dit.config.out_dim, (config.frames + 3) // 4, config.height // 8, config.width // 8)
     files = [*policy.files, *(Path(config.weights) / name for name in (VAE_FILE, TEXT_FILE))]
-    inputs = {"weights": files + rewards.model_files(reward_weights, config.weights),
+    inputs = {"weights": files + model_files(reward_weights, config.weights),
               "captions": [Path(config.captions)]}
     return World(dit, codec, shape, len(prompts), draw, padded([unwanted]), rewarded, reward_weights, inputs)

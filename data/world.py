@@ -12,6 +12,7 @@ from data.cameras import PathFolder, split_name, suffix_of
 from data.clips import ClipCache
 from data.video import read_video
 from model import Condition, load_dit
+from pretrained.reward_models import model_files
 from pretrained.vae import load_vae
 from pretrained.weights import VAE_FILE, find_policy
 
@@ -101,7 +102,7 @@ def open_clips(config, device):
                                      grey_mq=config.grey_mq, hpsv3_prompt=config.hpsv3_prompt or None)
     shape, negative = tuple(clips[0].latents.shape), clips.negative[None].to(device)
     published = [*policy.files, Path(config.weights) / VAE_FILE]
-    inputs = {"weights": published + rewards.model_files(weights, config.weights), "clips": clips.files(),
+    inputs = {"weights": published + model_files(weights, config.weights), "clips": clips.files(),
               f"trajectories{suffix_of(config.trajectories)}": sorted({split_name(x)[0] for x in paths.names})}
     return World(dit, codec, shape, len(clips), draw, negative, rewarded, weights, inputs)
 

@@ -1,6 +1,14 @@
 """The published models that rewards.py asks: MapAnything for cameras, VideoAlign and HPSv3 for looks.
 
-Each is given what its official code gives it, bit for bit where that can be. rewards.py lists their files.
+Each is given what its official code gives it, bit for bit where that can be. Their files are looked for in
+one folder, `weights`, each only if its reward is named:
+  trans, rot   map-anything/{config.json, model.safetensors}, and the mapanything package
+  vq, mq, ta   VideoReward/{model_config.json, checkpoint-<step>/model.pth}, or in the place of model.pth
+               adapter_model.safetensors and non_lora_state_dict.pth;
+               Qwen2-VL-2B-Instruct/{config.json, tokenizer.json, tokenizer_config.json} (with
+               adapters its *.safetensors too)
+  hpsv3        HPSv3/HPSv3.safetensors; Qwen2-VL-7B-Instruct/{config.json, tokenizer.json, ...}, as above
+
 Sources: MapAnything (Keetha et al., arXiv 2509.13414), VideoAlign (Liu et al., arXiv 2501.13918), HPSv3
 (Ma et al., arXiv 2508.03789), LongCat-Video (arXiv 2510.22200).
 """
@@ -20,6 +28,21 @@ from pretrained.weights import expect, fill, on_device, read_weights
 
 
 # ---- for all of them ----
+
+FOLDERS = {  # names of rewards -> folders that they read
+    ("trans", "rot"): ("map-anything",),
+    ("vq", "mq", "ta"): ("VideoReward", "Qwen2-VL-2B-Instruct"),
+    ("hpsv3",): ("HPSv3", "Qwen2-VL-7B-Instruct")}  # of the last the tokenizer, not its 15 GB of weights
+
+
+def model_files(names, weights):
+    """The files in the folder `weights` that rewards of these names read: what a run's scores depend on."""
+    found = []
+    for rewards, folders in FOLDERS.items():
+        if not {*names}.isdisjoint(rewards):
+            for folder in folders:
+                found += [file for file in sorted((Path(weights) / folder).rglob("*")) if file.is_file()]
+    return [file for file in found if not ("7B" in file.parent.name and file.suffix == ".safetensors")]
 
 
 def luma(videos):
