@@ -184,7 +184,7 @@ def test_wan_trains_on_captions(world, tmp_path):
     ("Wan", ["--rewards=trans=1,exposure=1"], "rewards: trans=1: this world has no path"),
     ("Wan", ["--captions="], "--captions=FILE is needed"),
     ("Wan", ["--trajectories=x"], "trajectories: world = captions does not read it"),
-    ("Wan", ["--captions={w}/empty.txt"], "empty.txt: expected one prompt a line"),
+    ("Wan", ["--captions={w}/empty.txt"], "empty.txt: expected UTF-8 text, one prompt a line"),
     ("ReCamMaster", ["--captions=x"], "captions: world = clips does not read it")])
 def test_worlds_that_do_not_fit(world, tmp_path, policy, flags, why):
     (world / "empty.txt").write_text("\n \n")
