@@ -66,7 +66,7 @@ class Scene:
     look: object = None  # () -> the cameras of the videos being scored; see `cameras`
 
     def __post_init__(self):
-        self.fps = torch.as_tensor(self.fps, dtype=torch.float32).expand(len(self.prompt))
+        self.fps = torch.as_tensor(self.fps, dtype=torch.float32).expand(len(self.prompt)).clone()
 
     def __getitem__(self, rows):
         take = lambda x: np.array(x, object)[rows].tolist() if isinstance(x, list) else x[rows]

@@ -26,6 +26,7 @@ import trajectories
 from data.captions import open_captions
 from data.video import decode
 from data.world import clip_numbers, open_clips
+from evaluation.compare import finish_run
 from evaluation.generate import demonstration, prepare, validation
 from evaluation.toy import Toy, evaluate_toy
 from grpo import advantages, group_std, micro_batches, policy_loss, succeeded, summary
@@ -307,6 +308,8 @@ def main(argv):
                              out=str(run.out / "evaluation"), rooms=config.rooms,
                              steps=config.steps, shift=config.shift,
                              log=str(run.out / "log.jsonl")))
+        elif rank == 0:
+            finish_run(run.out)  # the log's three lines, and a report of curves and samples
     except BaseException:
         deafen()
         run.save_rest(interrupts.held)  # within an update the weights are of no iteration

@@ -15,9 +15,9 @@ import sampler
 import train
 import trajectories
 from pretrained import vae
-from grpo import advantages, group_std, micro_batches, policy_loss, summary
+from grpo import advantages, micro_batches, policy_loss, summary
 from data.video import decode
-from evaluation.generate import negative_of
+from evaluation.generate import prepare
 from model import Condition, Config, DiT, trainable
 from sampler import compress, rollout, schedule
 
@@ -48,9 +48,7 @@ def test_phases_stay_on_the_device_and_read_no_value(tail, guidance):
         maps = trajectories.camera_maps(c2w, intrinsics, height, width)
         text, image = torch.empty(C, 512, 4096, device=device), torch.empty(C, 257, 1280, device=device)
         condition = Condition(text, image, torch.empty(C, *shape, device=device), maps, maps.clone())
-        with torch.no_grad():
-            prepared = dit.prepare(condition)
-            negative = negative_of(dit, condition, torch.empty(1, 512, 4096), guidance)
+        prepared, negative = prepare(dit, condition, torch.empty(1, 512, 4096), guidance)
 
         # rollout, decode
         sampled = rollout(dit, prepared, G, (2, 3), sigmas=sigmas, shape=shape, seed=0, condition_ids=[0, 1],
@@ -65,7 +63,7 @@ def test_phases_stay_on_the_device_and_read_no_value(tail, guidance):
         for reward in (*rewards.MODEL_FREE, rewards.geometry(lambda videos, scene: scene.c2w.clone())):
             scores |= {name: x.view(C, G) for name, x in reward(videos, scene).items()}
         weights = dict.fromkeys(scores, 1.0)
-        A = advantages(scores, weights, group_std(scores, weights))
+        A = advantages(scores, weights)
 
         # objective
         stats = []

@@ -152,7 +152,7 @@ def test_samples_show_the_true_view_and_both_paths(tmp_path, monkeypatch, knows)
 
     monkeypatch.setattr("evaluation.generate.generate", generated)
     loaded, weights = rewards.load("trans=1", estimator=looking([]))
-    world = World(None, None, None, 1, draw, None, loaded, weights, true_view if knows else None)
+    world = World(None, None, None, 1, draw, None, loaded, weights, {}, true_view if knows else None)
     config, _ = choose_command(evaluate.COMMANDS, ["try", "--world=clips"])
     show = demonstration(world, config)
     show(tmp_path / "samples/iteration_000010.mp4")
