@@ -1,9 +1,9 @@
-"""A world of captions alone, for a policy that takes only text: your own reward on Wan2.1 T2V.
+"""A world of captions alone: your own reward on Wan2.1 T2V, which takes only text.
 
-    python train.py --world=captions --captions=prompts.txt --weights=WAN --guidance=5 --rewards=my.py:f=1
+    python train.py --world=captions --captions=prompts.txt --weights=WAN --rewards=my.py:f=1
 
-prompts.txt has one prompt a line. There is no source video and no camera, so the rewards that compare with
-those are refused; VideoAlign's, HPSv3's, `exposure` and your own are left.
+prompts.txt has one prompt a line. Rewards that compare with a path or a source video are refused:
+VideoAlign's, HPSv3's, `exposure` and your own are left.
 """
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from pretrained.vae import load_vae
 from pretrained.weights import TEXT_FILE, TOKENIZER, VAE_FILE, find_policy
 
 FPS = 16.0  # of what Wan2.1 T2V was trained on
-COMPARING = ("trans", "rot", "sharpness", "flicker", "colour")  # with a path or a source video
+COMPARING = ("trans", "rot", "sharpness", "flicker", "colour")  # with a path or a source
 
 
 def embed(weights, prompts, device):
-    """Prompts -> their embeddings (L, D) on the CPU, without the zeros that follow, and the full length."""
+    """Prompts -> their embeddings (L, D) on the CPU, without the zeros at their ends, and the length with."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     encoder = load_text_encoder(Path(weights) / TEXT_FILE, Path(weights) / TOKENIZER, device, dtype)
     texts = []
@@ -39,15 +39,15 @@ def open_captions(config, device):
     policy = find_policy(config.weights)
     if policy.source:
         raise ValueError(f"{config.weights}: {policy.name} takes a source video: expected world = clips")
-    found = [item for item in config.rewards.split(",") if item.rpartition("=")[0].strip() in COMPARING]
-    if found:
-        raise ValueError(f"rewards: {', '.join(found)}: this world has no path or source to compare with")
-    lines = Path(config.captions).read_text("utf-8").splitlines()
+    for item in config.rewards.split(","):
+        if item.rpartition("=")[0].strip() in COMPARING:
+            raise ValueError(f"rewards: {item}: this world has no path or source to compare with")
+    lines = Path(config.captions).read_bytes().decode("utf-8", "replace").splitlines()
     for number, line in enumerate(lines, 1):
         check_caption(line, f"{config.captions}: line {number}")
     prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{config.captions}: expected one prompt a line, found none")
+    if not prompts or any("\ufffd" in prompt for prompt in prompts):
+        raise ValueError(f"{config.captions}: expected UTF-8 text, one prompt a line")
     (unwanted, *texts), length = embed(config.weights, [NEGATIVE_PROMPT, *prompts], device)
     dit = open_policy(config.weights, None, device)
     codec = load_vae(Path(config.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)

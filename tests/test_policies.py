@@ -39,6 +39,7 @@ def world(tmp_path_factory):
         tiny_weights.write(w / policy, policy=policy)
     for i, name in enumerate("ab"):
         write_video(w / f"videos/{name}.mp4", np.roll(clip(9), i, 0), 24)
+    np.savez(w / "cameras.npz", c2w=trajectories.recammaster(9, 9))
     (w / "captions.csv").write_text("file_name,text\na.mp4,a bear\nb.mp4,a man dances\n")
     (w / "prompts.txt").write_text("a bear walks\n\na man dances\n")
     (w / "bright.py").write_text("def bright(videos, scene):\n    return videos.float().mean((1, 2, 3, 4))\n")
@@ -59,7 +60,7 @@ def cache(world, out, policy, **options):
 
 
 def cameras(world):
-    return dict(cameras=str(world / "ReDirector/paths/static.npz"), fov=60.0)
+    return dict(cameras=str(world / "cameras.npz"), fov=60.0)
 
 
 def run(world, out, policy, clips, *more):
@@ -138,7 +139,7 @@ def test_clips_of_one_policy_serve_the_other(world, tmp_path):
 
 def test_a_clip_that_cannot_be_completed_leaves_the_index(world, tmp_path):
     cache(world, tmp_path, "ReCamMaster")
-    np.save(tmp_path / "a.npy", trajectories.recammaster(9, 9))
+    np.savez(tmp_path / "a.npz", c2w=trajectories.recammaster(9, 9))
     index = cache(world, tmp_path, "ReDirector", cameras=str(tmp_path), fov=60.0)
     assert index["clips"] == ["a.mp4"] and list(index["skipped"]) == ["b.mp4"]
     assert len(ClipCache(tmp_path, find_policy(world / "ReDirector").parts)) == 1
@@ -183,7 +184,7 @@ def test_wan_trains_on_captions(world, tmp_path):
     ("Wan", ["--rewards=trans=1,exposure=1"], "rewards: trans=1: this world has no path"),
     ("Wan", ["--captions="], "--captions=FILE is needed"),
     ("Wan", ["--trajectories=x"], "trajectories: world = captions does not read it"),
-    ("Wan", ["--captions={w}/empty.txt"], "empty.txt: expected one prompt a line"),
+    ("Wan", ["--captions={w}/empty.txt"], "empty.txt: expected UTF-8 text, one prompt a line"),
     ("ReCamMaster", ["--captions=x"], "captions: world = clips does not read it")])
 def test_worlds_that_do_not_fit(world, tmp_path, policy, flags, why):
     (world / "empty.txt").write_text("\n \n")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
 from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 from scipy.stats import truncnorm
@@ -240,6 +241,29 @@ def test_camera_maps_keep_their_precision_under_autocast():
 def test_camera_maps_refuse_other_shapes(c2w, intrinsics):
     with pytest.raises(ValueError, match="4k \\+ 1"):
         tr.camera_maps(torch.zeros(c2w), torch.ones(intrinsics), 8, 8)
+
+
+# ---- ReCamMaster's poses
+
+def test_poses_are_recammasters():
+    """Of a path as its training code had it: as a file of its own kind, relative to the *source's* first camera;
+    and of two of the ten paths, of which its file has four decimals."""
+    io = {key: x.float().numpy() if x.dtype == torch.bfloat16 else x.numpy()
+          for key, x in load_tensors(GOLDEN / "recammaster_io.safetensors").items()}
+    np.testing.assert_array_equal(tr.poses(io["c2w_target"][None]).numpy(), io["camera"])
+    frames = json.loads((GOLDEN / "recammaster_cameras.json").read_text())
+    absolute = []
+    for name in ("cam02", "cam01"):  # the source's camera and the target's, in Unreal's axes and centimetres
+        texts = [frames[f"frame{i}"][name].replace("[", "").replace("]", "").split() for i in range(len(frames))]
+        c2w = np.array(texts, float).reshape(-1, 4, 4).swapaxes(1, 2)[..., [1, 2, 0, 3]] * [1, -1, 1, 1]
+        c2w[:, :3, 3] /= 100
+        absolute.append(c2w)
+    source, target = absolute
+    np.testing.assert_allclose(tr.poses((np.linalg.inv(source[0]) @ target)[None]).numpy(), io["camera"], atol=1e-6)
+    for number in (5, 9):
+        found = tr.poses(tr.relative(tr.published(number))[None])[0].numpy()
+        np.testing.assert_allclose(found, io[f"camera_cam0{number}"], atol=1e-4)
+    assert tr.poses(torch.zeros(2, 81, 4, 4)).shape == (2, 21, 12)
 
 
 # ---- pose errors
