@@ -93,7 +93,7 @@ def workers(out):
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"--out={out}".encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+            if os.fsencode(f"--out={out}") in (folder / "cmdline").read_bytes().split(b"\0"):
                 rank = re.search(rb"\0RANK=(\d+)\0", b"\0" + (folder / "environ").read_bytes())
                 found[int(rank[1]) if rank else -1] = int(folder.name)
         except OSError:
