@@ -54,7 +54,7 @@ from evaluation.scores import (
 from evaluation.toy import Toy, evaluate_toy
 from evaluation.trial import try_reward
 from evaluation.warping import Warp, warp
-from plumbing.files import digest, read_json, write_file
+from plumbing.files import digest, lock_folder, printable, read_json, write_file
 from plumbing.ranks import connect, rank_of
 from plumbing.settings import run_command
 from pretrained.encoders import NEGATIVE_PROMPT, load_captioner, open_encoders
@@ -99,6 +99,7 @@ def evaluate(config):
     asked = what_is_asked(config)
     out = Path(config.out)
     estimate = open_estimator(config, device)
+    lock = lock_folder(out) if rank == 0 else None  # noqa: F841, until this process ends
     keep_all_settings(config, asked, out)
     if ranks > 1:
         connect("gloo", timeout=30 * 24 * 3600)  # only to wait for each other
@@ -146,6 +147,8 @@ def prepare_sources(config, clips, out, weights, conditions, mine, estimate, dev
     captions = read_captions(config.captions) if config.captions else None
     if weights and (todo or not (conditions / NEGATIVE).exists()):
         encoders = open_encoders(weights, device)
+        if todo and not captions:  # refused now, where there is none
+            load_captioner(config.blip, device, encoders[0].conv1.weight.dtype)
         unwanted = encoders[1].embed([NEGATIVE_PROMPT])[0].bfloat16().cpu()
         write_file(conditions / NEGATIVE, save({"text": unwanted}))
     for clip in tqdm(todo, "sources", unit="clip", disable=quiet or not todo):
@@ -168,7 +171,7 @@ def prepare_sources(config, clips, out, weights, conditions, mine, estimate, dev
             failed.unlink(missing_ok=True)
         except (ValueError, FileNotFoundError) as error:
             write_file(failed, str(error).encode())
-            tqdm.write(f"{clip}: {error}")
+            tqdm.write(printable(f"{clip}: {error}"))
     if todo and weights and not captions:
         load_captioner.cache_clear()  # makes room
 

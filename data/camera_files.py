@@ -88,6 +88,7 @@ def read_cameras(name):
     if not file.is_file():
         raise FileNotFoundError(f"{name}: no such camera file")
     try:
+        check_size(file)
         cameras = read_file(file, camera, name)
         cameras.poses = opencv_c2w(cameras, told, name)
         return every_frame(cameras)
@@ -97,6 +98,16 @@ def read_cameras(name):
         raise ValueError(f"{name}: missing key {e}") from None
     except Exception as e:  # whatever else a malformed file makes json, numpy or zlib raise
         raise ValueError(f"{name}: {str(e).removeprefix(f'{name}: ')}") from None
+
+
+def check_size(file):
+    """ValueError for a file that, unpacked, is larger than MOST cameras can be in any format."""
+    size = file.stat().st_size
+    if file.suffix == ".npz":
+        with zipfile.ZipFile(file) as parts:
+            size = sum(part.file_size for part in parts.infolist())
+    if size > 2000 * MOST:
+        raise ValueError(f"{size / 1e6:.0f} MB, expected at most {MOST} poses")
 
 
 def read_file(file, camera, name):

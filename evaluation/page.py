@@ -86,7 +86,7 @@ def write(path, title, sections):
     text = (f'<!doctype html><html lang="en"><head><meta charset="utf-8">{policy}{phone}'
             f'<title>{esc(title)}</title><style>{STYLE}</style></head>'
             f'<body><main><h1>{esc(title)}</h1>{"".join(sections)}</main></body></html>\n')
-    write_file(path, text.encode())
+    write_file(path, text.encode(errors="xmlcharrefreplace"))
 
 
 def section(title, *parts):

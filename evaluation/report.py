@@ -8,12 +8,14 @@ strings) and notes. page.py draws it all.
 """
 import dataclasses
 import datetime
+import html
 import itertools
 import json
 import platform
 import re
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from data.cameras import read_path
 from evaluation import page
 from evaluation.cases import items, split_case
 from evaluation.scores import PROTOCOL
-from plumbing.files import write_file, write_json
+from plumbing.files import printable, write_file, write_json
 
 METRICS = {  # key -> (heading, better: 1 higher, -1 lower, 0 nearer to one); the paper's ten first
     "subject_consistency": ("Subject Consistency", 1),
@@ -345,14 +347,16 @@ def comparison(methods, a, b, metrics, speed=None):
 
 def markdown(tables):
     """Tables -> Markdown."""
-    cell = lambda text: text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    # Names may hold anything.
+    plain = lambda text: html.escape(printable(text.replace("\n", " ")), quote=False)
+    cell = lambda text: plain(text).replace("\\", "\\\\").replace("|", "\\|")
     line = lambda cells: "| " + " | ".join(map(cell, cells)) + " |"
     lines = []
     for t in tables:
-        lines += [f"## {t['title']}", ""]
+        lines += [f"## {plain(t['title'])}", ""]
         if t["rows"]:
             lines += [line(t["header"]), "|" + "---|" * len(t["header"]), *map(line, t["rows"]), ""]
-        lines += [f"- {note}" for note in t["notes"]] + [""] * bool(t["notes"])
+        lines += [f"- {plain(note)}" for note in t["notes"]] + [""] * bool(t["notes"])
     return "\n".join(lines)
 
 
@@ -477,7 +481,7 @@ def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=Non
     failed = sum("failed" in case for method in methods.values() for case in method["cases"].values())
     if failed:
         lines.append(f"{failed} cases failed; the report's last table says why")
-    text = "\n".join(lines)
+    text = "\n".join(printable(line).replace("```", "` ` `") for line in lines)
     write_file(out / "tables.md", f"```\n{text}\n```\n\n{markdown(found)}".encode())
     page.write(out / "report.html", title, [
         page.html_lines(lines), page.cases(shown_cases(methods, pairs[0], asked)),
@@ -507,3 +511,17 @@ def finish(out, config, methods, checkpoints, started, world):
     title = " and ".join(others) + f" against {base}" if others else base
     write_report(out, f"Evaluation: {title}", named, pairs, paper=world == "clips", log=config.log,
                  asked=items(config.show), run=run | training_facts(checkpoints))
+    check_failures(methods)
+
+
+def check_failures(methods):
+    """ValueError where more than half of all cases failed, with the commonest reason. Videos of
+    others that are missing are none."""
+    every = [case for method in methods.values() for case in method["cases"].values()]
+    reasons = [case["failed"] for case in every
+               if "failed" in case and not case["failed"].startswith("missing")]
+    if 2 * len(reasons) > len(every):
+        kinds = [re.sub(r"\d[\d.]*", "N", reason) for reason in reasons]  # whatever the numbers
+        kind, count = Counter(kinds).most_common(1)[0]
+        raise ValueError(f"{len(reasons)} of {len(every)} cases failed, {count} like this: "
+                         f"{reasons[kinds.index(kind)]}")

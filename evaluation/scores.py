@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 import trajectories
+from data.clips import NEGATIVE
 from data.cameras import read_path, split_name, suffix_of
 from data.video import count_frames, read_video
 from evaluation import outside
 from evaluation.cases import split_case
 from plumbing.checkpoint import differing
-from plumbing.files import digest, read_json, write_file, write_json
+from plumbing.files import TEMPORARY, digest, read_json, write_file, write_json
 from pretrained import reward_models
 from pretrained.weights import weights_sizes
 
@@ -117,14 +118,23 @@ def read_results(path):
     return results
 
 
+def is_made(file):
+    """Whether a file of an evaluation's folder is a result, and no settings, nor the reason why there is none."""
+    if file.name in ("settings.json", NEGATIVE) or file.suffix == ".failed" or file.match(TEMPORARY):
+        return False
+    return file.suffix != ".json" or "failed" not in read_json(file)
+
+
 def keep_settings(folder, settings):
     """Make a folder, or go on with one made with the same settings; ValueError naming those that
-    differ."""
+    differ. One in which nothing was made, but what says why, may change them."""
     settings = {"protocol": PROTOCOL, **settings}
     if not (folder / "settings.json").exists():
         return write_json(folder / "settings.json", settings)
     made = read_json(folder / "settings.json")
     if differ := differing(made, {name: settings.get(name) for name in made}):
+        if not any(is_made(file) for file in folder.iterdir()):
+            return write_json(folder / "settings.json", settings)
         raise ValueError(f"{folder}: made with {differ}; choose another --out")
 
 

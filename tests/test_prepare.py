@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 from test_video import bad_videos, clip, full_disk
 
 import data.prepare
@@ -334,7 +335,7 @@ prepare.prepare(parse(prepare.Prepare, sys.argv[1:]))
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == -9, done.stderr
     out = tmp_path / "out"
-    assert {f.suffix for f in out.iterdir()} == {".json", ".safetensors", ".tmp"}
+    assert {f.suffix for f in out.iterdir()} == {".json", ".safetensors", ".tmp", ""}  # "": lock
     with pytest.raises(ValueError, match="not finished"):
         ClipCache(out)
     first = (out / "a.mp4.safetensors").stat()
@@ -346,7 +347,7 @@ prepare.prepare(parse(prepare.Prepare, sys.argv[1:]))
 def test_full_disk_stops(source, weights, tmp_path):
     with full_disk(40_000), pytest.raises(OSError, match="too large.*a.mp4.safe"):
         run(source, weights, tmp_path / "out")  # index and negative prompt fit, no clip does
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [INDEX, NEGATIVE]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [INDEX, "lock", NEGATIVE]
 
 
 def test_two_ranks_make_what_one_makes(source, weights, cache, tmp_path):
@@ -357,3 +358,31 @@ def test_two_ranks_make_what_one_makes(source, weights, cache, tmp_path):
     assert clips(tmp_path / "out") == clips(cache)
     assert read_index(tmp_path / "out") == read_index(cache)
     assert done.stdout.count("4 clips made, 0 were there, 0 skipped") == 1
+
+
+# ---- other files in the folder, and odd names ----
+
+def test_a_users_files_are_neither_removed_nor_listed(source, weights, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.tmp").write_text("mine")
+    with pytest.raises(ValueError, match="no index.json, but notes.tmp; expected an empty folder"):
+        run(source, weights, out)
+    (out / "notes.tmp").unlink()
+    index = run(source, weights, out)
+    (out / "notes.tmp").write_text("mine")
+    save_file({"a": torch.zeros(1)}, out / "foreign.safetensors")
+    assert run(source, weights, out)["clips"] == index["clips"]
+    assert (out / "notes.tmp").read_text() == "mine"
+
+
+def test_odd_names_are_skipped_or_kept(source, weights, tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    content = (source / "videos/a.mp4").read_bytes()
+    for name in ("a\nb.mp4", "\udcff.mp4", 246 * "x" + ".mp4"):
+        (folder / name).write_bytes(content)
+    index = run(source, weights, tmp_path / "out", videos=folder, captions="",
+                cameras=source / "cameras/a.npz")
+    assert index["clips"] == ["a\nb.mp4"] and set(index["skipped"]) == {"\udcff.mp4", 246 * "x" + ".mp4"}
+    assert read_index(tmp_path / "out") == index
