@@ -53,7 +53,7 @@ class Config:
     weights: Folder = "toy/weights"    # folder of the official files (clips) or of the toy's
     clips: Folder = ""                 # folder that `python -m data.prepare` wrote
     captions: str = ""                 # captions: text file, one prompt a line
-    trajectories: Folder = ""          # folder of camera paths, in formats that data/cameras reads
+    trajectories: Folder = ""          # folder of camera paths, as data/camera_files reads them
     frames: int = 81                   # video length, 4k + 1 (ReDirector; paper's missing)
     height: int = 480                  # pixels (ReDirector)
     width: int = 832                   # pixels (ReDirector)

@@ -153,7 +153,8 @@ class Prepare:
     captioner: str = ""               # BLIP-2 by folder or hub id, for clips without a caption (middle frame)
     cameras: str = ""                 # mapanything (in the weights' map-anything), a folder with a/b.npz for
                                       # a/b.mp4, or one file for all; empty: mapanything, or none
-                                      # where the policy takes none (ReCamMaster)
+                                      # where the policy takes none (ReCamMaster). NAME@w2c tells a
+                                      # convention that files do not say (data/camera_files.py)
     fov: float = 0.0                  # horizontal field of view, degrees, for camera files without intrinsics
     estimator_stride: int = 1         # estimate every n-th camera, interpolate the others
     frames: int = 81                  # 4k + 1

@@ -236,6 +236,8 @@ def test_other_settings_are_refused(source, weights, cache):
         run(source, weights, cache, width=64)
     with pytest.raises(ValueError, match="cameras = files of .*/cameras, wanted files of .*/a.npz"):
         run(source, weights, cache, captions="", cameras=str(source / "cameras/a.npz"))
+    with pytest.raises(ValueError, match="cameras = files of .*/cameras, wanted files of .*/cameras@w2c,opengl"):
+        run(source, weights, cache, cameras=f"{source}/cameras@w2c,opengl")
     with pytest.raises(ValueError, match="frames = 9, wanted 81"):
         ClipCache(cache, frames=81)
     with pytest.raises(ValueError, match="4k.1 frames"):
@@ -321,7 +323,7 @@ def test_damaged_clip(cache, tmp_path):
 
 def test_killed_and_resumed(source, weights, cache, tmp_path):
     # killed at the very worst moment, the second clip's bytes written but not yet in place
-    program = f"""
+    program = """
 import os, signal
 replace = os.replace
 def kill(file, path):
