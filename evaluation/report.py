@@ -63,7 +63,7 @@ TABLE3 = {  # the ablation of the rewards; the paper's runs of it took 16 GPUs, 
 
 # ---- from scores to numbers ----
 
-def interval(values, clips, over=None, draws=2000, seed=0):
+def interval(values, clips, over=None):
     """95 % bootstrap interval of the mean of values (n,), or of sum(values) / sum(over).
 
     Clips (n names) are resampled: the cases of one clip are no independent samples. None for fewer
@@ -74,7 +74,7 @@ def interval(values, clips, over=None, draws=2000, seed=0):
         return None
     sums = np.bincount(index, values)
     below = np.bincount(index, over)  # without `over`, the number of cases
-    picked = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+    picked = np.random.default_rng(0).integers(len(names), size=(2000, len(names)))
     means = sums[picked].sum(1) / below[picked].sum(1)
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
