@@ -73,7 +73,9 @@ def interval(values, clips, over=None, draws=2000, seed=0):
     sums = np.bincount(index, values)
     below = np.bincount(index, over)  # without `over`, the number of cases
     picked = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
-    means = sums[picked].sum(1) / below[picked].sum(1)
+    weights = below[picked].sum(1)
+    known = weights != 0  # of a few clips, a draw may have none that counts
+    means = sums[picked].sum(1)[known] / weights[known]
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
 
