@@ -37,7 +37,8 @@ from plumbing.ranks import (
     Clock, Interrupts, assert_ranks_agree, deafen, gather, largest, launch, rank_of, run_to_end)
 from plumbing.settings import Folder, at_most, help_text, parse
 from plumbing.tell import (
-    describe, on_all_ranks, progress, tell, warn_of_eps, warn_of_failures)
+    check_divergence, check_on_policy, describe, on_all_ranks, progress, sizes, tell, warn_of_eps,
+    warn_of_failures)
 from sampler import rollout, schedule, window
 from toy.world import SIZE as TOY_SIZE, open_toy
 
@@ -98,7 +99,7 @@ class Config:
     seed: int = 0                      # of noise, conditions and paths
     out: Folder = "out"                # folder for checkpoints, log.jsonl, samples; resumes there
     save_every: int = 10               # iterations between checkpoints
-    keep: int = 4                      # checkpoints kept; more than max_skips, so that a healthy one remains
+    keep: int = 4                      # checkpoints kept; more than max_skips, so that one is healthy
     sample_every: int = 10             # iterations between sample videos, and between validations
     validate: int = 8                  # fixed conditions, sampled by the ODE and scored; 0: none
     rooms: int = 8                     # toy: test rooms judged at the end, ten paths each; 0: none
@@ -112,8 +113,11 @@ class Config:
     FREE = ("out", "iterations", "save_every", "keep", "sample_every", "timeout", "max_failures",
             "max_skips", "threads", "park", "reward_batch", "rooms", "validate")  # on resume
 
-    def check(self, ranks, folders=True):
-        """ValueError where settings cannot work; folders: or where the data's are missing."""
+    def check(self, ranks, folders=True, given=()):
+        """ValueError where settings cannot work; folders: or where the data's are missing.
+
+        given: names of settings from the command line, which a world never puts others in place of.
+        """
         def need(ok, message):
             if not ok:
                 raise ValueError(message)
@@ -161,8 +165,9 @@ class Config:
                          "park"):
                 need(getattr(self, name) == getattr(Config, name),
                      f"{name}: the toy has no use for it")
-            for name, size in TOY_SIZE.items():
-                need(getattr(self, name) in (size, getattr(Config, name)),
+            for name, size in TOY_SIZE.items():  # a default stands for the toy's size
+                need(getattr(self, name) == size or name not in given
+                     and getattr(self, name) == getattr(Config, name),
                      f"{name}: expected {size}, the toy's, found {getattr(self, name)}")
         for name in ("clips", "trajectories", "captions") if folders else ():
             given = bool(getattr(self, name))
@@ -396,55 +401,13 @@ def clip_gradient(parameters, norms, times):
     return norm
 
 
-def sizes(parameters, optimizer, norm):
-    """For the log: the gradient's norm and RMS before clipping, the RMS of the last step relative to
-    lr (1 is AdamW's first; far below 1, eps swallows it). None where they are no numbers."""
-    count = sum(p.numel() for p in parameters)
-    total = 0
-    for group in optimizer.param_groups:
-        beta1, beta2 = group["betas"]
-        for p in group["params"]:
-            state = optimizer.state.get(p)
-            if state:
-                step = float(state["step"])
-                mean = state["exp_avg"] / (1 - beta1 ** step)
-                square = state["exp_avg_sq"] / (1 - beta2 ** step)
-                total = total + (mean / (square.sqrt() + group["eps"])).square().sum()
-    found = {"grad_norm": float(norm), "grad_rms": float(norm) / count ** 0.5,
-             "update_rms": (float(total) / count) ** 0.5}
-    return {name: x if math.isfinite(x) else None for name, x in found.items()}
-
-
-def check_on_policy(error, clip, is_first, rank):
-    """Before weights change, an update must repeat the rollout's numerics: r = 1 at every start."""
-    if not is_first:
-        return
-    if not math.isfinite(error):
-        raise RuntimeError("on-policy ratio: not a number, so conditions or weights hold one")
-    if error > clip:
-        raise RuntimeError(f"on-policy ratio is off by {error:.1e}, more than the clip range "
-                           f"{clip:.1e}: rollout and update run different numerics")
-    if rank == 0:
-        print(f"on-policy ratio 1 + {error:.0e}, as it should be")
-
-
-def check_divergence(skipped, max_skips, norm, iteration):
-    """Updates whose gradients are no numbers are skipped; RuntimeError at max_skips in a row."""
-    if skipped >= max_skips:
-        raise RuntimeError(f"iteration {iteration}: gradient norm {float(norm)}, "
-                           f"{skipped} updates skipped in a row")
-
-
 # ---- settings and the end of the process ----
 
 def read_config(argv, ranks):
     """The settings that argv and its config file make; ValueError where they cannot work."""
     config = parse(Config, argv, str(Path(__file__).parent / "config/toy.py"))
-    config.check(ranks)
     flags = {arg.partition("=")[0].removeprefix("--") for arg in argv}
-    for name, size in TOY_SIZE.items():
-        if config.world == "toy" and name in flags and getattr(config, name) != size:
-            raise ValueError(f"{name}: expected {size}, the toy's, found {getattr(config, name)}")
+    config.check(ranks, given=flags)
     if ":" in config.rewards and "rewards" not in flags:
         raise ValueError("rewards: code of one's own runs only when named by --rewards=: "
                          f"{config.rewards}")

@@ -10,10 +10,10 @@
     python -m benchmarks.bench share        VAE decode and Pluecker packing
     python -m benchmarks.bench curves       the toy's learning curve, fast loop against every member alone
 
-`python -m benchmarks.bench COMMAND --help` lists a command's settings. --official=CHECKOUT puts the official code
-beside ours. Weights are random. Sizes and dtype are the published ones on a card, small ones and float32 on a CPU.
-Seconds are the best of --repeat; on a CPU with one thread they are seconds of that thread, so that other programs
-on the same core do not count.
+`python -m benchmarks.bench COMMAND --help` lists a command's settings. --official=CHECKOUT puts the
+official code beside ours. Weights are random. Sizes and dtype are the published
+ones on a card, small ones and float32 on a CPU. Seconds are the best of --repeat; on a CPU with one thread they are seconds of
+that thread, so that other programs on the same core do not count.
 """
 import collections
 import dataclasses
@@ -75,7 +75,8 @@ def show(x):
 
 
 def table(config, title, rows):
-    """Prints rows (dicts with the same keys) under a title, and adds them to the json file if one is asked."""
+    """Prints rows (dicts with the same keys) under a title, and adds them to the json file if one
+    is asked."""
     text = [[show(x) for x in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(rows[0], *text)]
     print(f"\n{title}")
@@ -117,11 +118,25 @@ def shape_of(config):
                   image_dim=1280, camera_dim=24, roce=True)
 
 
+@contextmanager
+def made_in(config):
+    """Modules made here are on the device and of config.dtype from the start."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, config.dtype))
+    try:
+        with DEVICE:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build(config, seed=0):
-    """DiT, latent's shape, one Condition, what the DiT prepares of it; random, every part at work."""
+    """DiT, latent's shape, one Condition, what the DiT prepares of it; random, every part at
+    work."""
     torch.manual_seed(seed)
+    with made_in(config):
+        dit = DiT(shape_of(config)).eval()
     with DEVICE, torch.no_grad():
-        dit = DiT(shape_of(config)).to(getattr(torch, config.dtype)).eval()
         for name, p in dit.named_parameters():
             if name.endswith("head.weight") or "rope_phase" in name:
                 p.normal_(std=0.02)
@@ -142,9 +157,9 @@ def published_vae():
 
 def random_vae(config):
     torch.manual_seed(0)
-    with DEVICE:
+    with made_in(config):
         codec = published_vae()
-    return codec.to(getattr(torch, config.dtype)).eval().requires_grad_(False)
+    return codec.eval().requires_grad_(False)
 
 
 def one_iteration(dit, prepared, shape, at, mark, members=8, steps=25, codec=None, **settings):
@@ -175,7 +190,8 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if not function.is_view:
+        moves = not function.is_view and function is not torch.ops.aten._unsafe_view.default
+        if moves and function.namespace == "aten":
             self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x))
             self.kernels += 1
         return out
@@ -196,14 +212,14 @@ def official(config, dit, x, t, condition):
 
     ValueError with the program's last line where it fails.
     """
-    parts = {"x": x, "t": t[None], "text": condition.text, "image": condition.image, "source": condition.source,
-             "camera": condition.camera, "source_camera": condition.source_camera}
+    parts = {"x": x, "t": t[None], **vars(condition)}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         save_file({name: y.contiguous().cpu() for name, y in parts.items()}, folder / "inputs.safetensors")
         save_file({name: y.contiguous().cpu() for name, y in dit.state_dict().items()},
                   folder / "weights.safetensors")
-        shape = dict(dim=config.dim, ffn_dim=config.ffn, num_heads=config.dim // 128, num_layers=config.layers)
+        shape = dict(dim=config.dim, ffn_dim=config.ffn, num_heads=config.dim // 128,
+                     num_layers=config.layers)
         write_json(folder / "settings.json", {"shape": shape, "device": DEVICE.type, "dtype": config.dtype,
                                               "repeat": config.repeat, "backward": config.backward})
         done = subprocess.run([config.official_python, ROOT / "benchmarks/official.py", folder],
@@ -224,7 +240,8 @@ class Network(Bench):
 
 
 def measure_network(config):
-    """(Facts, rows: name -> row) of the network at one size: seconds, bytes, share of the product's rate."""
+    """(Facts, rows: name -> row) of the network at one size: seconds, bytes, share of the product's
+    rate."""
     dit, shape, condition, prepared = build(config)
     tokens = 2 * shape[1] * shape[2] * shape[3] // 4
     product, copy = rates(config, tokens)
@@ -234,9 +251,10 @@ def measure_network(config):
     attend = lambda: F.scaled_dot_product_attention(q, q, q)
     with torch.no_grad():
         attention = config.layers * seconds(attend, config.repeat)[1]
+    scores = config.layers * 4 * tokens ** 2 * config.dim
     facts = {"tokens": tokens, "TFLOP a forward": work / 1e12, "matrix product TFLOP/s": product / 1e12,
              "copy GB/s": copy / 1e9, "self-attention alone s": attention,
-             "its share of the product's rate": config.layers * 4 * tokens ** 2 * config.dim / attention / product}
+             "its share of the product's rate": scores / attention / product}
     if config.backward:
         both = seconds(lambda: attend().backward(q.detach()), config.repeat)[1]
         facts["self-attention with its backward s"] = config.layers * both
@@ -381,7 +399,8 @@ def process_memory(pid="self", key="VmRSS"):
 
 
 class Peaks:
-    """Peak bytes of each phase: of the card's allocator, or of live tensors on a CPU (under `live`)."""
+    """Peak bytes of each phase: of the card's allocator, or of live tensors on a CPU (under
+    `live`)."""
     def __init__(self):
         self.live = plan.Live()
         self.found = {}  # phase -> (bytes, MB by which the process grew at most)
@@ -397,7 +416,7 @@ class Peaks:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
 
-def measure_memory(config, settings, at, members, steps, codec, mark, **how):
+def measure_memory(config, settings, at, members, steps, mark, **how):
     """(Rows: phase, plan's estimate, measured) of one condition's iteration at `at`.
 
     settings: train.Config's that plan is told; mark(phase) is called too; how: rollout's options.
@@ -409,6 +428,7 @@ def measure_memory(config, settings, at, members, steps, codec, mark, **how):
     peaks = Peaks()
     with peaks.live:
         dit, shape, condition, prepared = build(config)
+        codec = random_vae(config)
         dit.checkpoint = True
         if how.pop("compile", False):
             dit.compile()
@@ -437,7 +457,7 @@ def measure_memory(config, settings, at, members, steps, codec, mark, **how):
 def memory(config):
     say_where(config)
     members = 8 if CUDA else 2
-    rows = measure_memory(config, {"size": 2}, (1, 2), members, 4, random_vae(config), lambda phase: None)
+    rows = measure_memory(config, {"size": 2}, (1, 2), members, 4, lambda phase: None)
     table(config, "memory: peak per phase", rows)
 
 
@@ -523,7 +543,8 @@ def allreduce(config):
 
 
 class Waits(TorchDispatchMode):
-    """Where values leave tensors for python: what a card's host would wait for. file:line -> times."""
+    """Where values leave tensors for python: what a card's host would wait for. file:line ->
+    times."""
     def __init__(self):
         super().__init__()
         self.at = collections.Counter()
@@ -601,7 +622,8 @@ class Curves(Bench):
 
 
 def curves(config):
-    """A shared prefix and a tail against neither (calls of one row would change no sum, only take long)."""
+    """A shared prefix and a tail against neither (calls of one row would change no sum, only take
+    long)."""
     runs = {name: [toy_log(f"--iterations={config.iterations}", f"--seed={seed}", *how)
                    for seed in range(config.seeds)]
             for name, how in (("fast", ()), ("alone", ("--share_prefix=False", "--tail=0.0")))}
@@ -627,7 +649,8 @@ class TimeLimit(Exception):
 
 @contextmanager
 def limited(budget):
-    """Ends what is inside after `budget` seconds, by TimeLimit; between python's own instructions."""
+    """Ends what is inside after `budget` seconds, by TimeLimit; between python's own
+    instructions."""
     def end(signum, frame):
         raise TimeLimit
     before = signal.signal(signal.SIGALRM, end)
@@ -672,9 +695,11 @@ def card_network(config, report):
     report["rates"].setdefault("forward", work / ours["forward s"])
     if ours["fwd + bwd s"]:
         report["rates"].setdefault("update", 4 * work / ours["fwd + bwd s"])
-    facts |= {"self-attention's share of our forward": share_of_attention, "graphs compiled": graphs() - before}
-    if config.compile and "ours, compiled" in rows:
-        facts["compile s"] = rows["ours, compiled"]["first calls s"] - ours["forward s"] - (ours["fwd + bwd s"] or 0)
+    facts["self-attention's share of our forward"] = share_of_attention
+    facts["graphs compiled"] = graphs() - before
+    if "ours, compiled" in rows:
+        usual = ours["forward s"] + (ours["fwd + bwd s"] or 0)
+        facts["compile s"] = ours["first calls s"] - usual
     report["tables"][f"network, {config.frames} frames"] = [{"": name, **row} for name, row in rows.items()]
     report["facts"][f"{config.frames} frames"] = facts
 
@@ -683,12 +708,11 @@ def card_iteration(config, report):
     """One iteration of the fast recipe at full size, decoded: seconds, and memory against plan."""
     fast = parse(train.Config, [str(ROOT / "config/geo_align_fast.py")])
     at = (fast.first // 2,)  # the middle of where its window may be
-    codec = random_vae(config)
     stamps = {}
     mark = lambda phase: stamps.update({phase: now()})
     settings = dict(strategy="random", size=1, first=fast.first, tail=fast.tail)
     before = graphs()
-    rows = measure_memory(config, settings, at, fast.members, fast.steps, codec, mark, tail=fast.tail,
+    rows = measure_memory(config, settings, at, fast.members, fast.steps, mark, tail=fast.tail,
                           compile=config.compile)
     times = dict(zip(("rollout", "decode", "update"), np.diff(list(stamps.values())).tolist()))
     rolled, updated = plan.evaluations(at, fast.steps, fast.members, True, fast.tail)
@@ -703,7 +727,8 @@ def card_iteration(config, report):
 
 
 def card(config):
-    """Everything that is owed of a card, in parts with a limit each; writes a markdown table and plan's rates."""
+    """Everything that is owed of a card, in parts with a limit each; writes a markdown table and
+    plan's rates."""
     say_where(config)
     start = time.monotonic()
     report = {"device": torch.cuda.get_device_name() if CUDA else f"CPU {platform.processor()}",
@@ -744,7 +769,8 @@ def card(config):
 COMMANDS = {"card": (Card, card, None), "network": (Network, network, None),
             "compilation": (Bench, compilation, None), "iteration": (Bench, iteration, None),
             "memory": (Bench, memory, None), "soak": (Soak, soak, None), "scaling": (Scaling, scaling, None),
-            "allreduce": (Bench, allreduce, None), "share": (Bench, share, None), "curves": (Curves, curves, None)}
+            "allreduce": (Bench, allreduce, None), "share": (Bench, share, None),
+            "curves": (Curves, curves, None)}
 
 if __name__ == "__main__":
     run_command("benchmarks.bench", __doc__, COMMANDS, sys.argv[1:] or ["--help"])

@@ -1,9 +1,11 @@
-"""ReDirector's own network, timed: run by bench.py as a program inside a checkout of byeongjun-park/ReDirector.
+"""ReDirector's own network, timed: run by bench.py as a program inside a checkout of
+byeongjun-park/ReDirector.
 
     cd REDIRECTOR && python .../benchmarks/official.py FOLDER
 
-FOLDER holds settings.json, weights.safetensors and inputs.safetensors, and gets velocity.safetensors and
-seconds.json. It needs the checkout's own environment, and nothing of this project's.
+FOLDER holds settings.json, weights.safetensors and inputs.safetensors, and gets
+velocity.safetensors and seconds.json. It needs the checkout's own environment, and nothing of this
+project's.
 """
 import json
 import os

@@ -1,11 +1,13 @@
-"""What a run will need, whether it fits the cards, and how long it takes: before anything is downloaded.
+"""What a run will need, whether it fits the cards, and how long it takes: before anything is
+downloaded.
 
     python -m benchmarks.plan config/geo_align.py --ranks=64 --card=80
     python -m benchmarks.plan config/geo_align.py --ranks=8 --card=80 --park --rate=400
 
-Needs neither data nor weights nor a card. Exit code 1 where the run does not fit. Network rows are counted.
-Memory is measured: the run's own functions on torch's fake tensors, which have shape and type but no contents, adding
-up what is alive. Reward models are added by their published sizes. Time follows from arithmetic and a rate.
+Needs neither data nor weights nor a card. Exit code 1 where the run does not fit. Network rows are
+counted. Memory is measured: the run's own functions on torch's fake tensors, which have shape and
+type but no contents, adding up what is alive. Reward models are added by their published sizes.
+Time follows from arithmetic and a rate.
 """
 import dataclasses
 import functools
@@ -37,15 +39,18 @@ from toy.rooms import Codec, HEADS, PATCH, TEXT
 FUN_CAMERA = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, image_dim=1280, camera_dim=24,
                     roce=True)
 WAN_T2V = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, in_dim=16)
-USABLE = 0.9  # of a card: the rest is for CUDA itself, kernels' scratch space and the allocator's losses
+# Of a card: the rest is for CUDA itself, kernels' scratch space and the allocator's losses
+USABLE = 0.9
 
 
 # ---- network rows ----
 
 def evaluations(window, steps, members, share=True, tail=None, updates=1):
-    """Network rows that one condition costs without guidance: (of the rollout, of the update's forward).
+    """Network rows that one condition costs without guidance: (of the rollout, of the update's
+    forward).
 
-    share: the group starts from one noise, so it is one latent up to and including the first window step.
+    share: the group starts from one noise, so it is one latent up to and including the first window
+    step.
     """
     after = steps - window[-1] - 1
     if tail is not None:
@@ -71,7 +76,8 @@ def windows(config):
 
 
 def mean_evaluations(config, share, tail):
-    """(rollout, update) rows of a condition, guidance's second branch counted; mean over the run's windows."""
+    """(rollout, update) rows of a condition, guidance's second branch counted; mean over the run's
+    windows."""
     branches = 1 if config.guidance == 1 else 2
     updates = config.updates if share else 1
     counts = [evaluations(window, config.steps, config.members, share, tail, updates)
@@ -82,7 +88,8 @@ def mean_evaluations(config, share, tail):
 # ---- arithmetic ----
 
 def flops(config, tokens, text=512, image=257):
-    """Of one row's forward pass once `prepare` has run: products and attention; an addition counts as one.
+    """Of one row's forward pass once `prepare` has run: products and attention; an addition counts
+    as one.
 
     tokens: of target and source together.
     """
@@ -93,12 +100,14 @@ def flops(config, tokens, text=512, image=257):
     if config.pose_dim:
         linear += D * D  # ReCamMaster's projector
     attention = 2 * tokens * D * (tokens + text + (image if config.image_dim else 0))
-    ends = tokens // 2 * 4 * D * (config.out_dim + config.out_dim)  # patches in and out, of the target
+    # Patches in and out, of the target
+    ends = tokens // 2 * 4 * D * (config.out_dim + config.out_dim)
     return 2 * (config.num_layers * (tokens * linear + attention) + ends)
 
 
 def decode_flops(codec, shape):
-    """Of decoding one video: its first latent frame and, from the second on, four video frames each."""
+    """Of decoding one video: its first latent frame and, from the second on, four video frames
+    each."""
     def counted(frames):
         with FlopCounterMode(display=False) as counter:
             codec.decode(torch.empty(1, shape[0], frames, *shape[2:]))
@@ -112,7 +121,8 @@ def decode_flops(codec, shape):
 
 @dataclass
 class RewardModel:
-    """A published reward model as a run needs it. Sizes follow from the published shapes; see `reward_models`."""
+    """A published reward model as a run needs it. Sizes follow from the published shapes; see
+    `reward_models`."""
     name: str
     rewards: tuple    # whose rewards it gives
     weights: float    # bytes on the card
@@ -123,13 +133,15 @@ class RewardModel:
 def reward_models(config):
     """Those that config.rewards names.
 
-    MapAnything: 1.23 B parameters in float32; 8 dense maps at a time take about 5 GB; per video 2.11 n +
-    0.0288 n^2 TFLOP for n frames of 294x518 (through 78 at 27 frames and 360 at 81).
-    VideoAlign: Qwen2-VL-2B without its language head, 2.21 B in bfloat16; 2 frames a second are about 1,000
-    tokens. HPSv3: Qwen2-VL-7B likewise, 7.75 B; every frame is about 450 tokens, 8 frames a call.
+    MapAnything: 1.23 B parameters in float32; 8 dense maps at a time take about 5 GB; per video
+    2.11 n + 0.0288 n^2 TFLOP for n frames of 294x518 (through 78 at 27 frames and 360 at 81).
+    VideoAlign: Qwen2-VL-2B without its language head, 2.21 B in bfloat16; 2 frames a second are
+    about 1,000 tokens. HPSv3: Qwen2-VL-7B likewise, 7.75 B; every frame is about 450 tokens, 8
+    frames a call.
     """
     wanted = {item.rpartition("=")[0].strip() for item in config.rewards.split(",")}
-    seen = -(-(config.frames - 1) // config.estimator_stride) + 1  # frames that MapAnything is shown
+    # Frames that MapAnything is shown
+    seen = -(-(config.frames - 1) // config.estimator_stride) + 1
     videos = config.reward_batch or config.conditions * config.members
     known = (
         RewardModel("MapAnything", ("trans", "rot"), 4 * 1.23e9, 5e9 + videos * seen * 20e6,
@@ -142,7 +154,8 @@ def reward_models(config):
 # ---- memory of the run itself ----
 
 class Live(TorchDispatchMode):
-    """Bytes of tensors alive that were made under it, or shown to it by `add`: now, and at their peak."""
+    """Bytes of tensors alive that were made under it, or shown to it by `add`: now, and at their
+    peak."""
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
@@ -174,7 +187,8 @@ class Live(TorchDispatchMode):
 
 
 def parts(config):
-    """(DiT's Config, codec, latent's shape, text's shape) of a run; the codec on the default device.
+    """(DiT's Config, codec, latent's shape, text's shape) of a run; the codec on the default
+    device.
 
     The headers of weights are read where they are there; else the published model is meant.
     """
@@ -197,9 +211,10 @@ def parts(config):
 def memory(config, ranks=1, dtype=None, dit_config=None):
     """Bytes on one rank -> (what stays: part -> bytes, peaks: phase -> bytes, with what stays).
 
-    Without reward models, and uncompiled. dtype: of frozen weights; None: that of a run on cards. dit_config:
-    the DiT's shape; None: as `parts` finds it. Blocks are alike, so two and three of them tell of all; so are
-    conditions from the second on (the first may leave the update with a single backward pass).
+    Without reward models, and uncompiled. dtype: of frozen weights; None: that of a run on cards.
+    dit_config: the DiT's shape; None: as `parts` finds it. Blocks are alike, so two and three of
+    them tell of all; so are conditions from the second on (the first may leave the update with a
+    single backward pass).
     """
     def all_blocks(conditions):
         two, layers = measure(settings, conditions, ranks, 2, dtype, dit_config)
@@ -216,7 +231,8 @@ def memory(config, ranks=1, dtype=None, dit_config=None):
 
 @contextmanager
 def without_contents():
-    """Tensors made here have shape and type but no contents; yields the count of their bytes, a Live."""
+    """Tensors made here have shape and type but no contents; yields the count of their bytes, a
+    Live."""
     rope_angles.cache_clear()  # must not keep tensors of the one kind for the other
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
@@ -243,14 +259,16 @@ def extend(a, b, steps):
 
 
 class Sliced:
-    """In a condition's place where it is only sliced: slices are views, and slow to make without contents."""
+    """In a condition's place where it is only sliced: slices are views, and slow to make without
+    contents."""
     def __getitem__(self, rows):
         return self
 
 
 def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     """`memory` of a DiT with as many blocks as dit_config says, under Live."""
-    # What stays: frozen weights, float32 masters, AdamW's two moments, gradients (and DDP's buckets of them).
+    # What stays: frozen weights, float32 masters, AdamW's two moments, gradients (and DDP's buckets
+    # of them).
     dit = DiT(dit_config)
     if config.world != "toy":  # nothing else of it is a module
         state = {k: torch.empty(x.shape, dtype=dtype) for k, x in codec.state_dict().items()}
@@ -318,7 +336,8 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     sampled.condition = prepared
     peaks["rollout"] = live.peak
 
-    # Decode: `reward_batch` videos at a time, joined at the end. Three latent frames need what more would.
+    # Decode: `reward_batch` videos at a time, joined at the end. Three latent frames need what more
+    # would.
     several = min(C * G, config.reward_batch or C * G)
     few = min(shape[1], 3)
     with torch.no_grad():
@@ -364,46 +383,65 @@ def needs(config, ranks):
 
 
 def fits(config, ranks, card):
-    """Whether every phase stays below USABLE of a card of `card` GB (of 2^30 bytes, as cards are sold)."""
+    """Whether every phase stays below USABLE of a card of `card` GB (of 2^30 bytes, as cards are
+    sold)."""
     return max(needs(config, ranks)[1].values()) <= USABLE * card * 2 ** 30
 
 
 def largest(config, ranks, card):
     """The largest values of single settings that fit, the others as asked: lines to print.
 
-    Where that alone helps, reward models are parked. Memory is about linear in each setting, so two values
-    tell where the limit lies; what is told was then measured itself.
+    Where that alone helps, reward models are parked.
     """
     lines = []
     if not config.park and not fits(config, ranks, card):
         config = dataclasses.replace(config, park=True)
         if fits(config, ranks, card):
             lines.append("as asked, with --park")
-    limit = USABLE * card * 2 ** 30
-    picture = lambda height: {"height": height, "width": round(height * config.width / config.height / 16) * 16}
     searches = {  # setting -> its values, and what one of them changes
         "frames": (range(5, 401, 4), lambda x: {"frames": x}),
         "conditions": (range(ranks, 1000 * ranks, ranks), lambda x: {"conditions": x}),
-        "height": (range(64, 2161, 16), picture)}
+        "height": (range(64, 2161, 16),
+                   lambda x: {"height": x, "width": round(x * config.width / config.height / 16) * 16})}
     for name, (values, change) in tqdm(searches.items(), "what would fit", leave=False):
-        at = values.index(getattr(config, name)) if getattr(config, name) in values else len(values) // 4
-        other = at // 2 if at > 8 else at + 8
-        x, y = (needs(dataclasses.replace(config, **change(values[i])), ranks)[1] for i in (at, other))
-        slope = {phase: (y[phase] - x[phase]) / (other - at) for phase in x}
-        ends = [at + (limit - x[phase]) / slope[phase] for phase in x if slope[phase] > 0]
-        best = min(len(values) - 1, int(min(ends)))
-        while best >= 0 and not fits(dataclasses.replace(config, **change(values[best])), ranks, card):
-            best -= 1
+        peaks = lambda i: needs(dataclasses.replace(config, **change(values[i])), ranks)[1]
+        at = min(range(len(values)), key=lambda i: abs(values[i] - getattr(config, name)))
+        best = last_that_fits(peaks, at, len(values), USABLE * card * 2 ** 30)
         if best >= 0:
             changed = " ".join(f"--{key}={value}" for key, value in change(values[best]).items())
             lines.append(f"{changed}{' --park' if config.park else ''}")
     return lines
 
 
+def last_that_fits(peaks, at, count, limit):
+    """The last of 0 .. count - 1 at which no phase is above `limit`, -1 if none; peaks: i -> phase
+    -> bytes.
+
+    Memory is about linear in i: two values tell where the limit lies. The answer itself was
+    measured; where the line has led too far, halves are tried.
+    """
+    other = at // 2 if at > 8 else at + 8
+    x = peaks(at)
+    y = peaks(other)
+    slopes = {phase: (y[phase] - x[phase]) / (other - at) for phase in x}
+    ends = [at + (limit - x[phase]) / slope for phase, slope in slopes.items() if slope > 0]
+    guess = min(max(int(min(ends, default=count - 1)), 0), count - 1)
+    low = max([i for i, found in ((at, x), (other, y)) if max(found.values()) <= limit], default=-1)
+    high = guess + 1
+    while low < guess < high:
+        if max(peaks(guess).values()) <= limit:
+            low = guess
+        else:
+            high = guess
+        guess = (low + high) // 2
+    return low
+
+
 # ---- time ----
 
 def measured_rates(file):
-    """{"forward", "update", "decode": FLOP/s} that `python -m benchmarks.bench card` wrote; ValueError."""
+    """{"forward", "update", "decode": FLOP/s} that `python -m benchmarks.bench card` wrote;
+    ValueError."""
     try:
         rates = json.loads(Path(file).read_text())["rates"]
         return {name: float(rates[name]) for name in ("forward", "update", "decode")}
@@ -426,7 +464,8 @@ def hours(config, ranks):
     halves = 1 if config.world == "captions" else 2
     tokens = halves * shape[1] * (shape[2] // 2) * (shape[3] // 2)
     row = flops(dit_config, tokens)
-    rolled, updated = mean_evaluations(config, config.share_noise and config.share_prefix, config.tail or None)
+    share = config.share_noise and config.share_prefix
+    rolled, updated = mean_evaluations(config, share, config.tail or None)
     local = config.conditions // ranks
     judging = sum(model.flops for model in reward_models(config)) if config.world != "toy" else 0
     branches = 1 if config.guidance == 1 else 2
@@ -443,9 +482,12 @@ def hours(config, ranks):
                     f"{local} x {config.members} videos of {judging / 1e12:,.0f} TFLOP"),
         "update": (local * updated * (3 + config.checkpointing) * row, rates["update"],
                    f"{local} x {updated:.1f} rows, each {3 + config.checkpointing} forwards,")}
-    return {phase: (flop / rate / 3600, f"{why} at {rate / 1e12:,.0f} TFLOP/s ({source}"
-                    + (", halved: assumed)" if not config.measured and phase in ("decode", "rewards") else ")"))
-            for phase, (flop, rate, why) in work.items()}
+    times = {}
+    for phase, (flop, rate, why) in work.items():
+        halved = ", halved: assumed" if not config.measured and phase in ("decode", "rewards") else ""
+        why = f"{why} at {rate / 1e12:,.0f} TFLOP/s ({source}{halved})"
+        times[phase] = flop / rate / 3600, why
+    return times
 
 
 # ---- what is printed ----
@@ -477,8 +519,8 @@ def describe(config, ranks):
         "parameters": f"{total:,}, of which {trained:,} train",
         "tokens": f"{(1 + dit.takes_source) * tokens:,} a network row: {tokens:,} of the target video"
                   + ", as many of the source" * dit.takes_source,
-        "rows": f"{ours[0]:.1f} rollout + {ours[1]:.1f} update x {times} = {ours_cost:.1f} for a condition and "
-                "iteration, mean over the run's windows",
+        "rows": f"{ours[0]:.1f} rollout + {ours[1]:.1f} update x {times} = {ours_cost:.1f} for a condition "
+                "and iteration, mean over the run's windows",
         "": f"(update x {times}: forward 1, backward 2{', recomputed forward 1' if times == 4 else ''}; "
             f"every member alone by Euler: {alone[0]:.1f} + {alone[1]:.1f} x {times} = {alone_cost:.1f}, "
             f"{alone_cost / ours_cost:.2f} times as many)",
@@ -496,7 +538,8 @@ def report_memory(config, ranks, card):
         verdict = ""
         if card:
             verdict = "fits" if size <= limit else f"does NOT fit, {gb(size - limit)} too much"
-        lines.append(f"{phase:<10} {size / 1e9:5.1f} GB at its peak, all that stays in it   {verdict}".rstrip())
+        line = f"{phase:<10} {size / 1e9:5.1f} GB at its peak, all that stays in it   {verdict}"
+        lines.append(line.rstrip())
     if models:
         where = "visit the card one at a time" if config.park else "stay on the card (--park: only visit it)"
         sizes = ", ".join(f"{model.name} {gb(model.weights)}" for model in models)
@@ -506,8 +549,8 @@ def report_memory(config, ranks, card):
         held = ranks * sum(model.weights for model in models)
         lines.append(f"in the computer's memory: {gb(held)} of parked reward models for {ranks} card(s)")
     if card:
-        lines.append(f"usable of a card of {card:g} GB: {gb(limit)}, nine tenths of {card:g} x 2^30 bytes; the "
-                     "rest is for CUDA, kernels' scratch and gaps")
+        lines.append(f"usable of a card of {card:g} GB: {gb(limit)}, nine tenths of {card:g} x 2^30 bytes; "
+                     "the rest is for CUDA, kernels' scratch and gaps")
     return lines, not card or max(peaks.values()) <= limit
 
 
@@ -517,8 +560,9 @@ def report_time(config, ranks):
     together = sum(time for time, _ in by_phase.values())
     lines = [f"{phase:<10} {60 * time:7.1f} min   {why}" for phase, (time, why) in by_phase.items()]
     days = config.iterations * together / 24
-    lines.append(f"together {together:.2f} h an iteration, {days:.1f} days for {config.iterations} iterations, "
-                 f"{ranks * 24 * days:,.0f} card hours; reading files and waiting for the slowest rank apart")
+    lines.append(f"together {together:.2f} h an iteration, {days:.1f} days for {config.iterations} "
+                 f"iterations, {ranks * 24 * days:,.0f} card hours; reading files and waiting for the "
+                 "slowest rank apart")
     return lines
 
 

@@ -21,6 +21,7 @@ eta = 1.0                          # LongCat
 tau = 0.45                         # LongCat
 guidance = 1.0                     # ours (paper's value unknown)
 micro_batch = 1                    # ours: one 81-frame row fills a GPU
+compile = True                     # ours: fuses norms, rotations and gates around attention
 rewards = "trans=1,rot=1,vq=1,mq=1,hpsv3=1"  # paper's rewards; weights ours
 frame_weights = "linear"           # ours (paper: growing; its example is missing from our copy)
 reward_batch = 1                   # ours

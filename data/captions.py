@@ -15,6 +15,7 @@ import rewards
 from data.world import World, open_policy
 from model import Condition
 from pretrained.encoders import NEGATIVE_PROMPT, check_caption, load_text_encoder
+from pretrained.reward_models import model_files
 from pretrained.vae import load_vae
 from pretrained.weights import TEXT_FILE, TOKENIZER, VAE_FILE, find_policy
 
@@ -42,11 +43,11 @@ def open_captions(config, device):
         if item.rpartition("=")[0].strip() in COMPARING:
             raise ValueError(f"rewards: {item}: this world has no path or source to compare with")
     lines = Path(config.captions).read_bytes().decode("utf-8", "replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        check_caption(line, f"{config.captions}: line {number}")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts or any("\ufffd" in prompt for prompt in prompts):
         raise ValueError(f"{config.captions}: expected UTF-8 text, one prompt a line")
-    for prompt in prompts:
-        check_caption(prompt, config.captions)
     (unwanted, *texts), length = embed(config.weights, [NEGATIVE_PROMPT, *prompts], device)
     dit = open_policy(config.weights, None, device)
     codec = load_vae(Path(config.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
@@ -61,7 +62,7 @@ def open_captions(config, device):
         return Condition(padded([texts[i] for i in numbers])), scene
 
     shape = (dit.config.out_dim, (config.frames + 3) // 4, config.height // 8, config.width // 8)
-    files = [*policy.files, Path(config.weights) / VAE_FILE, Path(config.weights) / TEXT_FILE]
-    files += rewards.model_files(reward_weights, config.weights)
-    inputs = {"weights": files, "captions": [Path(config.captions)]}
+    files = [*policy.files, *(Path(config.weights) / name for name in (VAE_FILE, TEXT_FILE))]
+    inputs = {"weights": files + model_files(reward_weights, config.weights),
+              "captions": [Path(config.captions)]}
     return World(dit, codec, shape, len(prompts), draw, padded([unwanted]), rewarded, reward_weights, inputs)

@@ -1,4 +1,5 @@
-"""The cache of conditioning clips that training reads: one safetensors file a clip, and an index."""
+"""The cache of conditioning clips that training reads: one safetensors file a clip, and an
+index."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ INDEX, NEGATIVE = "index.json", "negative_prompt.safetensors"  # a cache's, besi
 
 @dataclass
 class Clip:
-    """A conditioning clip, encoded: all that training needs of it. Not every policy needs the last three."""
+    """A conditioning clip, encoded: all that training needs of it. Not every policy needs the last
+    three."""
     name: str                 # its video's path below the videos folder
     video: str                # that video's full path, its first frame being frame 0 here
     caption: str
@@ -62,16 +64,20 @@ def load_clip(path, needs=("latents", "text")):
     length, text = facts.pop("text_length"), tensors["text"]
     if type(length) is not int or not len(text) <= length <= 1 << 16 or text.ndim != 2:
         raise ValueError(f"{path}: damaged (text_length {length!r} of {tuple(text.shape)})")
+    for key, x in tensors.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{path}: {key} holds NaN or infinity; prepare it again")
     tensors["text"] = F.pad(text, (0, 0, 0, length - len(text)))
     return Clip(**facts, **tensors)
 
 
 class ClipCache:
     """What `python -m data.prepare` wrote: cache[i] reads clip i as a Clip.
-    names: the clips' names; settings: what they were made with; negative: (512, 4096), the negative prompt's
-    embedding. needs: the tensors that every clip must have. expected: settings that must agree, as in
-    ClipCache(folder, frames=81, height=480, width=832). FileNotFoundError where there is none; ValueError
-    where it is empty, damaged or made with other settings or without what is needed.
+    names: the clips' names; settings: what they were made with; negative: (512, 4096), the negative
+    prompt's embedding. needs: the tensors that every clip must have. expected: settings that must
+    agree, as in ClipCache(folder, frames=81, height=480, width=832). FileNotFoundError where there
+    is none; ValueError where it is empty, damaged or made with other settings or without what is
+    needed.
     """
 
     def __init__(self, folder, needs=("latents", "text"), **expected):
@@ -103,7 +109,8 @@ class ClipCache:
 
 
 def read_index(folder):
-    """A cache's index: {"settings": {..}, "clips": [names], "skipped": {name: why}}, or None without one."""
+    """A cache's index: {"settings": {..}, "clips": [names], "skipped": {name: why}}, or None
+    without one."""
     if not (folder / INDEX).is_file():
         return None
     try:

@@ -34,7 +34,8 @@ from pretrained.weights import IMAGE_FILE, TEXT_FILE, TOKENIZER, VAE_FILE, find_
 
 
 def read_captions(path):
-    """CSV with a header -> {file name without its suffix: caption}; rows without a caption are left out.
+    """CSV with a header -> {file name without its suffix: caption}; rows without a caption are left
+    out.
     Columns: file_name or videoFile, and text or caption (MultiCamVideo's and Sekai's names)."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -71,21 +72,29 @@ def read_captions(path):
 
 
 def find_caption(name, captions):
-    """A clip's caption by its name below the videos folder or by its file name alone, None without a row."""
+    """A clip's caption by its name below the videos folder or by its file name alone, None without
+    a row."""
     key = without_suffix(name)
     return captions.get(key, captions.get(key.rpartition("/")[2]))
 
 
 def encode_clip(video, caption, vae, text_encoder, image_encoder):
-    """uint8 (T, H, W, 3) and a caption -> bf16 latents (16, F, h, w), CLIP tokens (257, d) or, without their
-    encoder, None, text (512, D)."""
+    """uint8 (T, H, W, 3) and a caption -> bf16 latents (16, F, h, w), CLIP tokens (257, d) or,
+    without their encoder, None, text (512, D). ValueError where one of them holds NaN or
+    infinity."""
     x = to_float(video)[None]
-    image = image_encoder(x[:, :, 0])[0].bfloat16() if image_encoder else None
-    return vae.encode(x)[0].bfloat16(), image, text_encoder.embed([caption])[0].bfloat16()
+    parts = {"the VAE": vae.encode(x), "the text encoder": text_encoder.embed([caption]),
+             "the image encoder": image_encoder(x[:, :, 0]) if image_encoder else None}
+    for name, part in parts.items():
+        if part is not None and not part.isfinite().all():
+            raise ValueError(f"{name} makes NaN or infinity of it")
+    latents, text, image = (part if part is None else part[0].bfloat16() for part in parts.values())
+    return latents, image, text
 
 
 def up_to_date(path, caption, without):
-    """Whether a clip was prepared before, with this caption (None: with any), and all but `without`."""
+    """Whether a clip was prepared before, with this caption (None: with any), and all but
+    `without`."""
     try:
         with safe_open(path, "pt") as file:  # reads the header, which must fit the file's length
             facts = json.loads((file.metadata() or {})["clip"])
@@ -112,8 +121,8 @@ class Prepare:
     captions: str = ""                # csv with columns file_name, text (or videoFile, caption)
     captioner: str = ""               # BLIP-2 by folder or hub id, for clips without a caption (middle frame)
     cameras: str = ""                 # mapanything (in the weights' map-anything), a folder with a/b.npz for
-                                      # a/b.mp4, or one file for all; empty: mapanything, or none where
-                                      # the policy takes none (ReCamMaster)
+                                      # a/b.mp4, or one file for all; empty: mapanything, or none
+                                      # where the policy takes none (ReCamMaster)
     fov: float = 0.0                  # horizontal field of view, degrees, for camera files without intrinsics
     estimator_stride: int = 1         # estimate every n-th camera, interpolate the others
     frames: int = 81                  # 4k + 1
@@ -124,10 +133,11 @@ class Prepare:
 
 
 def prepare(config):
-    """Encode every video below a folder into a cache that ClipCache reads; returns its index (on rank 0).
+    """Encode every video below a folder into a cache that ClipCache reads; returns its index (on
+    rank 0).
 
-    Under torchrun the clips are shared out over the ranks. A clip that is itself at fault is skipped with
-    the reason; ValueError or OSError for what concerns all, or where no clip is left.
+    Under torchrun the clips are shared out over the ranks. A clip that is itself at fault is
+    skipped with the reason; ValueError or OSError for what concerns all, or where no clip is left.
     """
     for name in ("videos", "out", "weights"):
         if not getattr(config, name):
@@ -197,7 +207,8 @@ def prepare(config):
     if any(wanted[name] is None for name in todo) and config.captioner:
         load_captioner(config.captioner, device, dtype)  # refused now, where there is none
     if rank == 0:
-        write_file(out / NEGATIVE, save({"text": text_encoder.embed([config.negative_prompt])[0].bfloat16().cpu()}))
+        negative = text_encoder.embed([config.negative_prompt])[0].bfloat16().cpu()
+        write_file(out / NEGATIVE, save({"text": negative}))
     for name in tqdm(todo[rank::world], desc="prepare", unit="clip", disable=rank > 0):
         path = videos / name
         try:
@@ -214,11 +225,11 @@ def prepare(config):
             if text is None:
                 text = describe_frame(video[frames // 2], config.captioner, device, dtype)
             check_caption(text, f"{config.captioner} describes it")
+            encoded = encode_clip(video, text, vae, text_encoder, image_encoder)
         except (ValueError, FileNotFoundError) as error:
             skipped[name] = str(error).removeprefix(f"{path}: ")
             tqdm.write(f"skipped {name}: {skipped[name]}")
             continue
-        encoded = encode_clip(video, text, vae, text_encoder, image_encoder)
         clip = Clip(name, str(path.resolve()), text, fps, *encoded, c2w, intrinsics)
         save_clip(out / f"{name}.safetensors", clip)
     if world > 1:

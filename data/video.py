@@ -4,8 +4,8 @@
     video, fps = read_video("clip.mp4", frames=81, size=(480, 832))  # uint8 (81, 480, 832, 3)
     write_video("copy.mp4", video, fps)
 
-Videos are uint8 (T, H, W, 3) RGB here and wherever a reward or a file sees them. The codec takes float
-(B, 3, T, H, W) in [-1, 1] (to_float, to_uint8).
+Videos are uint8 (T, H, W, 3) RGB here and wherever a reward or a file sees them. The codec takes
+float (B, 3, T, H, W) in [-1, 1] (to_float, to_uint8).
 """
 import io
 import math
@@ -32,8 +32,9 @@ FOLDER_FPS = 24.0  # a folder of images has no rate of its own; DAVIS, the evalu
 # ---- reading ----
 
 def resize_to_cover(frame, size):
-    """uint8 (h, w, 3) -> (H, W, 3), size = (H, W): scaled to cover, then centre-cropped (as ReDirector does).
-    Bilinear and antialiased, in fixed point: within one grey level of Pillow's, and so of torchvision's."""
+    """uint8 (h, w, 3) -> (H, W, 3), size = (H, W): scaled to cover, then centre-cropped (as
+    ReDirector does). Bilinear and antialiased, in fixed point: within one grey level of Pillow's,
+    and so of torchvision's."""
     (h, w), (height, width) = frame.shape[:2], size
     scale = max(height / h, width / w)
     h, w = round(h * scale), round(w * scale)
@@ -55,13 +56,15 @@ def natural(path):
 TRANSFERS = {8: "linear light", 9: "logarithmic", 10: "logarithmic", 16: "PQ (HDR10, SMPTE 2084)",
              17: "SMPTE 428", 18: "HLG (ARIB STD-B67)"}
 
-# EXIF orientation -> display matrix (a, b, c, d): what is stored at (x, y) is shown at (a x + c y, b x + d y)
+# EXIF orientation -> display matrix (a, b, c, d): what is stored at (x, y) is shown at (a x + c y,
+# b x + d y)
 ORIENTATIONS = {1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),
                 5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0)}
 
 
 def exif_matrix(content):
-    """The display matrix of an image file's EXIF orientation (JPEG, PNG, WebP, TIFF), from its bytes."""
+    """The display matrix of an image file's EXIF orientation (JPEG, PNG, WebP, TIFF), from its
+    bytes."""
     found = re.search(rb"(?:Exif\0\0|eXIf|EXIF....|^)(?=II\*\0|MM\0\*)", content, re.S)
     if not found:
         return ORIENTATIONS[1]
@@ -88,7 +91,8 @@ def display_matrix(frame):
 
 
 def turn(image, matrix):
-    """uint8 (H, W, 3), turned and mirrored as ffmpeg's autorotate does. ValueError unless by quarter turns."""
+    """uint8 (H, W, 3), turned and mirrored as ffmpeg's autorotate does. ValueError unless by
+    quarter turns."""
     a, b, c, d = matrix
     straight = max(abs(a), abs(d))
     crossed = max(abs(b), abs(c))
@@ -103,10 +107,11 @@ def turn(image, matrix):
 
 
 def rgb(frame, aspect=1, matrix=None):
-    """av.VideoFrame -> uint8 (H, W, 3) as it is shown: by its colour tags, its pixels made square, turned.
+    """av.VideoFrame -> uint8 (H, W, 3) as it is shown: by its colour tags, its pixels made square,
+    turned.
 
-    aspect: width of a pixel over its height, by which the picture is widened; matrix: the display matrix, if
-    not the frame's own. ValueError for HDR, which would need tone mapping.
+    aspect: width of a pixel over its height, by which the picture is widened; matrix: the display
+    matrix, if not the frame's own. ValueError for HDR, which would need tone mapping.
     """
     if frame.color_trc in TRANSFERS:
         raise ValueError(f"its transfer is {TRANSFERS[frame.color_trc]}, expected SDR: tone-map it first, as with "
@@ -117,7 +122,8 @@ def rgb(frame, aspect=1, matrix=None):
 
 
 def deinterlaced(frames, stream):
-    """Decoded frames, from the first interlaced one on through ffmpeg's bwdif: one frame for each."""
+    """Decoded frames, from the first interlaced one on through ffmpeg's bwdif: one frame for
+    each."""
     graph = None
     for frame in frames:
         if graph is None and frame.interlaced_frame:
@@ -144,7 +150,8 @@ def pull(graph):
 
 
 def film_stream(container):
-    """The video stream that ffmpeg calls best, if it is no cover or thumbnail; None where all are."""
+    """The video stream that ffmpeg calls best, if it is no cover or thumbnail; None where all
+    are."""
     still = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
     films = [stream for stream in container.streams.video if not stream.disposition & still]
     moving = [stream for stream in films if stream.frames != 1]  # 0: not known
@@ -156,11 +163,12 @@ def film_stream(container):
 # ---- files ----
 
 def open_video(path):
-    """A video file or a folder of images -> (fps, iterator over (decoded frame's number, function -> picture)).
-    The iterator runs on a constant clock of the file's average rate, starting at its first frame: a tick
-    shows the frame whose time rounds to it, or else the one before. At a constant rate this is every decoded
-    frame once; at a variable rate frames are held or dropped so that motion keeps its speed, as a camera path
-    in metres per frame must. A picture is uint8 (H, W, 3), see rgb, made only when its function is called."""
+    """A video file or a folder of images -> (fps, iterator over (decoded frame's number, function
+    -> picture)). The iterator runs on a constant clock of the file's average rate, starting at its
+    first frame: a tick shows the frame whose time rounds to it, or else the one before. At a
+    constant rate this is every decoded frame once; at a variable rate frames are held or dropped so
+    that motion keeps its speed, as a camera path in metres per frame must. A picture is uint8 (H,
+    W, 3), see rgb, made only when its function is called."""
     if path.is_dir():
         files = sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGES), key=natural)
         if not files:
@@ -170,6 +178,9 @@ def open_video(path):
         raise FileNotFoundError(f"{path}: no such video")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: empty file (0 bytes)")
+    with open(path, "rb") as file:
+        if file.read(64).lstrip().startswith((b"ffconcat", b"#EXTM3U", b"<?xml", b"<MPD")):
+            raise ValueError(f"{path}: a list of other files, expected a video")
     container = av.open(f"file:{path}")  # "file:", or a colon in the name would be taken for a protocol
     stream = film_stream(container)
     if stream is None:
@@ -200,7 +211,8 @@ def open_video(path):
                 if tick > last:
                     yield held
                 last = max(tick, last)
-            # a file cut short may simply end; its header still says how long it was (Matroska: a tag h:m:s)
+            # a file cut short may simply end; its header still says how long it was (Matroska: a
+            # tag h:m:s)
             tag = re.match(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
             duration = sum(float(x) * unit for x, unit in zip(tag.groups(), (3600, 60, 1))) if tag else 0.0
             duration = float(stream.duration * stream.time_base) if stream.duration else duration
@@ -211,8 +223,8 @@ def open_video(path):
 
 
 def open_image(path):
-    """An image file -> function that gives its picture. Opened as a stream: % in a name would be taken for a
-    pattern. Its pixels count as square: resolutions in image files are for printing."""
+    """An image file -> function that gives its picture. Opened as a stream: % in a name would be
+    taken for a pattern. Its pixels count as square: resolutions in image files are for printing."""
     content = path.read_bytes()
     try:
         with av.open(io.BytesIO(content)) as container:
@@ -222,8 +234,8 @@ def open_image(path):
 
 
 def read_frames(path, frames=None, stride=1, size=None):
-    """read_video, and also the number of the decoded frame behind each one, int (T,): the row of its camera.
-    Returns (uint8 (T, H, W, 3), fps, numbers); the rest is read_video's."""
+    """read_video, and also the number of the decoded frame behind each one, int (T,): the row of
+    its camera. Returns (uint8 (T, H, W, 3), fps, numbers); the rest is read_video's."""
     path = Path(path)
     video, numbers, seen = [], [], 0
     try:
@@ -259,19 +271,22 @@ def show(path, number, picture):
 
 
 def read_video(path, frames=None, stride=1, size=None):
-    """Frames 0, stride, 2 stride, ... of a video file (mp4, mov, webm, mkv) or of a folder of images.
-    path: a file, or a folder whose images are taken in natural order (frame2 before frame10) at 24 a second
+    """Frames 0, stride, 2 stride, ... of a video file (mp4, mov, webm, mkv) or of a folder of
+    images.
+    path: a file, or a folder whose images are taken in natural order (frame2 before frame10) at 24
+        a second
     frames: how many are returned; None: all that there are
     stride: counted on the video's constant clock (see open_video)
     size: (H, W) to scale to cover and centre-crop to, bilinear; None: as shown (see rgb)
-    Returns (uint8 (T, H, W, 3) RGB, fps); fps is that of the frames returned: the file's divided by stride.
-    Raises FileNotFoundError, or ValueError naming the file if it is empty, unreadable, damaged before the
-    last frame needed, too short, HDR, or holds no video."""
+    Returns (uint8 (T, H, W, 3) RGB, fps); fps is that of the frames returned: the file's divided by
+    stride. Raises FileNotFoundError, or ValueError naming the file if it is empty, unreadable,
+    damaged before the last frame needed, too short, HDR, or holds no video."""
     return read_frames(path, frames, stride, size)[:2]
 
 
 def count_frames(path, expected=None):
-    """How many frames a video has; where its header says `expected`, that is believed, else they are decoded."""
+    """How many frames a video has; where its header says `expected`, that is believed, else they
+    are decoded."""
     path = Path(path)
     if path.is_dir():
         return sum(f.suffix.lower() in IMAGES for f in path.iterdir())
@@ -287,7 +302,8 @@ def count_frames(path, expected=None):
 
 
 def find_videos(folder):
-    """Names below a folder, in natural order, of its videos: video files, and folders that hold images."""
+    """Names below a folder, in natural order, of its videos: video files, and folders that hold
+    images."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of videos")
@@ -300,7 +316,8 @@ def find_videos(folder):
 
 
 def without_suffix(name):
-    """A video's name without a video file's suffix; dots in the name of a folder of images are no suffix."""
+    """A video's name without a video file's suffix; dots in the name of a folder of images are no
+    suffix."""
     return re.sub(rf"({'|'.join(map(re.escape, VIDEOS))})$", "", name, flags=re.I)
 
 
@@ -310,7 +327,8 @@ def to_float(video):
 
 
 def to_uint8(video):
-    """float (..., 3, T, H, W) in [-1, 1] (clamped) -> uint8 (..., T, H, W, 3), on the same device."""
+    """float (..., 3, T, H, W) in [-1, 1] (clamped) -> uint8 (..., T, H, W, 3), on the same
+    device."""
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-4, -1)
 
 
@@ -331,7 +349,8 @@ def write_video(path, video, fps):
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        # x264's macroblock tree reads memory that it never wrote, and its threads' number shows in the bits
+        # x264's macroblock tree reads memory that it never wrote, and its threads' number shows in
+        # the bits
         options = {"crf": "15", "mbtree": "0", "threads": "1"}
         stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"

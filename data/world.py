@@ -1,4 +1,5 @@
 """What a run trains on: a World, and the one of real clips under the published policy. The other is toy/world.py."""
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import torch
 
 import rewards
 import trajectories
-from data.cameras import PathFolder, split_name
+from data.cameras import PathFolder, split_name, suffix_of
 from data.clips import ClipCache
 from data.video import read_video
 from model import Condition, load_dit
+from pretrained.reward_models import model_files
 from pretrained.vae import load_vae
 from pretrained.weights import VAE_FILE, find_policy
 
@@ -75,6 +77,8 @@ def open_clips(config, device):
     clips = ClipCache(config.clips, policy.parts, frames=config.frames, height=config.height,
                       width=config.width)
     paths = PathFolder(config.trajectories, config.frames)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{config.trajectories}: {paths.summary()}")
     dit = open_policy(config.weights, None, device)
     codec = load_vae(Path(config.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
     omega = tuple(np.radians(config.omega))
@@ -98,8 +102,8 @@ def open_clips(config, device):
                                      grey_mq=config.grey_mq, hpsv3_prompt=config.hpsv3_prompt or None)
     shape, negative = tuple(clips[0].latents.shape), clips.negative[None].to(device)
     published = [*policy.files, Path(config.weights) / VAE_FILE]
-    inputs = {"weights": published + rewards.model_files(weights, config.weights), "clips": clips.files(),
-              "trajectories": sorted({split_name(name)[0] for name in paths.names})}
+    inputs = {"weights": published + model_files(weights, config.weights), "clips": clips.files(),
+              f"trajectories{suffix_of(config.trajectories)}": sorted({split_name(x)[0] for x in paths.names})}
     return World(dit, codec, shape, len(clips), draw, negative, rewarded, weights, inputs)
 
 

@@ -113,9 +113,9 @@ class Asked:
 
 
 def find_policies(config):
-    """{method: (weights, checkpoint or None, folder of conditions)} of what generates here: base and
-    tuned of config.weights, and the baselines, by their policies' names. ValueError, OSError for
-    what cannot be."""
+    """{method: (weights, checkpoint or None, folder of conditions)} of what generates here: base
+    and tuned of config.weights, and the baselines, by their policies' names. ValueError, OSError
+    for what cannot be."""
     if not config.weights and (config.ckpt or config.baselines):
         raise ValueError("ckpt and baselines: --weights=FOLDER is needed")
     policies = {}

@@ -140,8 +140,8 @@ def finish_run(folder):
 
 
 def lines_of_run(records):
-    """Three lines on a training log, first to last: position, rotation, image. By the validation rewards, or
-    where there are none, by the first and last ten iterations' rewards."""
+    """Three lines on a training log, first to last: position, rotation, image. By the validation
+    rewards, or where there are none, by the first and last ten iterations' rewards."""
     series = page.series_of(records)
     lines = []
     for label, names, unit, factor in (

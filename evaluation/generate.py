@@ -55,6 +55,8 @@ def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidanc
     latents = sample(dit, prepared, sigmas=schedule(steps, shift), seed=seed, tail=tail,
                      shape=shape or tuple(condition.source.shape[1:]), condition_ids=list(ids),
                      guidance=guidance, negative=negative, device=condition.text.device)
+    if not latents.isfinite().all():  # it would decode to black
+        raise ValueError(f"the model makes NaN or infinity of {', '.join(map(str, ids)):.100}")
     return decode(codec, latents, rows)
 
 
@@ -127,8 +129,8 @@ def make_clip(clip, path, caption, cameras, encoders, config, device):
 
 
 def rerender(dit, codec, clip, target, name, negative, config, device):
-    """A data.Clip re-rendered along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is named
-    `name`."""
+    """A data.Clip re-rendered along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is
+    named `name`."""
     condition = condition_of(dit, [clip], target[None], config, device)
     return generate(dit, codec, condition, [name], negative, steps=config.steps, shift=config.shift,
                     guidance=config.guidance, seed=config.seed)[0].cpu().numpy()
@@ -141,8 +143,8 @@ def demonstration(world, config):
     the panels source | true view | base | now; the true view where the world knows it.
 
     Two paths are drawn into base and now: white the one asked for, in colour the one that the
-    rewards' estimator sees. A world of captions has neither source nor paths. The base's videos are sampled here, before any update. Beside the mp4,
-    panels.json names the panels, for the report.
+    rewards' estimator sees. A world of captions has neither source nor paths. The base's videos are
+    sampled here, before any update. Beside the mp4, panels.json names the panels, for the report.
     """
     numbers = list(range(3 if config.world == "toy" else 1))
     rngs = [np.random.default_rng((config.seed, 1 << 32, j)) for j in numbers]

@@ -1,8 +1,9 @@
-"""Evaluation's outside programs, each run in an environment of its own: ViPE, VBench, MEt3R and Dyn-MEt3R.
+"""Evaluation's outside programs, each run in an environment of its own: ViPE, VBench, MEt3R and
+Dyn-MEt3R.
 
-None is needed to train or to film a video anew. Each is called as a program, by a path that the user names,
-and judged by the file it writes, not by what it says: some exit with 0 after failing, some with 1 after
-succeeding. A note is "what (details)": the tables show what, their footnotes all of it.
+None is needed to train or to render a video. Each is called as a program, by a path that the user
+names, and judged by the file it writes, not by what it says: some exit with 0 after failing, some
+with 1 after succeeding. A note is "what (details)": the tables show what, their footnotes all.
 """
 import json
 import math
@@ -42,12 +43,12 @@ def call(command, cwd=None):
 
 
 def vipe(program="vipe", pipeline="default"):
-    """ViPE (Huang et al., arXiv 2508.10934) as a pose estimator: a function (video file) -> (c2w (N, 4, 4),
-    intrinsics (4,) normalised) that raises ValueError where it fails.
+    """ViPE (Huang et al., arXiv 2508.10934) as a pose estimator: a function (video file) -> (c2w
+    (N, 4, 4), intrinsics (4,) normalised) that raises ValueError where it fails.
 
-    ValueError "not installed" without the program. Where a video hardly moves (fewer than 8 keyframes) it
-    returns poor poses and says nothing. Videos visit a folder of plain name: = , ( [ and more in a path are
-    options to it.
+    ValueError "not installed" without the program. Where a video hardly moves (fewer than 8
+    keyframes) it returns poor poses and says nothing. Videos visit a folder of plain name: = , ( [
+    and more in a path are options to it.
     """
     if shutil.which(shlex.split(program)[0]) is None:
         raise ValueError(f"not installed: ViPE (no program {program!r}; pip install nvidia-vipe in "
@@ -78,14 +79,15 @@ import os, sys, vbench, torch
 videos, out, dimension = sys.argv[1:]
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 info = os.path.join(os.path.dirname(vbench.__file__), "VBench_full_info.json")
-vbench.VBench(device, info, out).evaluate(videos_path=videos, name="cases", dimension_list=[dimension],
-                                          mode="custom_input", imaging_quality_preprocessing_mode="longer")
+vbench.VBench(device, info, out).evaluate(videos_path=videos, name="cases",
+                                          dimension_list=[dimension], mode="custom_input",
+                                          imaging_quality_preprocessing_mode="longer")
 """
 
 
 def vbench(python, videos, dimension):
-    """One VBench dimension (Huang et al., CVPR 2024) of videos {case: file} -> ({case: score}, note or
-    None)."""
+    """One VBench dimension (Huang et al., CVPR 2024) of videos {case: file} -> ({case: score}, note
+    or None)."""
     with tempfile.TemporaryDirectory(prefix="vbench_") as folder:
         staged, out = Path(folder) / "videos", Path(folder) / "out"
         staged.mkdir()
@@ -106,7 +108,8 @@ def vbench(python, videos, dimension):
 
 
 def copy_as_long(source, video, path):
-    """Copies a source, cut to the length of a shorter video: ReDirector's program shortens videos only."""
+    """Copies a source, cut to the length of a shorter video: ReDirector's program shortens videos
+    only."""
     shutil.copyfile(source, path)
     try:
         frames = len(read_video(video)[0])
@@ -118,11 +121,13 @@ def copy_as_long(source, video, path):
 
 
 def met3r(python, checkout, source, video, number, speed):
-    """Scores of one video by ReDirector's evaluate.py -> ({"MEt3R", "Dyn-MEt3R": score}, note or None).
+    """Scores of one video by ReDirector's evaluate.py -> ({"MEt3R", "Dyn-MEt3R": score}, note or
+    None).
 
-    MEt3R (Asim et al., CVPR 2025): frame i of the source with frame i of the video, lower is better.
-    Dyn-MEt3R (Park et al., ICCV 2025): within the video, higher is better. number, speed: of the path, which
-    that program reads off the file's name; its own pose errors are rounded to two digits and not taken.
+    MEt3R (Asim et al., CVPR 2025): frame i of the source with frame i of the video, lower is
+    better. Dyn-MEt3R (Park et al., ICCV 2025): within the video, higher is better. number, speed:
+    of the path, which that program reads off the file's name; its own pose errors are rounded to
+    two digits and not taken.
     """
     with tempfile.TemporaryDirectory(prefix="met3r_") as folder:
         file = f"{folder}/clip_camera_{number}_speed_{speed:g}.mp4"

@@ -290,8 +290,8 @@ def papers_tables(methods, columns, speeds, paths, paper):
 
 
 def ablated(rewards):
-    """Which row of Table 3 a run's rewards ("trans=1,vq=1"; "" for the base) belong to. None where they are
-    not known, and for geometry alone, which the paper did not train."""
+    """Which row of Table 3 a run's rewards ("trans=1,vq=1"; "" for the base) belong to. None where
+    they are not known, and for geometry alone, which the paper did not train."""
     if rewards is None:
         return None
     weights = [item.rpartition("=") for item in rewards.split(",") if item.strip()]
@@ -305,8 +305,8 @@ def ablated(rewards):
 
 
 def ablation_table(methods):
-    """The paper's Table 3, ours first, by the rewards of each method's run ("rewards", see finish). None where
-    no run had the video quality reward alone."""
+    """The paper's Table 3, ours first, by the rewards of each method's run ("rewards", see finish).
+    None where no run had the video quality reward alone."""
     kinds = {name: ablated(method.get("rewards")) for name, method in methods.items()}
     if "video quality reward" not in kinds.values():
         return None

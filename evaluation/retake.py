@@ -33,12 +33,12 @@ class Retake(Generating):
 def retake(config):
     """Write <clip>_<camera>_<speed>.mp4 and .._side_by_side.mp4 to config.out; returns the two
     paths."""
+    # What can be refused is refused before big files are read.
     if not config.clip or not config.weights:
         raise ValueError("retake: expected a clip and --weights=FOLDER")
     at_least_1(config, "frames", "height", "width", "stride", "steps")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = Path(config.clip)
-    read = read_clip(path, config, config.stride)  # what can be refused is refused before big files are read
+    read = read_clip(path, config, config.stride)
     video, fps, _ = read
     if config.fov:
         check_fov(config.fov)
@@ -51,6 +51,9 @@ def retake(config):
         raise ValueError(f"{config.weights}: {policy.name} takes no source video")
     if config.cameras and not split_name(config.cameras)[0].is_file():
         raise FileNotFoundError(f"{config.cameras}: no such camera file")
+
+    # The source's cameras: from a file, or estimated in the video as the model sees it.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source.mp4"
         write_video(source, video, fps)
@@ -58,22 +61,29 @@ def retake(config):
         estimate = open_estimator(config, device) if estimated else None
         cameras = find_cameras(path, path.name, read, source, config, estimate)
     del estimate
+
+    # Encoded, as one clip; the encoders make room for the policy.
     encoders = open_encoders(config.weights, device)
     clip = make_clip(read, path, config.prompt or None, cameras, encoders, config, device)
-    codec, negative = encoders[0], encoders[1].embed([NEGATIVE_PROMPT])
+    codec = encoders[0]
+    negative = encoders[1].embed([NEGATIVE_PROMPT])
     del encoders
-    load_captioner.cache_clear()  # makes room
+    load_captioner.cache_clear()
+
+    # Re-rendered along the new path.
     dit = open_policy(config.weights, checkpoint, device)
     title = f"{config.camera}, speed {config.speed:g}"
     print(f"{len(video)} frames of {config.height} x {config.width}, {title}: {clip.caption}")
     new = rerender(dit, codec, clip, target, path.stem, negative, config, device)
+
+    # Written: the new video, and both side by side with the paths drawn in.
     camera_file, camera, _ = split_name(config.camera)
     name = "_".join(filter(None, (camera_file.stem, camera)))  # of paths.json#cam03 too
     file = Path(config.out) / f"{path.stem}_{name}_{config.speed:g}.mp4"
     beside = file.with_name(f"{file.stem}_side_by_side.mp4")
     write_video(file, new, fps)
-    known = clip.c2w if clip.c2w is not None else torch.eye(4)[None]  # the source's, else where it starts
-    drawn = draw_paths(new, [known.numpy(), target])  # white: the source's, orange: the new cameras
+    known = torch.eye(4)[None] if clip.c2w is None else clip.c2w  # or only where it starts
+    drawn = draw_paths(new, [known.numpy(), target])  # white: the source's; orange: the new one
     write_video(beside, grid([video, drawn], ["source", title]), fps)
     print(f"{file}\n{beside}")
     return file, beside

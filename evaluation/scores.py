@@ -1,4 +1,5 @@
-"""What the evaluation measures of one video: camera errors here, the rest by programs of others (outside.py).
+"""What the evaluation measures of one video: camera errors here, the rest by programs of others
+(outside.py).
 
 Scores are kept in files, whole or not at all, and made again where the video is another.
 """
@@ -27,14 +28,15 @@ PROTOCOL = 2  # of results.json: raised whenever a number would come out differe
 # ---- cameras ----
 
 def pose_scores(pred, target):
-    """Camera scores of one video: c2w pred, target (T, 4, 4) -> dict; None where a score does not apply.
+    """Camera scores of one video: c2w pred, target (T, 4, 4) -> dict; None where a score does not
+    apply.
 
-    TransErr (after alignment; dimensionless), TransErr_moving (None on pure rotations), RotErr (degrees, all
-    pairs of frames): ReDirector's. position (metres), rotation (degrees): means over frames, both paths
-    relative to their first frame, nothing aligned. scale: length of the estimated over that of the target
-    path, None on pure rotations; jitter lengthens a path too. What is no estimate gives {"failed": why}: poses
-    that are not finite, a single one, or the same ones in every frame of a path that moves or turns.
-    ValueError for paths of different lengths.
+    TransErr (after alignment; dimensionless), TransErr_moving (None on pure rotations), RotErr
+    (degrees, all pairs of frames): ReDirector's. position (metres), rotation (degrees): means over
+    frames, both paths relative to their first frame, nothing aligned. scale: length of the estimated over that
+    of the target path, None on pure rotations; jitter lengthens a path too. What is no estimate
+    gives {"failed": why}: poses that are not finite, a single one, or the same ones in every frame
+    of a path that moves or turns. ValueError for paths of different lengths.
     """
     pred, target = (np.asarray(x, np.float64) for x in (pred, target))
     if not np.isfinite(pred).all():
@@ -53,8 +55,9 @@ def pose_scores(pred, target):
 
 
 def pose_folder(folder):
-    """Cameras estimated before: <folder>/<method>/<case>.npz or, as ViPE does, <method>/pose/<case>.npz. Their
-    convention, where the files do not say it, is told as for all camera files, by FOLDER@w2c."""
+    """Cameras estimated before: <folder>/<method>/<case>.npz or, as ViPE does,
+    <method>/pose/<case>.npz. Their convention, where the files do not say it, is told as for all
+    camera files, by FOLDER@w2c."""
     told = suffix_of(folder)
     folder = split_name(folder)[0]
     if not folder.is_dir():
@@ -69,8 +72,9 @@ def pose_folder(folder):
 
 
 def open_estimator(config, device):
-    """The pose estimator that config names: a function (video file, method's name) -> (c2w (N, 4, 4),
-    normalised intrinsics (4,) or None) that raises ValueError or FileNotFoundError where it fails."""
+    """The pose estimator that config names: a function (video file, method's name) -> (c2w (N, 4,
+    4), normalised intrinsics (4,) or None) that raises ValueError or FileNotFoundError where it
+    fails."""
     if config.estimator == "vipe":
         return outside.vipe(config.vipe, config.vipe_pipeline)
     ours = config.estimator == "mapanything"
@@ -114,7 +118,8 @@ def read_results(path):
 
 
 def keep_settings(folder, settings):
-    """Make a folder, or go on with one made with the same settings; ValueError naming those that differ."""
+    """Make a folder, or go on with one made with the same settings; ValueError naming those that
+    differ."""
     settings = {"protocol": PROTOCOL, **settings}
     if not (folder / "settings.json").exists():
         return write_json(folder / "settings.json", settings)
@@ -147,8 +152,8 @@ def checkpoint_digest(path):
 # ---- every score of a video ----
 
 def score_poses(folder, case, video, estimate, why):
-    """Scores of one case, also written to folder/cases/<case>.json; kept if the video is still the same,
-    unless it failed. why: the reason, where there is no video."""
+    """Scores of one case, also written to folder/cases/<case>.json; kept if the video is still the
+    same, unless it failed. why: the reason, where there is no video."""
     file, made = folder / "cases" / f"{case}.json", fingerprint(video)
     clip, number, speed = split_case(case)
     scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed, "video": str(video),
@@ -177,7 +182,8 @@ def score_poses(folder, case, video, estimate, why):
 
 
 def score_met3r(config, folder, case, source, video, scores):
-    """Add MEt3R and Dyn-MEt3R to a case's scores, unless there -> note if they cannot be had at all."""
+    """Add MEt3R and Dyn-MEt3R to a case's scores, unless there -> note if they cannot be had at
+    all."""
     if not scores["made"] or {"MEt3R", "Dyn-MEt3R"} <= set(scores) or not source.exists():
         return None
     _, number, speed = split_case(case)
@@ -190,8 +196,8 @@ def score_met3r(config, folder, case, source, video, scores):
 
 
 def score_vbench(folder, python, videos):
-    """VBench's six dimensions of {case: file} -> ({case: {dimension: score}}, note or None). Each is kept in
-    folder/vbench while the videos are the same."""
+    """VBench's six dimensions of {case: file} -> ({case: {dimension: score}}, note or None). Each
+    is kept in folder/vbench while the videos are the same."""
     made, scores, notes = {case: fingerprint(path) for case, path in videos.items()}, {}, []
     for dimension in outside.DIMENSIONS if videos else ():
         file = folder / "vbench" / f"{dimension}.json"

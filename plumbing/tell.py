@@ -1,4 +1,5 @@
-"""What a run says while it goes on: the log's numbers, the progress bar, warnings. Rank 0 only."""
+"""What a run says while it goes on: numbers for the log, progress, warnings, and why it must stop."""
+import math
 import shutil
 import sys
 
@@ -42,6 +43,25 @@ def on_all_ranks(stats):
     return dict(zip(names, means))
 
 
+def sizes(parameters, optimizer, norm):
+    """For the log: the gradient's norm and RMS before clipping, the RMS of the last step relative to
+    lr (1 is AdamW's first; far below 1, eps swallows it). None where they are no numbers."""
+    count = sum(p.numel() for p in parameters)
+    total = 0
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for p in group["params"]:
+            state = optimizer.state.get(p)
+            if state:
+                step = float(state["step"])
+                first = state["exp_avg"] / (1 - beta1 ** step)
+                second = state["exp_avg_sq"] / (1 - beta2 ** step)
+                total = total + (first / (second.sqrt() + group["eps"])).square().sum()
+    found = {"grad_norm": float(norm), "grad_rms": float(norm) / count ** 0.5,
+             "update_rms": (float(total) / count) ** 0.5}
+    return {name: x if math.isfinite(x) else None for name, x in found.items()}
+
+
 def warn_of_eps(record, eps, warned):
     """AdamW divides by the gradient's size plus eps: an eps of that size swallows the step. Said once."""
     rms = record["grad_rms"]
@@ -49,6 +69,26 @@ def warn_of_eps(record, eps, warned):
         tqdm.write(f"warning: eps: the gradient's RMS is {rms:.1e}, below 10 times eps ({eps:.0e}), so that "
                    "updates are too small; lower --eps", sys.stderr)
         warned.add("eps")
+
+
+def check_on_policy(error, clip, is_first, rank):
+    """Before weights change, an update must repeat the rollout's numerics: r = 1 at every start."""
+    if not is_first:
+        return
+    if not math.isfinite(error):
+        raise RuntimeError("on-policy ratio: not a number, so conditions or weights hold one")
+    if error > clip:
+        raise RuntimeError(f"on-policy ratio is off by {error:.1e}, more than the clip range "
+                           f"{clip:.1e}: rollout and update run different numerics")
+    if rank == 0:
+        print(f"on-policy ratio 1 + {error:.0e}, as it should be")
+
+
+def check_divergence(skipped, max_skips, norm, iteration):
+    """Updates whose gradients are no numbers are skipped; RuntimeError at max_skips in a row."""
+    if skipped >= max_skips:
+        raise RuntimeError(f"iteration {iteration}: gradient norm {float(norm)}, "
+                           f"{skipped} updates skipped in a row")
 
 
 def progress(start, total, is_first_rank):

@@ -1,7 +1,8 @@
-"""What conditions the policy besides cameras and the source's latents: text, the first frame, a caption.
+"""What conditions the policy besides cameras and the source's latents: text, the first frame, a
+caption.
 
-umT5-XXL and CLIP ViT-H/14 are transformers' own classes, filled from Wan2.1's .pth files by renaming keys;
-their shapes are read off the weights. Inference only.
+umT5-XXL and CLIP ViT-H/14 are transformers' own classes, filled from Wan2.1's .pth files by
+renaming keys; their shapes are read off the weights. Inference only.
 """
 import functools
 import html
@@ -41,8 +42,9 @@ def count(state, pattern):
 # ---- text
 
 
-# What ftfy.fix_text, which the official pipeline cleans prompts with, makes of single characters: curly quotes
-# straight, full-width forms (the negative prompt's commas) narrow, ligatures apart, control characters gone.
+# What ftfy.fix_text, which the official pipeline cleans prompts with, makes of single characters:
+# curly quotes straight, full-width forms (the negative prompt's commas) narrow, ligatures apart,
+# control characters gone.
 CHARACTERS = {**dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b\u02bc"), "'"),
               **dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"'),
               **{i: unicodedata.normalize("NFKC", chr(i)) for i in [0x3000, *range(0xFF01, 0xFFF0)]},
@@ -54,8 +56,8 @@ CHARACTERS = {**dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b\u02bc"), "'"),
 
 
 def clean(prompt):
-    """As Wan's tokenizer gets it: what ftfy repairs in captions, mojibake as a whole and single characters; HTML
-    entities resolved twice, runs of white space made single spaces."""
+    """As Wan's tokenizer gets it: what ftfy repairs in captions, mojibake as a whole and single
+    characters; HTML entities resolved twice, runs of white space made single spaces."""
     try:  # mojibake: UTF-8 that was once read as Windows-1252, or as Latin-1 where that has no character
         codes = [c.encode("latin-1" if "\x80" <= c <= "\x9f" else "cp1252") for c in prompt]
         prompt = b"".join(codes).decode("utf-8")
@@ -66,7 +68,8 @@ def clean(prompt):
 
 
 def check_caption(caption, where):
-    """ValueError for a caption that holds a special token of the reward models, <|...|>. Their official code lets
+    """ValueError for a caption that holds a special token of the reward models, <|...|>. Their
+    official code lets
     it act: it ends the user's turn, or stands for a picture that is not there."""
     found = re.search(r"<\|.*?\|>", caption)
     if found:
@@ -83,8 +86,9 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids, mask):
-        """Token ids and mask (B,L) of integers, 1 = token, 0 = padding -> embeddings (B,L,4096), zero where
-        the mask is, on the weights' device and in their dtype. ValueError for another shape, dtype or id."""
+        """Token ids and mask (B,L) of integers, 1 = token, 0 = padding -> embeddings (B,L,4096),
+        zero where the mask is, on the weights' device and in their dtype. ValueError for another
+        shape, dtype or id."""
         for x, name in (ids, "ids"), (mask, "mask"):
             if x.dim() != 2 or x.shape != ids.shape or x.is_floating_point() or not x.numel():
                 raise ValueError(f"{name}: {x.dtype} {tuple(x.shape)}, expected integers, both (B, L)")
@@ -99,8 +103,8 @@ class TextEncoder(nn.Module):
         return F.pad(hidden, (0, 0, 0, mask.shape[1] - used))
 
     def embed(self, prompts):
-        """List of B strings -> embeddings (B,512,4096), zero beyond each prompt's length (but kept: the
-        policy's cross-attention has no mask). ValueError without a tokenizer."""
+        """List of B strings -> embeddings (B,512,4096), zero beyond each prompt's length (but kept:
+        the policy's cross-attention has no mask). ValueError without a tokenizer."""
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts) or not prompts:
             raise ValueError(f"prompts: expected a list of strings, found {prompts!r:.80}")
         if self.tokenizer is None:
@@ -111,9 +115,10 @@ class TextEncoder(nn.Module):
 
 
 def load_text_encoder(path, tokenizer_folder=None, device="cpu", dtype=torch.float32):
-    """Official `models_t5_umt5-xxl-enc-bf16.pth`, or the same keys in safetensors -> TextEncoder: a callable
-    on token ids and mask, with `.embed(prompts)`. tokenizer_folder: if not given, `google/umt5-xxl` beside
-    the file, if there. FileNotFoundError; ValueError: the file is no such encoder or the folder no tokenizer.
+    """Official `models_t5_umt5-xxl-enc-bf16.pth`, or the same keys in safetensors -> TextEncoder: a
+    callable on token ids and mask, with `.embed(prompts)`. tokenizer_folder: if not given,
+    `google/umt5-xxl` beside the file, if there. FileNotFoundError; ValueError: the file is no such
+    encoder or the folder no tokenizer.
     """
     from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel  # slow to import
     tokenizer, folder = None, Path(tokenizer_folder or Path(path).parent / "google/umt5-xxl")
@@ -165,8 +170,9 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        """Images (B,3,H,W) in [-1,1] -> tokens (B,257,1280), the hidden state before the last block, on the
-        weights' device and in their dtype. ValueError for another shape, dtype or range."""
+        """Images (B,3,H,W) in [-1,1] -> tokens (B,257,1280), the hidden state before the last
+        block, on the weights' device and in their dtype. ValueError for another shape, dtype or
+        range."""
         if images.dim() != 4 or images.shape[1] != 3 or not images.numel() or not images.is_floating_point():
             raise ValueError(f"images: {images.dtype} {tuple(images.shape)}, expected floats (B, 3, H, W)")
         low, high = images.aminmax()
@@ -177,9 +183,10 @@ class ImageEncoder(nn.Module):
 
 
 def load_image_encoder(path, device="cpu", dtype=torch.float32, num_heads=None):
-    """Official `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, or the same keys in safetensors ->
-    ImageEncoder, a callable on images; only the `visual.` part is read. num_heads: only where the head size
-    isn't 80. FileNotFoundError; ValueError when the file is no such encoder."""
+    """Official `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, or the same keys in
+    safetensors -> ImageEncoder, a callable on images; only the `visual.` part is read. num_heads:
+    only where the head size isn't 80. FileNotFoundError; ValueError when the file is no such
+    encoder."""
     from transformers import CLIPVisionConfig, CLIPVisionModel  # slow to import
     official = read_weights(path)
     need(path, official, "CLIP image tower", {"visual.patch_embedding.weight": 4, "visual.pos_embedding": 3,
@@ -226,7 +233,8 @@ def load_image_encoder(path, device="cpu", dtype=torch.float32, num_heads=None):
 
 
 def open_encoders(weights, device):
-    """VAE, text and image encoder (None where the policy takes no image) from a folder of weights."""
+    """VAE, text and image encoder (None where the policy takes no image) from a folder of
+    weights."""
     dtype, folder = torch.float32 if device.type == "cpu" else torch.bfloat16, Path(weights)
     return (load_vae(folder / VAE_FILE, device, dtype),
             load_text_encoder(folder / TEXT_FILE, folder / TOKENIZER, device, dtype),
@@ -257,8 +265,9 @@ def load_captioner(folder_or_id, device, dtype):
 
 @torch.no_grad()
 def describe_frame(frame, folder_or_id="Salesforce/blip2-opt-2.7b", device="cpu", dtype=torch.float32):
-    """One frame, uint8 (H,W,3) RGB, array or tensor -> what BLIP-2 (by local folder or hub id) sees in it, a
-    string. Made for a clip's middle frame. ValueError for another kind of frame, or without the model."""
+    """One frame, uint8 (H,W,3) RGB, array or tensor -> what BLIP-2 (by local folder or hub id) sees
+    in it, a string. Made for a clip's middle frame. ValueError for another kind of frame, or
+    without the model."""
     frame = torch.as_tensor(frame)
     if frame.dtype != torch.uint8 or frame.dim() != 3 or frame.shape[2] != 3 or not frame.numel():
         raise ValueError(f"frame: {frame.dtype} {tuple(frame.shape)}, expected torch.uint8 (H, W, 3)")

@@ -1,6 +1,14 @@
 """The published models that rewards.py asks: MapAnything for cameras, VideoAlign and HPSv3 for looks.
 
-Each is given what its official code gives it, bit for bit where that can be. rewards.py lists their files.
+Each is given what its official code gives it, bit for bit where that can be. Their files are looked for in
+one folder, `weights`, each only if its reward is named:
+  trans, rot   map-anything/{config.json, model.safetensors}, and the mapanything package
+  vq, mq, ta   VideoReward/{model_config.json, checkpoint-<step>/model.pth}, or in the place of model.pth
+               adapter_model.safetensors and non_lora_state_dict.pth;
+               Qwen2-VL-2B-Instruct/{config.json, tokenizer.json, tokenizer_config.json} (with
+               adapters its *.safetensors too)
+  hpsv3        HPSv3/HPSv3.safetensors; Qwen2-VL-7B-Instruct/{config.json, tokenizer.json, ...}, as above
+
 Sources: MapAnything (Keetha et al., arXiv 2509.13414), VideoAlign (Liu et al., arXiv 2501.13918), HPSv3
 (Ma et al., arXiv 2508.03789), LongCat-Video (arXiv 2510.22200).
 """
@@ -20,6 +28,21 @@ from pretrained.weights import expect, fill, on_device, read_weights
 
 
 # ---- for all of them ----
+
+FOLDERS = {  # names of rewards -> folders that they read
+    ("trans", "rot"): ("map-anything",),
+    ("vq", "mq", "ta"): ("VideoReward", "Qwen2-VL-2B-Instruct"),
+    ("hpsv3",): ("HPSv3", "Qwen2-VL-7B-Instruct")}  # of the last the tokenizer, not its 15 GB of weights
+
+
+def model_files(names, weights):
+    """The files in the folder `weights` that rewards of these names read: what a run's scores depend on."""
+    found = []
+    for rewards, folders in FOLDERS.items():
+        if not {*names}.isdisjoint(rewards):
+            for folder in folders:
+                found += [file for file in sorted((Path(weights) / folder).rglob("*")) if file.is_file()]
+    return [file for file in found if not ("7B" in file.parent.name and file.suffix == ".safetensors")]
 
 
 def luma(videos):
@@ -96,7 +119,8 @@ def mapanything_views(frames):
     H, W = frames.shape[-3:-1]
     (height, width), (h, w) = mapanything_size(H, W)
     x = resize(frames.reshape(-1, H, W, 3), h, w, "lanczos" if max(height / H, width / W) < 1 else "bicubic")
-    top, left = (h - height) // 2, (w - width) // 2
+    top = (h - height) // 2
+    left = (w - width) // 2
     x = x[:, top:top + height, left:left + width].permute(0, 3, 1, 2).float() / 255
     mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     return ((x - mean) / std).unflatten(0, frames.shape[:-3])
@@ -143,7 +167,8 @@ def mapanything(folder, device="cpu", stride=1):
     def estimator(videos, scene=None):
         return cameras(videos)[0]
 
-    estimator.module, estimator.cameras = model, cameras
+    estimator.module = model
+    estimator.cameras = cameras
     return estimator
 
 
@@ -168,7 +193,9 @@ def patchify(clip):
     """
     if len(clip) == 1:
         clip = clip.expand(2, -1, -1, -1)
-    t, h, w = len(clip) // 2, clip.shape[1] // 14, clip.shape[2] // 14
+    t = len(clip) // 2
+    h = clip.shape[1] // 14
+    w = clip.shape[2] // 14
     x = clip.permute(0, 3, 1, 2).reshape(t, 2, 3, h // 2, 2, 14, w // 2, 2, 14)
     return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1), (t, h, w)
 
@@ -276,7 +303,8 @@ def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torc
             rows, columns = at[:, :2].to(device).unbind(1)
             return head(hidden[rows, columns].float()).view(len(ids), len(tokens), -1)
 
-    read.module, read.tokenize = both, tokenize
+    read.module = both
+    read.tokenize = tokenize
     return read
 
 
@@ -311,11 +339,14 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
     file = expect(folder / "model_config.json", "VideoAlign")
     try:
         config = json.loads(file.read_text())
-        data, lora = config["data_config"], config["peft_lora_config"]
+        data = config["data_config"]
+        lora = config["peft_lora_config"]
         found = (data["prompt_template_type"], data["num_frames"], config["model_config"]["reward_token"],
                  lora.get("use_rslora", False), data.get("sample_type", "uniform"))
-        scale, norm = lora["lora_alpha"] / lora["lora_r"], config.get("inference_config")
-        rate, most = data["fps"], data["max_frame_pixels"]
+        scale = lora["lora_alpha"] / lora["lora_r"]
+        norm = config.get("inference_config")
+        rate = data["fps"]
+        most = data["max_frame_pixels"]
         mean, std = ([norm[f"{name}_{what}"] for name in ("VQ", "MQ", "TA")] if norm else default
                      for what, default in (("mean", [0.0] * 3), ("std", [1.0] * 3)))
     except (ValueError, KeyError, TypeError) as error:
@@ -353,14 +384,16 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
             scores["mq"] = grade(grey, scene)["mq"]
         return {name: scores[name] for name in names}
 
-    reward.names, reward.module, reward.read = names, read.module, read
+    reward.names = names
+    reward.module = read.module
+    reward.read = read
     return reward
 
 
 # ---- HPSv3 ----
 
-def hpsv3(file, base, prompt=None, stride=1, device="cpu", dtype=torch.float32):
-    """HPSv3's mean score mu over every stride-th frame.
+def hpsv3(file, base, prompt=None, device="cpu", dtype=torch.float32):
+    """HPSv3's mean score mu over the frames.
 
     prompt: one fixed text for all frames in place of each video's own (LongCat-Video: "A high-quality
     image"), which leaves text alignment out. Pixels are bit for bit the official code's for image files
@@ -370,12 +403,13 @@ def hpsv3(file, base, prompt=None, stride=1, device="cpu", dtype=torch.float32):
     read = qwen2vl(base, state, file, "hpsv3.txt", ["<|Reward|>"], "image", device, dtype)
 
     def reward(videos, scene):
-        frames = videos[:, ::stride]
         size = smart_size(*videos.shape[2:4], 448 * 448, 448 * 448)
-        images = resize(frames.flatten(0, 1), *size, "bicubic").unsqueeze(1).unbind()
-        prompts = [prompt or text for text in scene.prompt for _ in range(frames.shape[1])]
+        images = resize(videos.flatten(0, 1), *size, "bicubic").unsqueeze(1).unbind()
+        prompts = [prompt or text for text in scene.prompt for _ in range(videos.shape[1])]
         mu = read(images, prompts)[:, 0, 0]  # the second output is a log deviation
-        return {"hpsv3": mu.view(frames.shape[:2]).mean(1)}
+        return {"hpsv3": mu.view(videos.shape[:2]).mean(1)}
 
-    reward.names, reward.module, reward.read = ("hpsv3",), read.module, read
+    reward.names = ("hpsv3",)
+    reward.module = read.module
+    reward.read = read
     return reward

@@ -1,9 +1,10 @@
 """The codec: Wan2.1's causal 3-D VAE, video <-> latents 8x smaller in space and 4x in time.
 
-Causal: a frame depends on no later one, so a video passes through in chunks (the first frame alone, then four
-by four, one latent frame each) and every convolution keeps the last frames it saw as context for the next
-chunk. The result is that of the video in one piece; the memory does not depend on the number of frames.
-Inference only. Architecture and weights: Wan2.1 (Wan Team, 2025), `Wan2.1_VAE.pth`.
+Causal: a frame depends on no later one, so a video passes through in chunks (the first frame alone,
+then four by four, one latent frame each) and every convolution keeps the last frames it saw as
+context for the next chunk. The result is that of the video in one piece; the memory does not depend
+on the number of frames. Inference only. Architecture and weights: Wan2.1 (Wan Team, 2025),
+`Wan2.1_VAE.pth`.
 """
 import re
 
@@ -19,7 +20,8 @@ STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 
 
-# ---- layers; x is (B,C,T,H,W), one chunk; `past` maps a convolution to the frames it keeps between chunks
+# ---- layers; x is (B,C,T,H,W), one chunk; `past` maps a convolution to the frames it keeps between
+# chunks
 
 
 class CausalConv3d(nn.Conv3d):
@@ -95,7 +97,8 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width and, where `time`, the number of frames after the first, which stands alone."""
+    """Halves height and width and, where `time`, the number of frames after the first, which stands
+    alone."""
 
     def __init__(self, width, time):
         super().__init__()
@@ -113,7 +116,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width, halves the channels and, where `time`, doubles the frames after the first."""
+    """Doubles height and width, halves the channels and, where `time`, doubles the frames after the
+    first."""
 
     def __init__(self, width, time):
         super().__init__()
@@ -174,9 +178,9 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """z: latent channels; widths: of the first convolution, then of every level; blocks: residual ones per
-    level; temporal: for every downsampling, whether it also halves the number of frames.
-    `chunk`: latent frames per step; more take more memory, the result is the same."""
+    """z: latent channels; widths: of the first convolution, then of every level; blocks: residual
+    ones per level; temporal: for every downsampling, whether it also halves the number of
+    frames."""
 
     def __init__(self, z, widths, blocks, temporal):
         super().__init__()
@@ -184,13 +188,16 @@ class VAE(nn.Module):
         self.conv1 = CausalConv3d(2 * z, 2 * z, (1, 1, 1))
         self.conv2 = CausalConv3d(z, z, (1, 1, 1))
         self.decoder = Decoder(z, widths, blocks, temporal)
-        self.z, self.time, self.space, self.chunk = z, 2 ** sum(temporal), 2 ** len(temporal), 1
+        self.z = z
+        self.time = 2 ** sum(temporal)  # video frames of a latent frame, the first apart
+        self.space = 2 ** len(temporal)  # pixels of a latent pixel, in each direction
 
     @torch.no_grad()
     def encode(self, video):
         """Video (B,3,T,H,W) in [-1,1], T = 4k+1, H and W divisible by 8 -> normalised latents
-        (B,16,F,H/8,W/8), F = (T-1)/4 + 1: the posterior's mean, on the video's device and in its dtype.
-        Memory grows with B, H and W, not with T. ValueError for another shape, dtype or range."""
+        (B,16,F,H/8,W/8), F = (T-1)/4 + 1: the posterior's mean, on the video's device and in its
+        dtype. Memory grows with B, H and W, not with T. ValueError for another shape, dtype or
+        range."""
         check(video, "video", 3)
         T, H, W = video.shape[2:]
         if (T - 1) % self.time or H % self.space or W % self.space:
@@ -200,9 +207,8 @@ class VAE(nn.Module):
         if not (low >= -1.5 and high <= 1.5):  # leaves room for a resize's overshoot, none for 0..255 or NaN
             raise ValueError(f"video: values from {low:.3g} to {high:.3g}; expected [-1, 1]")
         past, mu = {}, []
-        for start in [0, *range(1, T, self.time * self.chunk)]:
-            x = self.place(video[:, :, start : start + self.time * self.chunk if start else 1])
-            mu.append(self.conv1(self.encoder(x, past), past)[:, : self.z].float())
+        for x in video.split([1, *(T - 1) // self.time * [self.time]], 2):  # one latent frame each
+            mu.append(self.conv1(self.encoder(self.place(x), past), past)[:, : self.z].float())
         mean, std = statistics(mu[0])
         return ((torch.cat(mu, 2) - mean) / std).to(video)
 
@@ -211,26 +217,27 @@ class VAE(nn.Module):
         """Yields what `decode` returns piece by piece: (B,3,1,H,W), then (B,3,4,H,W) each."""
         check(latents, "latents", self.z)
         past = {}
-        for start in [0, *range(1, latents.shape[2], self.chunk)]:
-            z = latents[:, :, start : start + self.chunk if start else 1].float()
-            mean, std = statistics(z)
-            x = self.decoder(self.conv2(self.place(z * std + mean), past), past)
+        mean, std = statistics(latents)
+        for z in latents.split(1, 2):
+            x = self.decoder(self.conv2(self.place(z.float() * std + mean), past), past)
             yield x.clamp_(-1, 1).to(latents)
 
     def decode(self, latents):
-        """Normalised latents (B,16,F,h,w) -> video (B,3,4F-3,8h,8w) clamped to [-1,1], on the latents' device
-        and in their dtype. Memory, but for the video itself, grows with B, h and w, not with F.
-        ValueError for another shape or dtype."""
+        """Normalised latents (B,16,F,h,w) -> video (B,3,4F-3,8h,8w) clamped to [-1,1], on the
+        latents' device and in their dtype. Memory, but for the video itself, grows with B, h and w,
+        not with F. ValueError for another shape or dtype."""
         check(latents, "latents", self.z)
         B, _, frames, h, w = latents.shape
-        video, end = latents.new_empty(B, 3, self.time * (frames - 1) + 1, self.space * h, self.space * w), 0
+        video = latents.new_empty(B, 3, self.time * (frames - 1) + 1, self.space * h, self.space * w)
+        end = 0
         for piece in self.decode_chunks(latents):
             video[:, :, end : end + piece.shape[2]] = piece
             end += piece.shape[2]
         return video
 
     def place(self, x):
-        """To the weights' device and dtype, channels last in memory: convolutions and norms are faster so."""
+        """To the weights' device and dtype, channels last in memory: convolutions and norms are
+        faster so."""
         return x.to(self.conv1.weight.device, self.conv1.weight.dtype, memory_format=torch.channels_last_3d)
 
 
@@ -249,8 +256,8 @@ def check(x, name, channels):
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
-    """Official `Wan2.1_VAE.pth`, or the same keys in safetensors -> VAE; its shape is read off the weights.
-    FileNotFoundError; ValueError when the file is not such a VAE."""
+    """Official `Wan2.1_VAE.pth`, or the same keys in safetensors -> VAE; its shape is read off the
+    weights. FileNotFoundError; ValueError when the file is not such a VAE."""
     state = read_weights(path)
     downs = sorted(int(m[1]) for m in (re.fullmatch(r"encoder\.downsamples\.(\d+)\.resample\.1\.weight", k)
                                        for k in state) if m)

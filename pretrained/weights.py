@@ -231,8 +231,8 @@ def model_name(shapes):
     if has(".cam_encoder."):
         return f"ReCamMaster's DiT, {blocks} blocks of width {width}"
     if has("patch_embedding.weight") and has(".self_attn."):
-        camera = "with camera control" if has("control_adapter.") else "plain"
-        return f"Wan DiT {camera}, {blocks} blocks of width {width}"
+        camera = " with camera control" if has("control_adapter.") else ", plain"
+        return f"Wan DiT{camera}, {blocks} blocks of width {width}"
     if shapes and all(".self_attn." in key for key in shapes):
         kind = "ReDirector's self-attention" if has("rope_phase") else "self-attention without RoCE"
         return f"{kind}, {blocks} blocks of width {width}"
@@ -249,18 +249,22 @@ QWEN = ("config.json", "tokenizer.json", "tokenizer_config.json")
 CAMERAS, GRADES, FRAMES = "trans, rot", "vq, mq, ta", "hpsv3"  # rewards, by who gives them
 POLICY, ENCODERS = "policy", "encoders"
 
-# What a folder holds: (file, what it must be recognised as or None, the part it belongs to). * is any name.
+# What a folder holds beside its policy: (file, what it must be recognised as or None, the part it belongs to).
+# * is any name.
 LAYOUT = (
-    (DIT, "Wan DiT with camera control", POLICY), (REDIRECTOR, "ReDirector's self-attention", POLICY),
     (VAE_FILE, "Wan VAE", POLICY), (TEXT_FILE, "umT5 text encoder", ENCODERS),
-    (f"{TOKENIZER}/tokenizer.json", None, ENCODERS), (f"{TOKENIZER}/tokenizer_config.json", None, ENCODERS),
-    (IMAGE_FILE, "CLIP image tower", ENCODERS),
-    ("map-anything/config.json", None, CAMERAS), ("map-anything/model.safetensors", "MapAnything", CAMERAS),
+    (f"{TOKENIZER}/tokenizer.json", None, ENCODERS),
+    (f"{TOKENIZER}/tokenizer_config.json", None, ENCODERS), (IMAGE_FILE, "CLIP image tower", ENCODERS),
+    ("map-anything/config.json", None, CAMERAS),
+    ("map-anything/model.safetensors", "MapAnything", CAMERAS),
     ("VideoReward/model_config.json", None, GRADES),
     ("VideoReward/checkpoint-*/model.pth", "VideoReward", GRADES),
     *((f"Qwen2-VL-2B-Instruct/{name}", None, GRADES) for name in QWEN),
     ("HPSv3/HPSv3.safetensors", "HPSv3", FRAMES),
     *((f"Qwen2-VL-7B-Instruct/{name}", None, FRAMES) for name in QWEN))
+DITS = {  # policy -> what its files must be recognised as
+    "ReDirector": ("Wan DiT with camera control", "ReDirector's self-attention"),
+    "ReCamMaster": ("ReCamMaster's DiT",), "Wan T2V": ("Wan DiT, plain",)}
 NEEDS = {  # command -> the parts it needs
     "train": (POLICY,), "data.prepare": (POLICY, ENCODERS, CAMERAS),
     "evaluate": (POLICY, ENCODERS), "evaluate retake": (POLICY, ENCODERS, CAMERAS)}
@@ -300,7 +304,7 @@ def adapters_of(folder):
 
 
 def look_at(folder):
-    """A folder against LAYOUT -> rows (name, part, "ok", "missing" or "damaged", words)."""
+    """A folder against its policy's files and LAYOUT -> rows (name, part, "ok", "missing" or "damaged", words)."""
     rows = []
 
     def look(path, wanted, part):
@@ -313,7 +317,14 @@ def look_at(folder):
         except (ValueError, OSError) as error:
             rows.append((name, part, "damaged", str(error).removeprefix(f"{path}: ")))
 
-    for name, wanted, part in LAYOUT:
+    try:
+        policy = find_policy(folder)
+    except ValueError as error:
+        rows.append(("the policy", POLICY, "damaged", str(error).removeprefix(f"{folder}: ")))
+        policy = Policy("ReDirector", (folder / DIT, folder / REDIRECTOR), True, ("image",))
+    dits = [(file.name, name, POLICY) for file, name in zip(policy.files, DITS[policy.name])]
+    needless = () if "image" in policy.parts else (IMAGE_FILE,)
+    for name, wanted, part in (*dits, *(row for row in LAYOUT if row[0] not in needless)):
         step = lambda path: [int(x) for x in re.findall(r"\d+", path.parent.name)]
         found = sorted(folder.glob(name), key=step)
         others = adapters_of(folder) if "checkpoint-*" in name and not found else None
@@ -373,7 +384,7 @@ def merge(config):
         raise ValueError(f"merge: expected BASE CKPT OUT, without commas in them, found {config.files!r}")
     base, out = Path(names[0]), Path(names[2])
     checkpoint = find_checkpoint(names[1])
-    sources = [base / DIT, base / REDIRECTOR] if base.is_dir() else [base]
+    sources = list(find_policy(base).files) if base.is_dir() else [base]
     for file in sources:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file, expected the base's")

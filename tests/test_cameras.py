@@ -269,6 +269,9 @@ def test_conventions(tmp_path):
         with pytest.raises(ValueError, match="expected a convention, @c2w or @w2c"):
             cameras.read_path(f"{tmp_path}/a.npz{wrong}")
     paths = cameras.find_paths(f"{tmp_path}@w2c,opengl")[0]
+    with pytest.raises(ValueError, match="which of its matrices"):
+        np.savez(tmp_path / "two.npz", source_w2c=path, target_w2c=path)
+        cameras.read_path(tmp_path / "two.npz")
     assert len(paths) == 4 and all(name.endswith("@w2c,opengl") for name in paths)
 
 

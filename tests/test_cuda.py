@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rewards
 import sampler
-import train
 import trajectories
+from benchmarks import bench
 from pretrained import vae
 from grpo import advantages, micro_batches, policy_loss, summary
 from data.video import decode
@@ -73,3 +73,13 @@ def test_phases_stay_on_the_device_and_read_no_value(tail, guidance):
                 stats.append(found)
         out = [loss, *summary(stats).values(), *scores.values(), A]
         assert loss.requires_grad and {x.device for x in out} == {device}
+
+
+def test_bench_measures_a_network_on_the_device(monkeypatch):
+    """No value is read: the tables' seconds are python's own, and nothing else is asked of the tensors."""
+    monkeypatch.setattr(bench, "DEVICE", torch.device("cuda:0"))
+    config = bench.Network(dim=256, layers=2, ffn=512, frames=9, height=32, width=48, dtype="bfloat16", repeat=1,
+                           backward=False, compile=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        facts, rows = bench.measure_network(config)
+    assert facts["tokens"] == 2 * 3 * 2 * 3 and {"ours, prepared", "ours, nothing prepared"} <= set(rows)

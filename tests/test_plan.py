@@ -1,5 +1,4 @@
 """Plan: rows against the real rollout's count, memory against the real loop's, and what the command says."""
-import dataclasses
 import json
 import re
 
@@ -140,7 +139,7 @@ def test_memory_against_the_loop(settings):
 
 
 def test_all_steps_are_kept_whatever_the_size():
-    small = dict(frames=5, height=24, width=40, steps=9, conditions=1, members=2048, micro_batch=64)
+    small = dict(frames=5, height=24, width=40, steps=9, conditions=1, members=512, micro_batch=64)
     every, eight = (plan.memory(train.Config(**small, **kind, weights=str(ROOT / "toy/weights")))[1]["rollout"]
                     for kind in (dict(strategy="all", size=1), dict(size=8)))
     assert every == pytest.approx(eight, rel=0.02)
@@ -167,18 +166,26 @@ def test_plan_needs_nothing(tmp_path, capsys):
     assert code == 0 and "verdict" not in out and not (tmp_path / "o").exists()
 
 
-def test_what_does_not_fit_ends_with_1(capsys):
+def test_what_does_not_fit_ends_with_1(capsys, monkeypatch):
     toy = (ROOT / "config/toy.py", f"--weights={ROOT / 'toy/weights'}", "--conditions=2", "--members=2",
            "--reward_batch=1")
-    out, code = run_plan(capsys, *toy, "--card=0.2", "--largest")
-    assert code == 0 and "verdict     fits" in out and "NOT" not in out
-    config = plan.Plan(**dict(vars(parse(plan.Plan, [str(x) for x in toy])), card=0.2))
-    frames = int(re.search(r"--frames=(\d+)", out)[1])
-    assert frames > 5
-    for more, fits in ((0, True), (4, False)):
-        assert plan.fits(dataclasses.replace(config, frames=frames + more), 1, 0.2) == fits
-    out, code = run_plan(capsys, *toy, "--card=0.02")
-    assert code == 1 and "does NOT fit" in out and "verdict     does not fit" in out
+    out, code = run_plan(capsys, *toy, "--card=0.2")
+    assert code == 0 and "verdict     fits" in out and "NOT" not in out and "largest" not in out
+    monkeypatch.setattr(plan, "needs", lambda config, ranks: ({}, {"rollout": 1e6 * config.frames}))
+    out, code = run_plan(capsys, *toy, "--card=0.001")
+    assert code == 1 and "does NOT fit, 4.0 MB too much" in out and "verdict     does not fit" in out
+    assert "no single setting makes it fit" in out
+    assert "--frames=193 --park" in "".join(run_plan(capsys, *toy, "--card=0.2", "--largest", "--park")[0])
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 2])
+@pytest.mark.parametrize("at, limit", [(0, 700), (20, 700), (20, 50), (90, 1), (3, 1e9)])
+def test_the_last_that_fits(power, at, limit):
+    peaks = lambda i: {"rollout": 10 + i ** power, "update": 5 + 3 * i ** power}
+    fitting = [i for i in range(100) if max(peaks(i).values()) <= limit]
+    found = plan.last_that_fits(peaks, at, 100, limit)
+    last = max(fitting, default=-1)
+    assert found == last or power == 2 and found == last - 1  # where a line falls short
 
 
 def test_time_is_arithmetic_over_the_rate(tmp_path):

@@ -322,12 +322,11 @@ def test_killed_and_resumed(source, weights, cache, tmp_path):
     # killed at the very worst moment, the second clip's bytes written but not yet in place
     program = f"""
 import os, signal
-fsync, calls = os.fsync, []
-def kill(file):
-    name = os.readlink(f"/proc/self/fd/{{file}}")
-    if "b.mp4" in name: os.kill(os.getpid(), signal.SIGKILL)
-    fsync(file)
-os.fsync = kill
+replace = os.replace
+def kill(file, path):
+    if "b.mp4" in str(path): os.kill(os.getpid(), signal.SIGKILL)
+    replace(file, path)
+os.replace = kill
 import sys; from data import prepare; from plumbing.settings import parse
 prepare.prepare(parse(prepare.Prepare, sys.argv[1:]))
 """

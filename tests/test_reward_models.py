@@ -57,6 +57,9 @@ def test_sizes():
     assert video(480, 832) == image(480, 832) == (336, 588) and video(64, 96) == (280, 392)
     assert image(600, 338) == (616, 364) and image(100, 1000) == (168, 1428)
     assert reward_models.mapanything_size(480, 832) == ((294, 518), (298, 518))
+    assert reward_models.mapanything_size(500, 304)[0] == (518, 294)  # a tie: the smaller aspect ratio
+    one = reward_models.fill_in(camera_path(1, yaw=0.1)[:, :1], np.array([0]), 1)  # a video of one frame
+    assert one.shape == (1, 1, 4, 4) and one.isfinite().all()
     for n, seen in ((81, [0, 16, 32, 48, 64, 80]), (5, [0, 1, 3, 4]), (3, [0, 2])):
         assert reward_models.spread(reward_models.frame_count(n, 24, 2.0), n).tolist() == seen
 
@@ -104,6 +107,19 @@ def scene_of(prompts, fps, frames):
 
 def close(found, expected):
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=0, atol=1e-4)
+
+
+@golden_vlm
+def test_videoaligns_frames_follow_each_videos_own_rate():
+    """Clips of 24 and 60 frames per second in one batch score as each does alone."""
+    reward = videoalign("ckpt_full")
+    videos = torch.randint(0, 256, (2, 81, 40, 60, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    both = reward(videos, scene_of(["a", "b"], torch.tensor([24.0, 60.0]), 81))
+    for i, fps in enumerate((24.0, 60.0)):
+        alone = reward(videos[i:i + 1], scene_of([["a", "b"][i]], fps, 81))
+        other = reward(videos[i:i + 1], scene_of([["a", "b"][i]], 84 - fps, 81))
+        close(both["vq"][i:i + 1], alone["vq"])
+        assert abs(alone["vq"] - other["vq"]) > 1e-3
 
 
 @golden_vlm
@@ -194,11 +210,11 @@ def test_hpsv3_averages_frames_and_takes_a_fixed_prompt():
     single = [hpsv3()(video[:, i:i + 1], s)["hpsv3"] for i in range(3)]
     close(hpsv3()(video, s)["hpsv3"], sum(single) / 3)
     fixed = "A high-quality image"
-    reward = reward_models.hpsv3(IMAGE / "HPSv3.safetensors", IMAGE / "base", prompt=fixed, stride=2)
+    reward = reward_models.hpsv3(IMAGE / "HPSv3.safetensors", IMAGE / "base", prompt=fixed)
     s.prompt = ["something", "else"]
     scores = reward(video, s)["hpsv3"]
     s.prompt = [fixed, fixed]
-    close(scores, (hpsv3()(video[:, :1], s)["hpsv3"] + hpsv3()(video[:, 2:], s)["hpsv3"]) / 2)
+    close(scores, hpsv3()(video, s)["hpsv3"])
 
 
 @pytest.fixture
@@ -232,7 +248,7 @@ def test_a_reward_token_in_a_caption_costs_that_member(folder):
 
 
 def test_two_processes_agree_with_one(folder, tmp_path):
-    spec, options = "vq=1,mq=1,hpsv3=1,sharpness=1", {"hpsv3_stride": 3}
+    spec = "vq=1,mq=1,hpsv3=1,sharpness=1"
     script = tmp_path / "half.py"
     script.write_text(f"""
 import sys
@@ -241,14 +257,14 @@ import rewards, test_rewards
 from safetensors.torch import save_file
 part = slice(*map(int, sys.argv[1:3]))
 video, s = test_rewards.scene(4, frames=4, height=56, width=84)
-loaded, _ = rewards.load({spec!r}, {str(folder)!r}, **{options})
+loaded, _ = rewards.load({spec!r}, {str(folder)!r})
 save_file(rewards.score(loaded, video[part].roll(1, 1), s[part])[0], sys.argv[3])
 """)
     files = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
     jobs = [subprocess.Popen([sys.executable, script, str(2 * i), str(2 * i + 2), file])
             for i, file in enumerate(files)]
     video, s = scene(4, frames=4, height=56, width=84)
-    whole, _ = rewards.score(rewards.load(spec, folder, **options)[0], video.roll(1, 1), s)
+    whole, _ = rewards.score(rewards.load(spec, folder)[0], video.roll(1, 1), s)
     assert [job.wait(120) for job in jobs] == [0, 0]
     first, second = map(load_file, files)
     for name, expected in whole.items():
@@ -290,10 +306,14 @@ def test_incomplete_or_foreign_videoalign(folder):
         rewards.load("vq=1", folder)
     config = json.loads((reward / "model_config.json").read_text())
     frames = config["data_config"] | {"num_frames": 8}
+    middle = config["data_config"] | {"sample_type": "multi_pts"}
+    rank = config["peft_lora_config"] | {"use_rslora": True}
     (reward / "model_config.json").unlink()
     for wrong, message in (("{", "JSONDecodeError"), ("{}", "data_config"),
                            (json.dumps(config | {"inference_config": {"VQ_mean": 1}}), "MQ_mean"),
-                           (json.dumps(config | {"data_config": frames}), "found .'detailed_special', 8")):
+                           (json.dumps(config | {"data_config": frames}), "found .'detailed_special', 8"),
+                           (json.dumps(config | {"data_config": middle}), "sample_type.*multi_pts"),
+                           (json.dumps(config | {"peft_lora_config": rank}), "use_rslora.* True, 'uniform'")):
         (reward / "model_config.json").write_text(wrong)
         with pytest.raises(ValueError, match=message):
             rewards.load("vq=1", folder)

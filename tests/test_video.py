@@ -338,12 +338,13 @@ def bad_videos(folder):
     (folder / "cut.mkv").write_bytes(content[:len(content) // 2])
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("this is not a video\n" * 50)
+    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile 'short.mp4'\n")
     write_video(folder / "short.mp4", noise[:8], 24)
     audio_only(folder / "sound.mp4")
     for name in ("whole.mp4", "index_first.mp4", "whole.mkv"):
         (folder / name).unlink()
     return {"truncated.mp4": "unreadable or truncated", "cut.mp4": "truncated", "cut.mkv": "truncated",
-            "empty.mp4": "empty file", "text.mp4": "unreadable", "sound.mp4": "no video stream, only audio",
+            "empty.mp4": "empty file", "text.mp4": "unreadable", "list.mp4": "a list of other files", "sound.mp4": "no video stream, only audio",
             "short.mp4": "too short, 8 frames, 33 needed"}
 
 

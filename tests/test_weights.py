@@ -89,6 +89,17 @@ def test_what_is_wrong_is_named(folder, capsys, monkeypatch, name, spoil, said, 
         assert call(capsys, folder, "--rewards=trans=1")[1] == (1 if spoil == "cut" else 0)
 
 
+@pytest.mark.parametrize("policy, name", [("ReCamMaster", "ReCamMaster's DiT, 2 blocks"), ("Wan", "Wan DiT, plain")])
+def test_other_policies(policy, name, tmp_path, capsys, monkeypatch):
+    folder = tiny_weights.write(tmp_path / "W", policy=policy)
+    monkeypatch.syspath_prepend(str(folder / "packages"))
+    out, code = call(capsys, folder)
+    assert code == 0 and name in out and "clip" not in out and "data.prepare:     all there" in out
+    shutil.copy(tiny_weights.write(tmp_path / "other") / REDIRECTOR, folder / REDIRECTOR)
+    out, code = call(capsys, folder)
+    assert code == 1
+
+
 def test_no_folder(tmp_path, capsys):
     assert "no such folder of published weights" in call(capsys, tmp_path / "nowhere")[1]
 

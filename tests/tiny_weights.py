@@ -1,9 +1,11 @@
-"""A weights folder in the official layout with tiny random weights: stands in for the real one in tests.
+"""A weights folder in the official layout with tiny random weights: stands in for the real one in
+tests.
 
     python tests/tiny_weights.py FOLDER [ReDirector | ReCamMaster | Wan]
 
-Names, keys, layouts and the parts of each network are the published files'; only widths and depths are small.
-The pictures made with it are noise, and so are their scores. Beside the weights, for a rehearsal:
+Names, keys, layouts and the parts of each network are the published files'; only widths and depths
+are small. The pictures made with it are noise, and so are their scores. Beside the weights, for a
+rehearsal:
     FOLDER/paths     camera files: the ten evaluation paths, and "static"
     FOLDER/videos    two short videos, with their captions in captions.csv
     FOLDER/packages  a package `mapanything` that stands in for the real one (for PYTHONPATH)
@@ -34,7 +36,8 @@ TEXT_DIM, IMAGE_DIM, VOCABULARY = 32, 80, 400
 
 
 def randn(shape, generator):
-    """Random weights that keep a signal's size: ones for gains (1-D), 1/sqrt(fan in) for the rest."""
+    """Random weights that keep a signal's size: ones for gains (1-D), 1/sqrt(fan in) for the
+    rest."""
     if len(shape) < 2:
         return 0.02 * torch.randn(shape, generator=generator)
     return torch.randn(shape, generator=generator) / shape[1:].numel() ** 0.5
@@ -129,7 +132,8 @@ def save_qwen_base(folder):
     trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=list(QWEN_TOKENS), show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=QWEN_TOKENS[0], eos_token=QWEN_TOKENS[2])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=QWEN_TOKENS[0],
+                                   eos_token=QWEN_TOKENS[2])
     fast.save_pretrained(folder)
     ids = {f"{name}_token_id": tokenizer.token_to_id(f"<|{token}|>") for name, token in (
         ("bos", "endoftext"), ("eos", "im_end"), ("vision_start", "vision_start"), ("vision_end", "vision_end"),
@@ -146,7 +150,8 @@ def save_qwen_base(folder):
 
 
 def qwen_shapes(base, tokens, head):
-    """Shapes of a reward model over the Qwen2-VL in folder `base`, under the published keys; head: rm_head's."""
+    """Shapes of a reward model over the Qwen2-VL in folder `base`, under the published keys; head:
+    rm_head's."""
     config = AutoConfig.from_pretrained(base)
     config.text_config.vocab_size = tokens
     with torch.device("meta"):
@@ -183,7 +188,7 @@ def write_reward_models(folder, seed):
 
 # ---- programs of others ----
 
-MAPANYTHING = '''"""Stands in for MapAnything in rehearsals: cameras that depend on the pixels, and mean nothing."""
+MAPANYTHING = '''"""Stands in for MapAnything: cameras that depend on the pixels, and mean nothing."""
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -193,11 +198,12 @@ class MapAnything(torch.nn.Module):
     @classmethod
     def from_pretrained(cls, folder, strict=True):
         model = cls()
-        model.weight = torch.nn.Parameter(load_file(f"{folder}/model.safetensors")["info_sharing.weight"].float())
+        weight = load_file(f"{folder}/model.safetensors")["info_sharing.weight"]
+        model.weight = torch.nn.Parameter(weight.float())
         return model
 
     def infer(self, views, **options):
-        """A view's thumbnail through a matrix gives its rotation vector and position, close to the first's."""
+        """A view's thumbnail through a matrix gives its rotation vector and position."""
         seen = [0.1 * torch.tanh(F.adaptive_avg_pool2d(view["img"].float(), 4).flatten(1) @ self.weight.T)
                 for view in views]
         out = []
@@ -216,7 +222,7 @@ class MapAnything(torch.nn.Module):
         return out
 '''
 VIPE = '''#!{python}
-"""Stands in for ViPE in rehearsals: vipe infer VIDEO -o OUT -p PRESET writes a straight path for any video."""
+"""Stands in for ViPE: vipe infer VIDEO -o OUT -p PRESET writes a straight path for any video."""
 import sys
 from pathlib import Path
 
@@ -229,7 +235,8 @@ with av.open(str(video)) as file:
 c2w = np.tile(np.eye(4), (len(frames), 1, 1))
 c2w[:, 2, 3] = 0.01 * np.arange(len(frames))
 width, height = frames[0]
-for kind, data in (("pose", c2w), ("intrinsics", np.tile([width, width, width / 2, height / 2], (len(frames), 1)))):
+intrinsics = np.tile([width, width, width / 2, height / 2], (len(frames), 1))
+for kind, data in (("pose", c2w), ("intrinsics", intrinsics)):
     (out / kind).mkdir(parents=True)
     np.savez(out / kind / f"{video.stem}.npz", data=data, inds=np.arange(len(frames)))
 '''
@@ -259,7 +266,8 @@ def write_videos(folder, frames=13, height=72, width=128):
         waves = [np.sin(9 * (x + 0.02 * t) + 3 * i) * np.cos(7 * (y - 0.01 * t)) for t in range(frames)]
         video = np.stack([np.stack([wave, wave ** 2, -wave], -1) for wave in waves])
         write_video(folder / f"clip{i}.mp4", (127.5 * (video + 1)).clip(0, 255).astype(np.uint8), 24)
-    (folder / "captions.csv").write_text("file_name,text\nclip0.mp4,a street at night\nclip1.mp4,a bear walks\n")
+    lines = "file_name,text", "clip0.mp4,a street at night", "clip1.mp4,a bear walks"
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
 
 
 def write(folder, seed=0, policy="ReDirector"):
