@@ -65,7 +65,7 @@ def load_clip(path, needs=("latents", "text")):
     if type(length) is not int or not len(text) <= length <= 1 << 16 or text.ndim != 2:
         raise ValueError(f"{path}: damaged (text_length {length!r} of {tuple(text.shape)})")
     for key, x in tensors.items():
-        if not x.isfinite().all():
+        if x is not None and not x.isfinite().all():
             raise ValueError(f"{path}: {key} holds NaN or infinity; prepare it again")
     tensors["text"] = F.pad(text, (0, 0, 0, length - len(text)))
     return Clip(**facts, **tensors)

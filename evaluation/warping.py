@@ -31,7 +31,7 @@ from plumbing.files import read_json, write_file, write_json
 METHODS = ("TrajectoryCrafter", "CogNVS")
 LONGEST = 49  # frames of either method; CogNVS makes exactly as many
 FAR, NEAR = 5.0, 1e-9  # TrajectoryCrafter's radius with --radius_scale 1e9 (capped at 5 depth units) and 1e-9
-LIMITS = 0.1, 0.2  # how far --target_pose may be off our path: depth units, degrees
+LIMITS = 0.1, 0.2  # how far --target_pose may be off a path of 49 frames: depth units, degrees
 
 
 @dataclass
@@ -87,15 +87,21 @@ def fit_target_pose(target):
         values = least_squares(wrong, np.zeros(5), x_scale=(10, 10, 0.1, 0.1, 0.1), args=(radius,)).x
         values = np.round(values * [1, 1, radius == FAR, 1, 1], 3) + 0.0  # no -0
         distance, angle = off(target_pose(values, radius, len(target)), target)
-        if distance <= LIMITS[0] and angle <= LIMITS[1]:
+        if near_enough(distance, angle, len(target)):
             break
     return values, radius, distance, angle
+
+
+def near_enough(distance, angle, frames):
+    """Whether a path of --target_pose will do: LIMITS are those of the longest, shorter ones go less far."""
+    share = (frames - 1) / (LONGEST - 1)
+    return distance <= share * LIMITS[0] and angle <= share * LIMITS[1]
 
 
 def command(case, clip, target):
     """TrajectoryCrafter's command line for a case; ValueError where its --target_pose has no such path."""
     values, radius, distance, angle = fit_target_pose(target)
-    if distance > LIMITS[0] or angle > LIMITS[1]:
+    if not near_enough(distance, angle, len(target)):
         raise ValueError(f"--target_pose cannot express it: its nearest is off by {distance:.2f} depth units "
                          f"and {angle:.2f} degrees; its Warper can, from poses/{case}.npz")
     words = ["python", "inference.py", "--video_path", f"inputs/{clip}.mp4", "--out_dir", "made",
