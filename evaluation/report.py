@@ -74,15 +74,10 @@ def interval(values, clips, over=None):
         return None
     sums = np.bincount(index, values)
     below = np.bincount(index, over)  # without `over`, the number of cases
-<<<<<<< HEAD
     picked = np.random.default_rng(0).integers(len(names), size=(2000, len(names)))
-    means = sums[picked].sum(1) / below[picked].sum(1)
-=======
-    picked = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
     weights = below[picked].sum(1)
     known = weights != 0  # of a few clips, a draw may have none that counts
     means = sums[picked].sum(1)[known] / weights[known]
->>>>>>> 3df428adcfcf8e5f37ff668bc275d591d92d7f3e
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
 
