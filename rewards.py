@@ -20,7 +20,6 @@ need none and know nothing of the scene: blurred, blinking, over-exposed or reco
 but a video that wins them is not therefore good. Use them with small weights or, weight 0, as
 alarms for reward hacking.
 """
-import difflib
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ import torch.nn.functional as F
 
 import trajectories
 from plumbing.guard import Failed, as_it_was, call, load_function
+from plumbing.settings import read_rewards
 from pretrained.reward_models import hpsv3, luma, mapanything, on_device, videoalign
 
 
@@ -236,32 +236,6 @@ GRADES = ("vq", "mq", "ta")
 NAMES = (*POSES, *GRADES, "hpsv3", *(f.__name__ for f in MODEL_FREE))
 
 
-def parse_spec(spec):
-    """"trans=1,my.py:f=0.5" -> {"trans": 1.0, "f": 0.5}, and files of one's own {"f": "my.py"}."""
-    weights = {}
-    files = {}
-    for item in filter(None, (part.strip() for part in spec.split(","))):
-        key, _, weight = item.rpartition("=")
-        path, _, name = key.rpartition(":")
-        if path:
-            files[name] = path
-        if bool(path) == (name in NAMES):  # ours have no path, others need one
-            near = difflib.get_close_matches(name, NAMES, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"rewards: expected name=weight with a name of {', '.join(NAMES)} "
-                             f"or another as my.py:name, found {item!r}{hint}")
-        try:
-            value = float(weight)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or name in weights:
-            raise ValueError(f"rewards: expected each name once with a number, found {item!r}")
-        weights[name] = value
-    if not weights:
-        raise ValueError("rewards: expected at least one name=weight, found none")
-    return weights, files
-
-
 def load(spec, weights="toy/weights", device="cpu", dtype=None, park=False, estimator=None,
          schedule="linear", stride=1, grey_mq=False, hpsv3_prompt=None):
     """"trans=1,rot=1,my.py:f=0.5" -> (reward callables, name -> weight).
@@ -274,7 +248,7 @@ def load(spec, weights="toy/weights", device="cpu", dtype=None, park=False, esti
     stride: geometry's frame weights and estimated frames; the rest: see videoalign and hpsv3.
     ValueError for an unknown name or a bad weight, FileNotFoundError for a missing file.
     """
-    chosen, files = parse_spec(spec)
+    chosen, files = read_rewards(spec, NAMES)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     folder = Path(weights)
     home = "cpu" if park else device

@@ -100,7 +100,7 @@ class Config:
     seed: int = 0                      # of noise, conditions and paths
     out: Folder = "out"                # folder for checkpoints, log.jsonl, samples; resumes there
     save_every: int = 10               # iterations between checkpoints
-    keep: int = 4                      # checkpoints kept; more than max_skips, so that one is healthy
+    keep: int = 4                      # checkpoints kept: above max_skips, so that one is healthy
     sample_every: int = 10             # iterations between sample videos, and between validations
     validate: int = 8                  # fixed conditions, sampled by the ODE and scored; 0: none
     rooms: int = 8                     # toy: test rooms judged at the end, ten paths each; 0: none
@@ -116,9 +116,9 @@ class Config:
             "max_skips", "threads", "park", "reward_batch", "rooms", "validate", "log_to")
 
     def check(self, ranks, folders=True, given=()):
-        """ValueError where settings cannot work; folders: or where the data's are missing.
+        """ValueError where settings cannot work.
 
-        given: names of settings from the command line, which a world never puts others in place of.
+        folders: also where the world's folders are missing; given: names set on the command line.
         """
         def need(ok, message):
             if not ok:

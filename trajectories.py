@@ -21,32 +21,6 @@ PATHS = ("pan_right", "pan_left", "tilt_up", "tilt_down", "zoom_in", "zoom_out",
 
 # ---- path basics
 
-def check(c2w, name="path"):
-    """c2w as a valid path: float64 (T, 4, 4), T >= 1, rotations projected on SO(3).
-
-    ValueError naming `name`, frame and reason unless all numbers are finite, last rows 0 0 0 1 and
-    rotations orthonormal to 1e-4 with determinant +1.
-    """
-    c2w = np.array(c2w, np.float64)
-    if c2w.ndim != 3 or c2w.shape[1:] != (4, 4) or not len(c2w):
-        raise ValueError(f"{name}: wrong shape (expected (T, 4, 4), found {c2w.shape})")
-    R = c2w[:, :3, :3]
-    with np.errstate(invalid="ignore", over="ignore"):
-        last_row_off = np.abs(c2w[:, 3] - [0, 0, 0, 1]).max(1)
-        rotation_off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max((1, 2))
-        faults = {"not finite": ~np.isfinite(c2w).all((1, 2)),
-                  "last row is not 0 0 0 1": last_row_off > 1e-4,
-                  "not a rotation": rotation_off > 1e-4,
-                  "a reflection, not a rotation": np.linalg.det(R) < 0}
-    for reason, bad in faults.items():
-        if bad.any():
-            i = bad.argmax()
-            found = c2w[i, :3].round(4).tolist()
-            raise ValueError(f"{name}: frame {i}: {reason} (found {found})")
-    R[:] = Rotation.from_matrix(R).as_matrix()  # rounding in a file must not look like motion
-    return c2w
-
-
 def relative(c2w):
     """c2w (..., T, 4, 4), numpy or torch, relative to each path's first camera, which becomes I."""
     cat = torch.cat if torch.is_tensor(c2w) else np.concatenate

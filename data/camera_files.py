@@ -18,7 +18,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from data.video import natural
-from trajectories import check, interpolate, relative
+from trajectories import interpolate, relative
 
 FORMATS = ("JSON of OmniWorld-Game, MultiCamVideo and nerfstudio; .npz (of ViPE, MegaSaM), .npy or "
            "JSON with matrices (T, 4, 4) or (T, 3, 4); text of RealEstate10K, TUM and KITTI; "
@@ -139,6 +139,32 @@ def read_file(file, camera, name):
     return cameras
 
 
+def check_path(c2w, name="path"):
+    """c2w as a valid path: float64 (T, 4, 4), T >= 1, rotations projected on SO(3).
+
+    ValueError naming `name`, frame and reason unless all numbers are finite, last rows 0 0 0 1 and
+    rotations orthonormal to 1e-4 with determinant +1.
+    """
+    c2w = np.array(c2w, np.float64)
+    if c2w.ndim != 3 or c2w.shape[1:] != (4, 4) or not len(c2w):
+        raise ValueError(f"{name}: wrong shape (expected (T, 4, 4), found {c2w.shape})")
+    R = c2w[:, :3, :3]
+    with np.errstate(invalid="ignore", over="ignore"):
+        last_row_off = np.abs(c2w[:, 3] - [0, 0, 0, 1]).max(1)
+        rotation_off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max((1, 2))
+        faults = {"not finite": ~np.isfinite(c2w).all((1, 2)),
+                  "last row is not 0 0 0 1": last_row_off > 1e-4,
+                  "not a rotation": rotation_off > 1e-4,
+                  "a reflection, not a rotation": np.linalg.det(R) < 0}
+    for reason, bad in faults.items():
+        if bad.any():
+            i = bad.argmax()
+            found = c2w[i, :3].round(4).tolist()
+            raise ValueError(f"{name}: frame {i}: {reason} (found {found})")
+    R[:] = Rotation.from_matrix(R).as_matrix()  # rounding in a file must not look like motion
+    return c2w
+
+
 def opencv_c2w(cameras, told, name):
     """Poses of any convention -> c2w (N, 4, 4), OpenCV axes; told: what the name tells of it."""
     poses = np.array(cameras.poses, np.float64)
@@ -146,7 +172,7 @@ def opencv_c2w(cameras, told, name):
         raise ValueError(f"{len(poses)} cameras, expected at most {MOST}")
     if poses.ndim == 3 and poses.shape[1:] == (3, 4):
         poses = np.concatenate([poses, np.tile([0.0, 0, 0, 1], (len(poses), 1, 1))], 1)
-    poses = check(unrounded(poses, name), name)
+    poses = check_path(unrounded(poses, name), name)
     said = {"direction": cameras.direction, "axes": cameras.axes}
     for what, word in told.items():
         if said[what] not in (None, word):
@@ -364,7 +390,7 @@ def multicam(file, data, camera, name):
         if numbers.size != 16:
             raise ValueError(f"frame {i}: wrong shape (expected 16 numbers, found {numbers.size})")
         poses.append(numbers.reshape(4, 4).T)
-    poses = check(unrounded(np.stack(poses), name), name)
+    poses = check_path(unrounded(np.stack(poses), name), name)
     # Unreal: camera axes forward, right, up in a left-handed world, centimetres. Renaming the axes
     # leaves absolute poses with determinant -1; only relative ones are rotations.
     poses = poses[..., [1, 2, 0, 3]] * [1, -1, 1, 1]

@@ -11,9 +11,8 @@ from collections import Counter
 import numpy as np
 import torch
 
-import trajectories
 from data.camera_files import (
-    focal_of, read_cameras, read_focal, read_path, split_name, suffix_of)
+    check_path, focal_of, read_cameras, read_focal, read_path, split_name, suffix_of)
 from data.video import without_suffix
 from trajectories import PATHS, recammaster, relative, resample, scale_motion
 
@@ -194,7 +193,7 @@ def source_cameras(video, numbers, shape, name, cameras, fov=None, count=None):
         c2w, intrinsics = cameras(video[None])
         if not c2w.isfinite().all():
             raise ValueError("the pose estimator failed on it")
-        c2w = trajectories.check(c2w[0].double().cpu().numpy(), "estimate")
+        c2w = check_path(c2w[0].double().cpu().numpy(), "estimate")
         focal = intrinsics[0, :2].tolist()
     else:
         name = camera_file(cameras, name)
@@ -212,7 +211,7 @@ def source_cameras(video, numbers, shape, name, cameras, fov=None, count=None):
         scale = max(height / h, width / w)  # as in resize_to_cover
         focal = focal[0] * w * scale / width, focal[1] * h * scale / height
     intrinsics = torch.tensor([*focal, 0.5, 0.5], dtype=torch.float32)
-    return torch.from_numpy(trajectories.relative(c2w)), intrinsics
+    return torch.from_numpy(relative(c2w)), intrinsics
 
 
 def stored_focal(found, name, shape):

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import signal
 import sys
@@ -113,6 +114,35 @@ def at_most(config, **most):
     for name, limit in most.items():
         if getattr(config, name) > limit:
             raise ValueError(f"{name}: expected at most {limit}, found {getattr(config, name)}")
+
+
+def read_rewards(text, known):
+    """"trans=1,my.py:f=0.5" -> {"trans": 1.0, "f": 0.5}, and files of one's own {"f": "my.py"}.
+
+    known: names that need no file. ValueError for another without one, a bad weight, a name twice.
+    """
+    weights = {}
+    files = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, _, weight = item.rpartition("=")
+        path, _, name = key.rpartition(":")
+        if path:
+            files[name] = path
+        if bool(path) == (name in known):  # ours have no path, others need one
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"rewards: expected name=weight with a name of {', '.join(known)} "
+                             f"or another as my.py:name, found {item!r}{hint}")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or name in weights:
+            raise ValueError(f"rewards: expected each name once with a number, found {item!r}")
+        weights[name] = value
+    if not weights:
+        raise ValueError("rewards: expected at least one name=weight, found none")
+    return weights, files
 
 
 # ---- commands ----

@@ -9,6 +9,7 @@ from scipy.spatial.transform import Rotation
 from test_trajectories import PUBLISHED, pose, walk
 
 from data import cameras
+from data.camera_files import check_path
 import trajectories as tr
 
 
@@ -449,7 +450,7 @@ def test_bad_files_are_skipped_counted_and_explained(tmp_path):
                                                  .read_bytes()[:500])
     paths, rng = cameras.PathFolder(tmp_path, 10), np.random.default_rng(0)
     for _ in range(300):
-        tr.check(paths.draw(rng))
+        check_path(paths.draw(rng))
     text = paths.summary()
     assert "20 camera paths, 5 skipped" in text and "3 x not finite" in text
     assert "1 x truncated or broken" in text and "\n" not in text

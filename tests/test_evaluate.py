@@ -19,7 +19,8 @@ import tiny_weights
 import trajectories
 from data.video import read_video, to_float, to_uint8, write_video
 from evaluation import generate as generating
-from evaluation import outside, report, scores, sources
+from evaluation import outside, report, scores
+from evaluation import sources as source_videos
 from evaluation import toy as toy_evaluation
 from evaluation.cases import case_name, split_case, find_checkpoints, find_clips, find_generated, listed
 from evaluation.generate import generate
@@ -438,7 +439,7 @@ def test_protocol(protocol, monkeypatch):
         written.append(Path(path).relative_to(out).as_posix() if out in Path(path).parents else "report")
         write(path, *rest)
 
-    for module in (evaluate, sources):
+    for module in (evaluate, source_videos):
         monkeypatch.setattr(module, "write_video", stop_once)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(protocol)

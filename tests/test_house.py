@@ -69,3 +69,9 @@ def test_each_folder_says_what_is_in_it(folder):
     assert len(doc.splitlines()) <= 10
     for file in (ROOT / folder).glob("*.py"):
         assert file.stem == "__init__" or file.stem in doc, f"{folder}/__init__.py does not name {file.stem}"
+
+
+def test_the_seven_files_stay_readable():
+    lines = [line for name in METHOD for line in (ROOT / f"{name}.py").read_text().splitlines()]
+    assert len(lines) < 2300
+    assert sum(len(line) > 100 for line in lines) < 0.05 * len(lines)
