@@ -49,7 +49,8 @@ def split_name(name):
 
     ValueError for what is no convention.
     """
-    name, words = str(name), ""
+    name = str(name)
+    words = ""
     if not Path(name).exists() and re.search(r"@[\w,]+$", name):
         name, _, words = name.rpartition("@")
     kinds = {"c2w": "direction", "w2c": "direction", "opencv": "axes", "opengl": "axes"}
@@ -260,7 +261,8 @@ def focal_of(cameras, shape):
         return fx, fy
     w, h = cameras.size or (2 * cx, 2 * cy)
     if cameras.size is None and abs(w / W - 1) < 0.05 and abs(h / H - 1) < 0.05:
-        w, h = W, H  # the video's own; its centre is a little off the middle
+        w = W  # the video's own size; its centre is a little off the middle
+        h = H
     if not abs(w / W * H / h - 1) < 0.05:
         raise ValueError(f"its intrinsics are of a picture of about {w:.0f} x {h:.0f}, the video is "
                          f"{W} x {H}: expected that size, or another of its aspect ratio")
@@ -417,7 +419,8 @@ def nerfstudio(data):
     order, numbers = in_order([str(frame.get("file_path", "")) for frame in frames])
     poses = np.array([frames[i]["transform_matrix"] for i in order], np.float64)
     first = data | (frames[order[0]] if frames else {})  # intrinsics stand in the frame or at the top
-    intrinsics, size = None, None
+    intrinsics = None
+    size = None
     if "camera_angle_x" in first:
         intrinsics = 0.5 / math.tan(float(first["camera_angle_x"]) / 2), None, 0.5, 0.5
     if {"fl_x", "cx", "cy"} <= {*first}:

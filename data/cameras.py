@@ -53,7 +53,8 @@ def find_paths(folder):
     closed = {"color", "depth", "prior_depth", "flow", "gdino_mask", "subject_masks", "text",
               "droidclib", "images", "intrinsics"}
     no_paths = {"split_info.json", "fps.txt", "cameras.txt", "points3D.txt", "rigs.txt", "frames.txt"}
-    names, others = [], 0
+    names = []
+    others = 0
     for root, folders, files in os.walk(folder):
         folders[:] = [f for f in folders if f not in closed]
         for file in files:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save
 from plumbing.files import one_line, write_file
 from pretrained.encoders import check_caption
 
-INDEX, NEGATIVE = "index.json", "negative_prompt.safetensors"  # a cache's, beside its clips
+INDEX = "index.json"                      # a cache's, beside its clips
+NEGATIVE = "negative_prompt.safetensors"  # likewise
 
 
 @dataclass
@@ -61,7 +62,8 @@ def load_clip(path, needs=("latents", "text")):
         raise ValueError(f"{path}: damaged ({one_line(error)})") from None
     facts = {key: facts[key] for key in (*FACTS, "text_length")}
     check_caption(str(facts["caption"]), path)
-    length, text = facts.pop("text_length"), tensors["text"]
+    length = facts.pop("text_length")
+    text = tensors["text"]
     if type(length) is not int or not len(text) <= length <= 1 << 16 or text.ndim != 2:
         raise ValueError(f"{path}: damaged (text_length {length!r} of {tuple(text.shape)})")
     for key, x in tensors.items():
@@ -81,11 +83,13 @@ class ClipCache:
     """
 
     def __init__(self, folder, needs=("latents", "text"), **expected):
-        self.folder, self.needs = Path(folder), needs
+        self.folder = Path(folder)
+        self.needs = needs
         index = read_index(self.folder)
         if index is None:
             raise FileNotFoundError(f"{folder}: no {INDEX}: expected clips made by python -m data.prepare")
-        self.settings, self.names = index["settings"], index["clips"]
+        self.settings = index["settings"]
+        self.names = index["clips"]
         check_settings(folder, self.settings, expected)
         lacks = [name for name in needs if name in self.settings.get("without", ())]
         if lacks:

@@ -44,7 +44,8 @@ def read_captions(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 csv ({one_line(error)})") from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # strict: an open quote is an error
-    line, rows = 1, []
+    line = 1
+    rows = []
     try:
         for row in reader:
             rows.append((line, row))  # a quoted caption may take several lines
@@ -64,7 +65,8 @@ def read_captions(path):
             raise ValueError(f"{path}: line {line}: {len(row)} fields, expected {len(columns)}; a caption with commas is "
                              'written in quotes, as "a man, walking"')
         row = dict(zip(columns, row))
-        key, caption = without_suffix(row.get(name, "")), row.get(text, "").strip()
+        key = without_suffix(row.get(name, ""))
+        caption = row.get(text, "").strip()
         check_caption(caption, f"{path}: line {line}")
         if caption and captions.setdefault(key, caption) != caption:
             raise ValueError(f"{path}: line {line}: another caption for {row[name]}")
@@ -179,8 +181,12 @@ def prepare(config):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     if world > 1:  # only to share out the clips and to collect what was skipped, which may be days later
         connect("gloo", timeout=30 * 24 * 3600)
-    videos, out, weights = Path(config.videos), Path(config.out), Path(config.weights)
-    frames, height, width = config.frames, config.height, config.width
+    videos = Path(config.videos)
+    out = Path(config.out)
+    weights = Path(config.weights)
+    frames = config.frames
+    height = config.height
+    width = config.width
     policy = find_policy(weights)
     cameras = config.cameras or ("mapanything" if "c2w" in policy.parts else "")
     fov = config.fov or None
@@ -221,7 +227,8 @@ def prepare(config):
     image_encoder = load_image_encoder(weights / IMAGE_FILE, device, dtype) if images else None
     if cameras == "mapanything":
         cameras = mapanything(weights / "map-anything", device, config.estimator_stride).cameras
-    box, skipped = [None], {}
+    box = [None]
+    skipped = {}
     if rank == 0:
         lock = lock_folder(out)  # noqa: F841, until this process ends
         for leftover in out.rglob(TEMPORARY):  # of a killed run

@@ -38,13 +38,16 @@ def resize_to_cover(frame, size):
     """uint8 (h, w, 3) -> (H, W, 3), size = (H, W): scaled to cover, then centre-cropped (as
     ReDirector does). Bilinear and antialiased, in fixed point: within one grey level of Pillow's,
     and so of torchvision's."""
-    (h, w), (height, width) = frame.shape[:2], size
+    h, w = frame.shape[:2]
+    height, width = size
     scale = max(height / h, width / w)
-    h, w = round(h * scale), round(w * scale)
+    h = round(h * scale)
+    w = round(w * scale)
     if (h, w) != frame.shape[:2]:
         x = torch.from_numpy(frame).permute(2, 0, 1)[None]
         frame = F.interpolate(x, (h, w), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-    top, left = round((h - height) / 2), round((w - width) / 2)
+    top = round((h - height) / 2)
+    left = round((w - width) / 2)
     return frame[top:top + height, left:left + width]
 
 
@@ -105,7 +108,8 @@ def turn(image, matrix):
                          "as with ffmpeg -i IN OUT.mp4")
     if crossed > straight:
         image = image.swapaxes(0, 1)
-        a, d = c, b
+        a = c
+        d = b
     return np.ascontiguousarray(image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
 
 
@@ -200,7 +204,10 @@ def open_video(path):
         raise ValueError(f"{path}: no usable frame rate (the file says {stream.average_rate})")
 
     def ticks():
-        last, first, held, end = -1, None, None, 0.0
+        last = -1
+        first = None
+        held = None
+        end = 0.0
         with container:
             for n, frame in enumerate(deinterlaced(container.decode(stream), stream)):
                 if frame.is_corrupt:
@@ -241,7 +248,9 @@ def read_frames(path, frames=None, stride=1, size=None):
     """read_video, and also the number of the decoded frame behind each one, int (T,): the row of
     its camera. Returns (uint8 (T, H, W, 3), fps, numbers); the rest is read_video's."""
     path = Path(path)
-    video, numbers, seen = [], [], 0
+    video = []
+    numbers = []
+    seen = 0
     try:
         fps, ticks = open_video(path)
         for tick, (number, picture) in enumerate(ticks):

@@ -100,7 +100,8 @@ def open_clips(config, device):
     rewarded, weights = rewards.load(config.rewards, config.weights, device, park=config.park,
                                      schedule=config.frame_weights, stride=config.estimator_stride,
                                      grey_mq=config.grey_mq, hpsv3_prompt=config.hpsv3_prompt or None)
-    shape, negative = tuple(clips[0].latents.shape), clips.negative[None].to(device)
+    shape = tuple(clips[0].latents.shape)
+    negative = clips.negative[None].to(device)
     published = [*policy.files, Path(config.weights) / VAE_FILE]
     inputs = {"weights": published + model_files(weights, config.weights), "clips": clips.files(),
               f"trajectories{suffix_of(config.trajectories)}": sorted({split_name(x)[0] for x in paths.names})}
@@ -111,5 +112,6 @@ def read_source(clip, config, settings):
     """The clip's frames uint8 (T, H, W, 3), for rewards that compare with them; None where it has moved."""
     if not Path(clip.video).exists():
         return None
-    size, stride = (config.height, config.width), settings.get("stride", 1)
+    size = (config.height, config.width)
+    stride = settings.get("stride", 1)
     return torch.from_numpy(read_video(clip.video, config.frames, stride, size)[0])

@@ -87,7 +87,10 @@ def named_methods(results, files):
     names, bases first and one that evaluations share only once; {name: its last method}; {name: its
     base, or None}."""
     everyone = [short(method) for r in results.values() for method in r["methods"]]
-    bases, others, last, base_of = {}, {}, {}, {}
+    bases = {}
+    others = {}
+    last = {}
+    base_of = {}
     for name, r in results.items():
         base_of[name] = None
         for method, content in r["methods"].items():

@@ -30,7 +30,8 @@ def call(command, cwd=None):
         folder = os.path.dirname(os.path.abspath(command[0]))
         env["PATH"] = os.pathsep.join([folder, env.get("PATH", "")])
     if "LOCAL_RANK" in os.environ:  # one of our ranks: on its own GPU
-        devices, local = env.get("CUDA_VISIBLE_DEVICES", "").split(","), int(os.environ["LOCAL_RANK"])
+        devices = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        local = int(os.environ["LOCAL_RANK"])
         ours = local < len(devices) and devices[0]
         env["CUDA_VISIBLE_DEVICES"] = devices[local] if ours else str(local)
     try:
@@ -56,7 +57,8 @@ def vipe(program="vipe", pipeline="default"):
 
     def estimate(path, method=""):
         with tempfile.TemporaryDirectory(prefix="vipe_") as folder:
-            video, out = f"{folder}/video.mp4", Path(folder) / "out"
+            video = f"{folder}/video.mp4"
+            out = Path(folder) / "out"
             shutil.copyfile(path, video)
             code, last = call([*shlex.split(program), "infer", video, "-o", str(out), "-p", pipeline])
             files = [out / kind / "video.npz" for kind in ("pose", "intrinsics")]
@@ -89,7 +91,8 @@ def vbench(python, videos, dimension):
     """One VBench dimension (Huang et al., CVPR 2024) of videos {case: file} -> ({case: score}, note
     or None)."""
     with tempfile.TemporaryDirectory(prefix="vbench_") as folder:
-        staged, out = Path(folder) / "videos", Path(folder) / "out"
+        staged = Path(folder) / "videos"
+        out = Path(folder) / "out"
         staged.mkdir()
         for name, path in videos.items():
             (staged / f"{name}.mp4").symlink_to(Path(path).resolve())

@@ -153,12 +153,17 @@ def chart(title, series, x_unit, y_unit, least=0.0, equal=False, size=(340, 220)
     `least`, for both axes; strokes: [(CSS classes, x1, y1, x2, y2)].
     """
     width, height = size
-    left, right, top, bottom = 52, width - 12, 8, height - 34
+    left = 52
+    right = width - 12
+    top = 8
+    bottom = height - 34
     ends = []
     for k in (0, 1):
         points = np.concatenate([*(np.asarray(s[1 + k], float) for s in series),
                                  [v for s in strokes for v in (s[1 + k], s[3 + k])]])
-        low, high, largest = points.min(), points.max(), abs(points).max()
+        low = points.min()
+        high = points.max()
+        largest = abs(points).max()
         constant = (0.2 * largest or 1) if high - low <= 1e-6 * largest else 0  # not rounding, drawn large
         ends.append(widen(low, high, max(constant, least if k or equal else 0)))
     if equal:
@@ -214,7 +219,12 @@ def path_charts(paths):
     both rotations."""
     paths = [(name, trajectories.relative(np.asarray(c2w))) for name, c2w in paths]
     reach = 0.12 * max(0.2, *(np.ptp(c2w[:, [0, 2], 3], axis=0).max() for _, c2w in paths))
-    above, height, right, up, looks, names = [], [], [], [], [], []
+    above = []
+    height = []
+    right = []
+    up = []
+    looks = []
+    names = []
     for k, (name, c2w) in enumerate(paths):
         kind = colour_of(k - 1) if k else "target"
         names.append((kind, name))
@@ -288,7 +298,10 @@ def panels(case):
     read."""
     paths = dict(case["paths"])
     methods = [name for name, _ in case["paths"] if name != "target"]
-    shown, labels, notes, fps = [], [], [], 24.0
+    shown = []
+    labels = []
+    notes = []
+    fps = 24.0
     for label, file in case["videos"]:
         try:
             frames, fps = read_panel(file)
@@ -313,7 +326,9 @@ def cases(found):
     """Single cases -> HTML: one video of them all, so that one control plays all, then paths and
     scores of each. found: dicts of title, short (title), videos [(label, file)], paths [(label, c2w
     (T, 4, 4))] with the target's first, and scores, a table."""
-    rows, notes, rest = {}, [], []
+    rows = {}
+    notes = []
+    rest = []
     for case in found:
         row, fps, unread = panels(case)
         notes += unread
@@ -413,7 +428,8 @@ def curves(logs):
     """Training logs {name: records} -> HTML: a chart for each number that changes, as logged (thin)
     and smoothed, all logs in each; what stays constant as one line of text."""
     runs = {name: series_of(records) for name, records in logs.items()}
-    groups, constant = {}, []
+    groups = {}
+    constant = []
     for key in dict.fromkeys(key for run in runs.values() for key in run):
         values = np.concatenate([run[key][1] for run in runs.values() if key in run])
         group, _, name = key.rpartition("/")
@@ -458,7 +474,9 @@ def strip(folder):
         return ""
     files = sorted(folder.glob("iteration_??????.mp4"))
     picked = sorted({round(i) for i in np.linspace(0, len(files) - 1, 6)}) if files else []
-    columns, labels, fps = [], [], 24.0
+    columns = []
+    labels = []
+    fps = 24.0
     for n, k in enumerate(picked):
         try:
             frames, fps = read_video(files[k])

@@ -50,7 +50,8 @@ def pose_scores(pred, target):
     both = torch.from_numpy(pred), torch.from_numpy(target)
     position, rotation = map(float, trajectories.pose_errors(*both, schedule="uniform"))
     length, wanted = (np.linalg.norm(np.diff(x[:, :3, 3], axis=0), axis=1).sum() for x in (pred, target))
-    aligned, moves = trajectories.trans_err(pred, target), wanted > 1e-6
+    aligned = trajectories.trans_err(pred, target)
+    moves = wanted > 1e-6
     return {"TransErr": aligned, "TransErr_moving": aligned if moves else None,
             "RotErr": trajectories.rot_err(pred, target), "position": position,
             "rotation": math.degrees(rotation), "scale": float(length / wanted) if moves else None}
@@ -165,7 +166,8 @@ def checkpoint_digest(path):
 def score_poses(folder, case, video, estimate, why):
     """Scores of one case, also written to folder/cases/<case>.json; kept if the video is still the
     same, unless it failed. why: the reason, where there is no video."""
-    file, made = folder / "cases" / f"{case}.json", fingerprint(video)
+    file = folder / "cases" / f"{case}.json"
+    made = fingerprint(video)
     clip, number, speed = split_case(case)
     scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed, "video": str(video),
               "made": made}
@@ -209,7 +211,9 @@ def score_met3r(config, folder, case, source, video, scores):
 def score_vbench(folder, python, videos):
     """VBench's six dimensions of {case: file} -> ({case: {dimension: score}}, note or None). Each
     is kept in folder/vbench while the videos are the same."""
-    made, scores, notes = {case: fingerprint(path) for case, path in videos.items()}, {}, []
+    made = {case: fingerprint(path) for case, path in videos.items()}
+    scores = {}
+    notes = []
     for dimension in outside.DIMENSIONS if videos else ():
         file = folder / "vbench" / f"{dimension}.json"
         kept = read_json(file) if file.exists() else {}

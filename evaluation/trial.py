@@ -40,7 +40,8 @@ def try_reward(config):
     timed = [with_clock(reward, device) for reward in world.rewards]
     print(f"{name} on {config.batches} batches of {config.conditions} conditions x {config.members} members")
 
-    batches, reasons = [], {}
+    batches = []
+    reasons = {}
     for iteration in tqdm(range(config.batches), "batches", unit="batch"):
         scores, failures = score_batch(world, timed, config, iteration, device)
         batches.append(scores)
@@ -106,7 +107,8 @@ def spread_and_correlation(scores, name):
     correlation = {}
     for key, y in inside.items():
         both = inside[name].isfinite() & y.isfinite()
-        a, b = inside[name][both], y[both]
+        a = inside[name][both]
+        b = y[both]
         size = float((a.square().sum() * b.square().sum()).sqrt()) if len(a) else 0.0
         if key != name:
             correlation[key] = float((a * b).sum()) / size if size > 0 else math.nan

@@ -30,7 +30,8 @@ from plumbing.files import read_json, write_file, write_json
 
 METHODS = ("TrajectoryCrafter", "CogNVS")
 LONGEST = 49  # frames of either method; CogNVS makes exactly as many
-FAR, NEAR = 5.0, 1e-9  # TrajectoryCrafter's radius with --radius_scale 1e9 (capped at 5 depth units) and 1e-9
+FAR = 5.0    # TrajectoryCrafter's radius with --radius_scale 1e9: capped at 5 depth units
+NEAR = 1e-9  # and with 1e-9
 LIMITS = 0.1, 0.2  # how far --target_pose may be off a path of 49 frames: depth units, degrees
 
 
@@ -123,7 +124,8 @@ def read_source(config, clip):
     if config.cameras == "static":
         return video, fps, np.tile(np.eye(4), (len(video), 1, 1))
     if config.cameras:
-        numbers, shape = np.arange(len(video)), video.shape[1:3]
+        numbers = np.arange(len(video))
+        shape = video.shape[1:3]
         return video, fps, source_cameras(video, numbers, shape, clip, config.cameras, fov=90.0)[0].numpy()
     prepared = Path(config.evaluation) / "conditions" / f"{clip}.safetensors"
     c2w = load_clip(prepared).c2w if prepared.is_file() else None
@@ -139,7 +141,10 @@ def padded(x):
 
 def send(config, clips, numbers, speeds):
     """Write what the method needs to config.out; returns the cases, name -> what is to come back."""
-    out, cases, lines, refused = Path(config.out), {}, [], {}
+    out = Path(config.out)
+    cases = {}
+    lines = []
+    refused = {}
     for clip in clips:
         video, fps, source = read_source(config, clip)
         frames, height, width = video.shape[:3]
@@ -147,7 +152,8 @@ def send(config, clips, numbers, speeds):
         write_video(out / "inputs" / f"{clip}.mp4", padded(video) if exact else video, fps)
         for speed in speeds:
             for number in numbers:
-                case, target = case_name(clip, number, speed), trajectories.recammaster(number, frames, speed)
+                case = case_name(clip, number, speed)
+                target = trajectories.recammaster(number, frames, speed)
                 T1, T2 = (padded(T) if exact else T for T in transforms(source, target))
                 file = out / "poses" / f"{case}.npz"
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +176,8 @@ def send(config, clips, numbers, speeds):
 
 def take(config, cases):
     """The method's videos, cut and resized to the sources' length and size, to config.out/<method>."""
-    out, missing = Path(config.out) / config.method, []
+    out = Path(config.out) / config.method
+    missing = []
     for case, wanted in cases.items():
         made = [Path(config.back) / f"{case}.mp4", Path(config.back) / case / "gen.mp4"]
         file = next((f for f in made if f.is_file()), None)

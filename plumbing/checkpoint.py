@@ -27,7 +27,9 @@ from plumbing.files import (
     digest, digest_files, is_still, lock_folder, one_line, remove_leftovers, temporary_name, write_file)
 from plumbing.ranks import compare_ranks, rank_of
 
-WEIGHTS, MOMENTS, STATE = "self_attn.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS = "self_attn.safetensors"
+MOMENTS = "optimizer.safetensors"
+STATE = "state.json"
 FILES = (WEIGHTS, MOMENTS, STATE)
 KEYS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of every parameter
 PLACES = ("weights", "clips", "trajectories", "out")  # settings that say where; what is there is digested

@@ -44,7 +44,8 @@ def connect(backend, timeout):
                     store.set("told/" + store.get(f"asks/{r}").decode(), name)
             missing = {r for r in missing if not store.check([f"{name}/{r}"])}
         elif store.check([f"told/{mine}"]):
-            name, missing = store.get(f"told/{mine}").decode(), ()
+            name = store.get(f"told/{mine}").decode()
+            missing = ()
             store.set(f"{name}/{rank}", "heard")
     dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=ranks,
                             timeout=timedelta(seconds=timeout))
@@ -81,7 +82,8 @@ def rank_of():
     try:
         rank, ranks = map(int, named.values())
     except ValueError:
-        rank, ranks = 0, 0
+        rank = 0
+        ranks = 0
     if not 0 <= rank < ranks:
         raise ValueError(f"RANK={named['RANK']}, WORLD_SIZE={named['WORLD_SIZE']}: expected 0 <= RANK < "
                          f"WORLD_SIZE, as torchrun sets them")
@@ -166,7 +168,8 @@ def lost_contact(error):
 def absent(wait=3):
     """After a collective failed: the ranks that do not come here in `wait` seconds, as they ended or hang.
     Known under torchrun, whose store outlives them."""
-    store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
+    store = dist.distributed_c10d._get_default_store()
+    ranks = range(dist.get_world_size())
     try:
         store.set(f"came/{dist.get_rank()}", "")
         time.sleep(wait)

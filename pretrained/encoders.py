@@ -82,7 +82,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model, tokenizer):
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
 
     @torch.no_grad()
     def forward(self, ids, mask):
@@ -95,7 +96,8 @@ class TextEncoder(nn.Module):
         weight = self.model.shared.weight
         if ids.min() < 0 or ids.max() >= len(weight):
             raise ValueError(f"ids: from {ids.min()} to {ids.max()}, the vocabulary has {len(weight)}")
-        ids, mask = ids.to(weight.device), mask.to(weight.device)
+        ids = ids.to(weight.device)
+        mask = mask.to(weight.device)
         used = int((mask.any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max().clamp(min=1))
         # nothing attends to padding, so what no prompt of the batch uses needs no computing
         hidden = self.model(input_ids=ids[:, :used], attention_mask=mask[:, :used].long()).last_hidden_state
@@ -121,7 +123,8 @@ def load_text_encoder(path, tokenizer_folder=None, device="cpu", dtype=torch.flo
     encoder or the folder no tokenizer.
     """
     from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel  # slow to import
-    tokenizer, folder = None, Path(tokenizer_folder or Path(path).parent / "google/umt5-xxl")
+    tokenizer = None
+    folder = Path(tokenizer_folder or Path(path).parent / "google/umt5-xxl")
     if tokenizer_folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder (the tokenizer's)")
     if folder.is_dir():
@@ -161,7 +164,8 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, model, size):
         super().__init__()
-        self.model, self.size = model, size
+        self.model = model
+        self.size = size
 
     def preprocess(self, images):
         """(B,3,H,W) in [-1,1] -> (B,3,224,224) as CLIP wants it, float32."""
@@ -236,7 +240,8 @@ def load_image_encoder(path, device="cpu", dtype=torch.float32, num_heads=None):
 def open_encoders(weights, device):
     """VAE, text and image encoder (None where the policy takes no image) from a folder of
     weights."""
-    dtype, folder = torch.float32 if device.type == "cpu" else torch.bfloat16, Path(weights)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    folder = Path(weights)
     return (load_vae(folder / VAE_FILE, device, dtype),
             load_text_encoder(folder / TEXT_FILE, folder / TOKENIZER, device, dtype),
             load_image_encoder(folder / IMAGE_FILE, device, dtype)

@@ -219,7 +219,8 @@ def merge_lora(state, scale, file):
             plain[re.sub(r"^model\.", "language_model.", key)] = x
     for key in [key for key in plain if ".lora_A." in key]:
         weight = key.replace(".lora_A", "")
-        a, b = plain.pop(key), plain.pop(key.replace("lora_A", "lora_B"), None)
+        a = plain.pop(key)
+        b = plain.pop(key.replace("lora_A", "lora_B"), None)
         if b is None or weight not in plain:
             raise ValueError(f"{file}: {key} lacks {weight if b is not None else 'its lora_B'}")
         plain[weight] = plain[weight].float() + scale * b.float() @ a.float()
@@ -230,7 +231,8 @@ def reward_head(state):
     """Takes rm_head.* out of a state dict: its Linear layers in float32, ReLU between them, no dropout."""
     layers = []
     for key in sorted(key for key in state if re.fullmatch(r"rm_head\.(\d\.)?weight", key)):
-        weight, bias = state.pop(key).float(), state.pop(key.replace("weight", "bias"), None)
+        weight = state.pop(key).float()
+        bias = state.pop(key.replace("weight", "bias"), None)
         layer = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
         layer.weight = nn.Parameter(weight)
         if bias is not None:
@@ -335,7 +337,8 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
     between what +-1 grey level of noise does (0.003) and what tells the clips apart (0.04-0.19); measured
     with small random weights.
     """
-    folder, base = Path(folder), Path(base)
+    folder = Path(folder)
+    base = Path(base)
     file = expect(folder / "model_config.json", "VideoAlign")
     try:
         config = json.loads(file.read_text())

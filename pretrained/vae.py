@@ -141,7 +141,8 @@ class Encoder(nn.Module):
     def __init__(self, z, widths, blocks, temporal):
         super().__init__()
         self.conv1 = CausalConv3d(3, widths[0], (3, 3, 3))
-        layers, width = [], widths[0]
+        layers = []
+        width = widths[0]
         for level, out in enumerate(widths[1:]):
             for _ in range(blocks):
                 layers.append(ResidualBlock(width, out))
@@ -206,7 +207,8 @@ class VAE(nn.Module):
         low, high = video.aminmax()
         if not (low >= -1.5 and high <= 1.5):  # leaves room for a resize's overshoot, none for 0..255 or NaN
             raise ValueError(f"video: values from {low:.3g} to {high:.3g}; expected [-1, 1]")
-        past, mu = {}, []
+        past = {}
+        mu = []
         for x in video.split([1, *(T - 1) // self.time * [self.time]], 2):  # one latent frame each
             mu.append(self.conv1(self.encoder(self.place(x), past), past)[:, : self.z].float())
         mean, std = statistics(mu[0])

@@ -23,11 +23,13 @@ from plumbing.checkpoint import METADATA, find_checkpoint
 from plumbing.files import digest
 from plumbing.settings import run_command
 
-VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"  # as published
+VAE_FILE = "Wan2.1_VAE.pth"  # as published
+TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 IMAGE_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER = "google/umt5-xxl"
 DIT = "diffusion_pytorch_model.safetensors"  # of Wan-AI's T2V and of PAI's Fun-Control-Camera
-REDIRECTOR, RECAMMASTER = "step20000.safetensors", "step20000.ckpt"
+REDIRECTOR = "step20000.safetensors"
+RECAMMASTER = "step20000.ckpt"
 
 
 # ---- a folder of published files ----
@@ -254,8 +256,11 @@ def model_name(shapes):
 
 
 QWEN = ("config.json", "tokenizer.json", "tokenizer_config.json")
-CAMERAS, GRADES, FRAMES = "trans, rot", "vq, mq, ta", "hpsv3"  # rewards, by who gives them
-POLICY, ENCODERS = "policy", "encoders"
+CAMERAS = "trans, rot"  # rewards, by who gives them
+GRADES = "vq, mq, ta"
+FRAMES = "hpsv3"
+POLICY = "policy"
+ENCODERS = "encoders"
 
 # What a folder holds beside its policy: (file, what it must be recognised as or None, the part it belongs to).
 # * is any name.
@@ -390,7 +395,8 @@ def merge(config):
     names = config.files.split(",")
     if len(names) != 3 or not all(names):
         raise ValueError(f"merge: expected BASE CKPT OUT, without commas in them, found {config.files!r}")
-    base, out = Path(names[0]), Path(names[2])
+    base = Path(names[0])
+    out = Path(names[2])
     checkpoint = find_checkpoint(names[1])
     sources = list(find_policy(base).files) if base.is_dir() else [base]
     for file in sources:
