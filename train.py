@@ -164,6 +164,7 @@ class Config:
         need(self.first <= self.steps,
              f"first: expected at most {self.steps}, the steps, found {self.first}")
         self.window(0)  # refuses one that does not fit
+        need("," not in self.out, f"out: expected a folder without commas, found {self.out}")
         need(self.max_skips < self.keep,
              f"max_skips: expected below keep, {self.keep}, found {self.max_skips}")
         if self.world == "toy":

@@ -96,6 +96,8 @@ def parse(config_class, argv, default=None):
             raise ValueError(f"{where}: expected a folder, found nothing")
         if "\0" in str(value):
             raise ValueError(f"{where}: expected text without null characters")
+        if fields[name] is Folder and value != value.strip():
+            raise ValueError(f"{where}: expected a folder without blanks around its name")
         setattr(config, name, value)
     for name, kind in fields.items():
         if kind is Folder and getattr(config, name):

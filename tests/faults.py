@@ -27,13 +27,19 @@ STARTED = []
 # ---- runs ----
 
 def start(out, *args, python=(), env=None, prepare=None, cwd=ROOT, stdout=None):
-    """A training run as a process; what it says is appended to <out>.err."""
+    """A training run as a process; what it says is appended to <out>.err. It hears signals, also where this
+    program was told to ignore them."""
+    def child():
+        for signum in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_DFL)
+        if prepare:
+            prepare()
     with open(f"{out}.err", "a") as err:
         command = [sys.executable, *python, str(ROOT / "train.py"), *SMALL, f"--out={out}",
                    f"--weights={ROOT / 'toy/weights'}", *args]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | (env or {})
         process = subprocess.Popen(command, cwd=cwd, stdout=stdout or err, stderr=stdout or err,
-                                   preexec_fn=prepare, env=env)
+                                   preexec_fn=child, env=env)
     STARTED.append(process)
     return process
 
@@ -371,7 +377,7 @@ def streams(folder):
     pipe.wait()
     cases = {"closed": dict(prepare=lambda: [os.close(fd) for fd in (0, 1, 2)]), "pipe": dict(stdout=pipe.stdin),
              "full": dict(stdout=open("/dev/full", "w")),
-             "f\u00fcr\udcff\n": dict(env={"PYTHONIOENCODING": "ascii"})}
+             "f\u00fcr\udcff\n\x1b[1m": dict(env={"PYTHONIOENCODING": "ascii"})}
     for name, options in cases.items():
         out = folder / name
         code = start(out, "--iterations=2", **options).wait(timeout=300)

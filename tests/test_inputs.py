@@ -243,6 +243,8 @@ BAD = [  # command, with {w} the folder above; what its line must say
     (TRAIN + " --first=7", "first: expected at most 6, the steps, found 7"),
     (TRAIN + " --keep=3", "max_skips: expected below keep, 3, found 3"),
     (TRAIN + " --out=", "--out=: expected a folder, found nothing"),
+    (TRAIN + " --out=a,b", "out: expected a folder without commas"),
+    (TRAIN + " --out=a\n", r"expected a folder without blanks around its name"),
     *((TRAIN + f" --{name}={x}", f"{name}: expected {size}, the toy's, found {x}") for name, x, size in
       (("frames", 81, 5), ("height", 480, 24), ("width", 48, 40))),
     *((TRAIN + f" --{name}={x}", f"{name}: the toy has no use for it") for name, x in
@@ -403,7 +405,8 @@ def call(command, monkeypatch):
 @pytest.mark.parametrize("command, message", BAD, ids=[f"{i}" for i in range(len(BAD))])
 def test_bad_input_is_one_line(world, tmp_path, monkeypatch, command, message):
     monkeypatch.chdir(ROOT)
-    command = command.format(w=world) + ("" if " compare" in command else f" --out={tmp_path / 'out'}")
+    out = "" if " compare" in command or " --out=" in command else f" --out={tmp_path / 'out'}"
+    command = command.format(w=world) + out
     code, lines = call(command, monkeypatch)
     assert code == 1 and len(lines) == 1 and message in lines[0], lines
     assert len(lines[0]) < 1000 and not (tmp_path / "out").exists()
