@@ -1,14 +1,14 @@
 """Evaluation: did it get better, and at what? (paper, section 4)
 
-    python evaluate.py --videos=DAVIS --weights=... --ckpt=out   the paper's protocol, base and tuned
+    python evaluate.py --videos=DAVIS --weights=... --ckpt=out   the protocol, base and tuned
     python evaluate.py --videos=DAVIS --weights=... --baselines=...   other policies beside it
     python evaluate.py --videos=DAVIS --generated=W/CogNVS       videos made elsewhere
     python evaluate.py warp --method=CogNVS --evaluation=...     to methods that warp, and back
     python evaluate.py toy --ckpt=out/toy                        Tables 1 and 2 in the toy world
     python evaluate.py ablation                                  Table 3 there: trains two runs
     python evaluate.py compare out/a out/b                       evaluations, on the cases all have
-    python evaluate.py curves out/a out/b                        training logs, also of runs going on
-    python evaluate.py try my.py:f                               is this reward any good? no training
+    python evaluate.py curves out/a out/b                        logs, also of runs still going on
+    python evaluate.py try my.py:f                               is this reward any good?
     python evaluate.py retake clip.mp4 --camera=arc_left --speed=1.5 --weights=...   your own video
 
 `python evaluate.py [COMMAND] --help` lists the settings. The first two can run under torchrun; the
@@ -20,12 +20,12 @@ ranks then share the cases. The same command again goes on from where it stopped
 
 The protocol is ReDirector's, which the paper follows: every clip (its largest 4k+1 frames) along
 ReCamMaster's ten paths. TransErr and RotErr compare estimated with target cameras. TransErr aligns
-scale first and is exactly 0 on the four pure rotations, so it is also given for the paths that
-move, and errors in metres without alignment. An estimate of n frames is compared with the path of n
-frames at the same speed, as ReDirector does it (some methods make 49 frames at most). Deviation:
-VBench's scores are means over videos of each video's score, so that intervals and pairs can be had.
+scale first and is exactly 0 on the four pure rotations. So it is also given for the paths that move
+alone, and errors in metres without alignment. An estimate of n frames is compared with the path of
+n frames at the same speed, as ReDirector does it (some methods make 49 at most). Deviation: scores
+of VBench are means over videos of each video's score, so that intervals and pairs can be had.
 """
-import plumbing.early  # noqa: F401, first of all: a signal while the rest is imported ends this quietly
+import plumbing.early  # noqa: F401, before all: a signal during the imports ends this quietly
 
 import os
 import sys
@@ -35,55 +35,51 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import trajectories
-from data.clips import NEGATIVE, load_clip, save_clip
-from data.prepare import find_caption, read_captions
+from data.clips import NEGATIVE, load_clip
 from data.video import write_video
 from data.world import open_policy
 from evaluation.ablation import Ablation, ablation
-from evaluation.cases import case_digest, say_what_is_asked, split_case, what_is_asked
+from evaluation.cases import say_what_is_asked, split_case, what_is_asked
 from evaluation.compare import Compare, Curves, compare, draw_curves
-from evaluation.generate import Generating, find_cameras, make_clip, read_clip, rerender
+from evaluation.generate import Generating, rerender
 from evaluation.report import finish
 from evaluation.retake import Retake, retake
-from evaluation.scores import (
-    keep_all_settings, open_estimator, score_met3r, score_poses, score_vbench)
+from evaluation.scores import collect_scores, keep_all_settings, open_estimator, score_cases
+from evaluation.sources import prepare_sources
 from evaluation.toy import Toy, evaluate_toy
 from evaluation.trial import try_reward
 from evaluation.warping import Warp, warp
-from plumbing.files import digest, read_json, write_file
+from plumbing.files import lock_folder
 from plumbing.ranks import connect, rank_of
 from plumbing.settings import run_command
-from pretrained.encoders import NEGATIVE_PROMPT, load_captioner, open_encoders
 from pretrained.vae import load_vae
-from pretrained.weights import VAE_FILE, find_policy
+from pretrained.weights import VAE_FILE
 from train import Config
 
 
 @dataclass
 class Evaluate(Generating):
-    """python evaluate.py: the paper's protocol, for videos made here (ckpt: several, by commas) or
-    elsewhere.
-    """
-    videos: str = ""            # folder of source videos, or of folders of images (DAVIS/JPEGImages/480p)
-    clips: str = ""             # only these, comma-separated or one a line in a file; empty: all
-    baselines: str = ""         # folders of other policies' weights, by commas: each is a method of its own
+    """python evaluate.py: the paper's protocol, for videos made here or elsewhere."""
+    videos: str = ""            # folder of source videos, or of folders of images (as DAVIS has)
+    clips: str = ""             # only these, by commas or one a line in a file; empty: all
+    baselines: str = ""         # folders of other policies' weights, by commas: a method each
     generated: str = ""         # folders of videos made elsewhere: <clip>_camera_<n>_speed_<s>.mp4
     out: str = "out/evaluation"  # folder for all that is made; goes on there
     paths: str = "1,2,3,4,5,6,7,8,9,10"  # ReCamMaster's, by number or name (paper)
     speeds: str = "1"           # of the paths (paper: 1; and 1,1.5,2 on 40 clips)
     frames: int = 0             # per clip at most; 0: the largest 4k + 1 it has (ReDirector)
-    estimator: str = "vipe"     # of cameras: vipe (paper), mapanything (in weights), its folder, or a folder
-                                # of poses, <method>/<case>.npz
+    estimator: str = "vipe"     # of cameras: vipe (paper), mapanything (in weights), its folder, or
+                                # a folder of poses, <method>/<case>.npz
     captions: str = ""          # csv with columns file_name, text; empty: BLIP-2 (ReDirector)
     vbench: str = ""            # python of VBench's environment; empty: this one
     redirector: str = ""        # ReDirector's checkout, for MEt3R and Dyn-MEt3R
     redirector_python: str = ""  # python of its environment; empty: this one
-    log: str = ""               # training logs to draw in the report: files or runs' folders, by commas
-    show: str = ""              # cases in the report, comma-separated; empty: best, median, worst change
+    log: str = ""               # training logs for the report: files or runs' folders, by commas
+    show: str = ""              # cases in the report, by commas; empty: best, median, worst change
 
 
 def evaluate(config):
@@ -99,6 +95,7 @@ def evaluate(config):
     asked = what_is_asked(config)
     out = Path(config.out)
     estimate = open_estimator(config, device)
+    lock = lock_folder(out) if rank == 0 else None  # noqa: F841, until this process ends
     keep_all_settings(config, asked, out)
     if ranks > 1:
         connect("gloo", timeout=30 * 24 * 3600)  # only to wait for each other
@@ -106,12 +103,12 @@ def evaluate(config):
     if rank == 0:
         say_what_is_asked(config, asked)
 
-    # Sources: the clips as the model sees them, and encoded.
+    # Sources: the clips as the model sees them, and encoded once for all policies of one folder.
     quiet = rank > 0
     mine = list(asked.clips)[rank::ranks]  # this rank's share
-    encodings = dict.fromkeys((weights, folder) for weights, _, folder in asked.policies.values())
-    for weights, conditions in encodings or {("", out / "conditions"): None}:
-        prepare_sources(config, asked.clips, out, weights, conditions, mine, estimate, device, quiet)
+    folders = dict.fromkeys((weights, folder) for weights, _, folder in asked.policies.values())
+    for weights, conditions in folders or [("", out / "conditions")]:
+        prepare_sources(config, asked.clips, mine, weights, conditions, estimate, device, quiet)
     wait()
 
     # Videos: of base and tuned models and of baselines, from the same noise.
@@ -133,46 +130,6 @@ def evaluate(config):
         dist.destroy_process_group()
 
 
-# ---- the three steps ----
-
-def prepare_sources(config, clips, out, weights, conditions, mine, estimate, device, quiet):
-    """Write every clip of `mine` as the model sees it to out/sources and, to generate with the
-    policy in `weights` (if any), encoded to the folder `conditions`. What is wrong with a clip is
-    written there as <clip>.failed, in its place."""
-    sources = out / "sources"
-    todo = [clip for clip in mine
-            if not all((sources / f"{clip}{end}").exists() for end in (".mp4", ".digest"))
-            or weights and not (conditions / f"{clip}.safetensors").exists()]
-    captions = read_captions(config.captions) if config.captions else None
-    if weights and (todo or not (conditions / NEGATIVE).exists()):
-        encoders = open_encoders(weights, device)
-        unwanted = encoders[1].embed([NEGATIVE_PROMPT])[0].bfloat16().cpu()
-        write_file(conditions / NEGATIVE, save({"text": unwanted}))
-    for clip in tqdm(todo, "sources", unit="clip", disable=quiet or not todo):
-        path = Path(config.videos) / clips[clip]
-        mp4 = sources / f"{clip}.mp4"
-        failed = conditions / f"{clip}.failed"
-        try:
-            read = read_clip(path, config)
-            if not mp4.exists():
-                write_video(mp4, *read[:2])
-            write_file(mp4.with_suffix(".digest"), digest(read[0].tobytes()).encode())
-            if weights:
-                caption = find_caption(clips[clip], captions) if captions else None
-                if captions and caption is None:
-                    raise ValueError(f"no caption in {config.captions}")
-                estimator = estimate if "c2w" in find_policy(weights).parts else None
-                cameras = find_cameras(path, clips[clip], read, mp4, config, estimator)
-                prepared = make_clip(read, path, caption, cameras, encoders, config, device)
-                save_clip(conditions / f"{clip}.safetensors", prepared)
-            failed.unlink(missing_ok=True)
-        except (ValueError, FileNotFoundError) as error:
-            write_file(failed, str(error).encode())
-            tqdm.write(f"{clip}: {error}")
-    if todo and weights and not captions:
-        load_captioner.cache_clear()  # makes room
-
-
 def generate_videos(config, method, asked, mine, device, quiet):
     """Generate the videos of the cases `mine` that are not there yet, by the published policy with
     a checkpoint's weights, if any, laid over it. The noise depends on seed and case alone."""
@@ -192,45 +149,9 @@ def generate_videos(config, method, asked, mine, device, quiet):
         write_video(asked.files[method][case], video, clip.fps)
 
 
-def score_cases(config, method, asked, out, mine, estimate, quiet):
-    """Camera scores and MEt3R of the cases `mine`, each in out/<method>/cases -> notes {tool:
-    note}."""
-    notes = {}
-    if not config.redirector or not asked.clips:
-        notes["MEt3R"] = "not installed: MEt3R (needs --redirector, its checkout, and --videos)"
-    for case in tqdm(mine, f"{method}: scores", unit="video", disable=quiet):
-        source = out / "sources" / f"{split_case(case)[0]}.mp4"
-        why = "missing: there is no such video"
-        if method in asked.policies:
-            failed = asked.policies[method][2] / f"{split_case(case)[0]}.failed"
-            why = f"source: {failed.read_text()}" if failed.exists() else why
-        video = asked.files[method][case]
-        scores = score_poses(out / method, case, video, estimate, why)
-        if "MEt3R" not in notes:
-            note = score_met3r(config, out / method, case, source, video, scores)
-            notes |= {"MEt3R": note} if note else {}
-    return notes
-
-
-def collect_scores(config, method, asked, out, notes):
-    """All scores of a method, VBench's added -> {"cases": {case: scores}, "notes": {tool:
-    note}}."""
-    scores = {case: read_json(out / method / "cases" / f"{case}.json") for case in asked.cases}
-    there = {case: asked.files[method][case] for case in asked.cases if scores[case]["made"]}
-    found, note = score_vbench(out / method, config.vbench or sys.executable, there)
-    for case in asked.cases:
-        clip, number, speed = split_case(case)
-        source = out / "sources" / f"{clip}.digest"
-        seen = source.read_text() if source.exists() else ""
-        scores[case] |= found.get(case, {})
-        scores[case]["digest"] = case_digest(seen, trajectories.recammaster(number, 81, speed))
-    return {"cases": scores, "notes": notes | ({"VBench": note} if note else {})}
-
-
 @dataclass
 class Try(Config):
-    """python evaluate.py try my.py:f [config/geo_align.py]: what a reward says of two batches of a
-    run."""
+    """python evaluate.py try my.py:f [CONFIG]: what a reward says of two batches of a run."""
     reward: str = ""            # my.py:function, or a name of rewards.py; may be given plainly
     batches: int = 2            # of conditions x members videos each
 

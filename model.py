@@ -60,7 +60,8 @@ def rotate(x, angle, dtype):
     """Turn the pairs (2i, 2i+1) of x (B, N, H, 2P) by angle (b or 1, N, H or 1, P), radians ->
     (B, N, H, 2P) in dtype."""
     x = upcast(x).unflatten(0, (angle.shape[0], -1)).unflatten(-1, (-1, 2))  # (b, B/b, N, H, P, 2)
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    cos = angle.cos()[:, None]  # (b, 1, N, H, P)
+    sin = angle.sin()[:, None]
     if torch.compiler.is_compiling():  # real arithmetic, which fuses with what is around it
         real, imag = x.unbind(-1)
         turned = real * cos - imag * sin, real * sin + imag * cos
@@ -90,7 +91,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(dim), nn.RMSNorm(dim)  # rms_norm uses their weights
+        self.norm_q = nn.RMSNorm(dim)  # of which `rms_norm` uses the weights
+        self.norm_k = nn.RMSNorm(dim)
 
     def split(self, x):
         """(B, N, D) -> (B, N, H, 2P)"""
@@ -132,7 +134,8 @@ class CrossAttention(Attention):
     def __init__(self, dim, heads, image):
         super().__init__(dim, heads)
         if image:
-            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.k_img = nn.Linear(dim, dim)
+            self.v_img = nn.Linear(dim, dim)
             self.norm_k_img = nn.RMSNorm(dim)
 
     def keys_values(self, text, image):
@@ -365,7 +368,8 @@ class DiT(nn.Module):
         elif c.camera is not None:
             grid = c.camera.shape[2], c.camera.shape[3] // 8, c.camera.shape[4] // 8
             both = [self.control_adapter(x) for x in (c.camera, c.source_camera) if x is not None]
-            target, source = both[0], None if source is None else source + both[1]
+            target = both[0]
+            source = None if source is None else source + both[1]
             camera = F.silu(torch.cat(both, 1)) if self.config.roce else None
         return Prepared(keys_values, target, source, camera, grid)
 
@@ -504,7 +508,8 @@ def check_condition(dit, c):
             wanted = ", ".join(str(n or "any") for n in shape)
             raise ValueError(f"condition.{name} is {tuple(x.shape)}, expected ({wanted})")
 
-    config, b = dit.config, len(c)
+    config = dit.config
+    b = len(c)
     source = dit.takes_poses or c.source is not None
     expect("text", (b, None, config.text_dim))
     expect("image", config.image_dim and (b, None, config.image_dim))

@@ -11,6 +11,7 @@ says why), 75 stopped by SIGTERM, SIGINT or SIGHUP after writing a checkpoint (t
 """
 import plumbing.early  # noqa: F401, before all: a signal during the imports ends this quietly
 
+import importlib.util
 import math
 import sys
 from contextlib import nullcontext
@@ -37,8 +38,8 @@ from plumbing.ranks import (
     Clock, Interrupts, assert_ranks_agree, deafen, gather, largest, launch, rank_of, run_to_end)
 from plumbing.settings import Folder, at_most, help_text, parse
 from plumbing.tell import (
-    check_divergence, check_on_policy, describe, on_all_ranks, progress, sizes, tell, warn_of_eps,
-    warn_of_failures)
+    check_divergence, check_on_policy, describe, mirror_to, on_all_ranks, progress, sizes, tell,
+    warn_of_eps, warn_of_failures)
 from sampler import rollout, schedule, window
 from toy.world import SIZE as TOY_SIZE, open_toy
 
@@ -52,7 +53,7 @@ class Config:
     weights: Folder = "toy/weights"    # folder of the official files (clips) or of the toy's
     clips: Folder = ""                 # folder that `python -m data.prepare` wrote
     captions: str = ""                 # captions: text file, one prompt a line
-    trajectories: Folder = ""          # folder of camera paths, in formats that data/cameras reads
+    trajectories: Folder = ""          # folder of camera paths, as data/camera_files reads them
     frames: int = 81                   # video length, 4k + 1 (ReDirector; paper's missing)
     height: int = 480                  # pixels (ReDirector)
     width: int = 832                   # pixels (ReDirector)
@@ -103,6 +104,7 @@ class Config:
     sample_every: int = 10             # iterations between sample videos, and between validations
     validate: int = 8                  # fixed conditions, sampled by the ODE and scored; 0: none
     rooms: int = 8                     # toy: test rooms judged at the end, ten paths each; 0: none
+    log_to: str = ""                   # tensorboard or wandb, besides log.jsonl; empty: neither
     compile: bool = False              # torch.compile the transformer's blocks
     checkpointing: bool = True         # recompute blocks in the backward pass, but not attention
     threads: int = 0                   # CPU threads per process; 0: torch's choice
@@ -111,7 +113,7 @@ class Config:
     max_skips: int = 3                 # stop at so many updates in a row with non-finite gradients
 
     FREE = ("out", "iterations", "save_every", "keep", "sample_every", "timeout", "max_failures",
-            "max_skips", "threads", "park", "reward_batch", "rooms", "validate")  # on resume
+            "max_skips", "threads", "park", "reward_batch", "rooms", "validate", "log_to")
 
     def check(self, ranks, folders=True, given=()):
         """ValueError where settings cannot work; folders: or where the data's are missing.
@@ -126,6 +128,10 @@ class Config:
         fits = self.height % 16 == 0 and self.width % 16 == 0
         need(fits or self.world == "toy",
              f"height and width: expected multiples of 16, found {self.height} x {self.width}")
+        need(self.log_to in ("", "tensorboard", "wandb"),
+             f"log_to: expected tensorboard or wandb, found {self.log_to!r}")
+        need(not self.log_to or importlib.util.find_spec(self.log_to),
+             f"log_to: {self.log_to} is not installed; pip install {self.log_to}")
         need(len(self.v) == 4 and len(self.omega) == 4,
              "v and omega: expected (lowest, highest, mean, sd)")
         trajectories.draw_speeds(np.random.default_rng(0), self.v, self.omega)  # refuses bad bounds
@@ -224,6 +230,7 @@ def main(argv):
     run = Run(config, trained, optimizer, world.rewards, world.inputs)
     assert_ranks_agree(parameters, "at the start")
     describe(config, dit, ranks, device, run)
+    mirror = mirror_to(config.log_to if rank == 0 else "", config.out)
     policy = dit
     if ranks > 1:
         policy = DistributedDataParallel(dit, None if device.type == "cpu" else [device.index])
@@ -295,6 +302,7 @@ def main(argv):
                       "advantage_std": float(A.std()), **statistics(scores), **valid,
                       **clock.record()}
             run.log(record)
+            mirror(record)
             warn_of_eps(record, config.eps, warned)
             tell(bar, run.records, config.iterations, sum(clock.seconds.values()))
             interrupts.release()

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -313,7 +313,14 @@ def measure_network(config):
     return facts, rows
 
 
+def check_checkout(config):
+    """FileNotFoundError where --official names no checkout of ReDirector."""
+    if config.official and not (Path(config.official) / "model_utils.py").is_file():
+        raise FileNotFoundError(f"{config.official}: no checkout of byeongjun-park/ReDirector (no model_utils.py)")
+
+
 def network(config):
+    check_checkout(config)
     say_where(config)
     facts, rows = measure_network(config)
     print(", ".join(f"{name} {show(x)}" for name, x in facts.items()))
@@ -426,7 +433,7 @@ def measure_memory(config, settings, at, members, steps, mark, **how):
     dtype = getattr(torch, config.dtype)
     expected = plan.memory(estimate, dtype=dtype, dit_config=shape_of(config))[1]
     peaks = Peaks()
-    with peaks.live:
+    with nullcontext() if CUDA else peaks.live:  # which would slow a card down, and counts nothing there
         dit, shape, condition, prepared = build(config)
         codec = random_vae(config)
         dit.checkpoint = True
@@ -736,7 +743,10 @@ def card(config):
               "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "dtype": config.dtype,
               "command": " ".join(["python -m benchmarks.bench", *sys.argv[1:]]),
               "rates": {}, "facts": {}, "tables": {}, "not measured": {}}
-    lengths = [int(x) for x in config.lengths.split(",")]
+    lengths = [int(x) for x in config.lengths.split(",") if x.strip().isdecimal()]
+    if not lengths or any(n % 4 != 1 for n in lengths) or len(lengths) != len(config.lengths.split(",")):
+        raise ValueError(f"lengths: expected numbers 4k + 1 such as 81,49,17, found {config.lengths!r}")
+    check_checkout(config)
     parts = [(f"network, {n} frames", share, card_network, dataclasses.replace(config, frames=n))
              for n, share in zip(lengths, (0.3, 0.12, 0.08, *[0.05] * len(lengths)))]
     parts.append(("one iteration", 0.45, card_iteration, config))
@@ -748,7 +758,7 @@ def card(config):
                 part(settings, report)
         except TimeLimit:
             report["not measured"][name] = f"stopped at its limit, {60 * share * config.minutes:.0f} s"
-        except RuntimeError as error:  # out of memory, a kernel that the card lacks
+        except (RuntimeError, ValueError, OSError) as error:  # out of memory, a kernel that the card lacks
             report["not measured"][name] = str(error).splitlines()[0]
         if CUDA:
             torch.cuda.empty_cache()

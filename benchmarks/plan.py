@@ -130,7 +130,7 @@ class RewardModel:
     flops: float      # for one video
 
 
-def reward_models(config):
+def reward_models(config, ranks=1):
     """Those that config.rewards names.
 
     MapAnything: 1.23 B parameters in float32; 8 dense maps at a time take about 5 GB; per video
@@ -142,7 +142,7 @@ def reward_models(config):
     wanted = {item.rpartition("=")[0].strip() for item in config.rewards.split(",")}
     # Frames that MapAnything is shown
     seen = -(-(config.frames - 1) // config.estimator_stride) + 1
-    videos = config.reward_batch or config.conditions * config.members
+    videos = config.reward_batch or config.conditions // ranks * config.members  # in a call
     known = (
         RewardModel("MapAnything", ("trans", "rot"), 4 * 1.23e9, 5e9 + videos * seen * 20e6,
                     (2.11 * seen + 0.0288 * seen ** 2) * 1e12),
@@ -221,7 +221,7 @@ def memory(config, ranks=1, dtype=None, dit_config=None):
         three, layers = measure(settings, conditions, ranks, 3, dtype, dit_config)
         return [extend(x, y, layers - 2) for x, y in zip(two, three)]
 
-    settings = tuple((name, x) for name, x in vars(config).items() if name not in ("conditions", "park"))
+    settings = tuple((name, x) for name, x in vars(config).items() if name not in ELSEWHERE)
     dit_config = dit_config and dataclasses.astuple(dit_config)  # as a key of the cache
     local = config.conditions // ranks
     if local <= 3:
@@ -239,6 +239,11 @@ def without_contents():
             yield live
     finally:
         rope_angles.cache_clear()
+
+
+# Settings that `measure` does not depend on, or is told apart.
+ELSEWHERE = ("conditions", "park", "rewards", "estimator_stride", "iterations", "out", "save_every",
+             "sample_every", "ranks", "card", "rate", "largest", "measured")
 
 
 @functools.cache
@@ -370,7 +375,7 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
 def needs(config, ranks):
     """(What stays, phase -> bytes on a card) with the reward models of a run in it."""
     stay, peaks = memory(config, ranks)
-    models = reward_models(config) if config.world != "toy" else []
+    models = reward_models(config, ranks) if config.world != "toy" else []
     weights = [model.weights for model in models]
     working = max((model.working for model in models), default=0)
     if config.park:  # on the card one at a time, while it judges
@@ -467,7 +472,7 @@ def hours(config, ranks):
     share = config.share_noise and config.share_prefix
     rolled, updated = mean_evaluations(config, share, config.tail or None)
     local = config.conditions // ranks
-    judging = sum(model.flops for model in reward_models(config)) if config.world != "toy" else 0
+    judging = sum(model.flops for model in reward_models(config, ranks)) if config.world != "toy" else 0
     branches = 1 if config.guidance == 1 else 2
     valid = config.validate / config.sample_every / ranks  # videos an iteration
     work = {
@@ -531,7 +536,7 @@ def report_memory(config, ranks, card):
     """(Lines about memory on each card, whether it fits)."""
     stay, peaks = needs(config, ranks)
     limit = USABLE * card * 2 ** 30
-    models = reward_models(config) if config.world != "toy" else []
+    models = reward_models(config, ranks) if config.world != "toy" else []
     lines = [f"all the time: {', '.join(f'{name} {gb(size)}' for name, size in stay.items())}",
              f"together {gb(sum(stay.values()))}; uncompiled, measured on tensors without contents"]
     for phase, size in peaks.items():

@@ -88,6 +88,7 @@ def read_cameras(name):
     if not file.is_file():
         raise FileNotFoundError(f"{name}: no such camera file")
     try:
+        check_size(file)
         cameras = read_file(file, camera, name)
         cameras.poses = opencv_c2w(cameras, told, name)
         return every_frame(cameras)
@@ -97,6 +98,16 @@ def read_cameras(name):
         raise ValueError(f"{name}: missing key {e}") from None
     except Exception as e:  # whatever else a malformed file makes json, numpy or zlib raise
         raise ValueError(f"{name}: {str(e).removeprefix(f'{name}: ')}") from None
+
+
+def check_size(file):
+    """ValueError for a file that, unpacked, is larger than MOST cameras can be in any format."""
+    size = file.stat().st_size
+    if file.suffix == ".npz":
+        with zipfile.ZipFile(file) as parts:
+            size = sum(part.file_size for part in parts.infolist())
+    if size > 2000 * MOST:
+        raise ValueError(f"{size / 1e6:.0f} MB, expected at most {MOST} poses")
 
 
 def read_file(file, camera, name):
@@ -130,9 +141,9 @@ def read_file(file, camera, name):
 
 def opencv_c2w(cameras, told, name):
     """Poses of any convention -> c2w (N, 4, 4), OpenCV axes; told: what the name tells of it."""
-    if len(cameras.poses) > MOST:
-        raise ValueError(f"{len(cameras.poses)} cameras, expected at most {MOST}")
     poses = np.array(cameras.poses, np.float64)
+    if poses.ndim and len(poses) > MOST:
+        raise ValueError(f"{len(poses)} cameras, expected at most {MOST}")
     if poses.ndim == 3 and poses.shape[1:] == (3, 4):
         poses = np.concatenate([poses, np.tile([0.0, 0, 0, 1], (len(poses), 1, 1))], 1)
     poses = check(unrounded(poses, name), name)
@@ -189,9 +200,9 @@ def every_frame(cameras):
     if cameras.numbers is None:
         return cameras
     numbers = np.asarray(cameras.numbers)
-    gaps = np.diff(numbers) if numbers.ndim == 1 else np.zeros(1)
-    whole = numbers.dtype.kind in "iu" and min(gaps, default=1) >= 1
-    if not whole or len(numbers) != len(cameras.poses):
+    whole = numbers.ndim == 1 and numbers.dtype.kind in "iu"
+    gaps = np.diff(numbers.astype(np.int64)) if whole else np.zeros(1)
+    if not whole or min(gaps, default=1) < 1 or len(numbers) != len(cameras.poses):
         raise ValueError(f"expected a rising frame number for each of its {len(cameras.poses)} cameras, "
                          f"found {len(numbers)}: {numbers.tolist()!s:.80}")
     longest = max(gaps, default=1)

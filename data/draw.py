@@ -34,24 +34,29 @@ def upscale(video, factor):
     return x.round().clamp(0, 255).byte().movedim(1, -1).numpy()
 
 
-def grid(videos, labels, scale=1):
-    """Videos side by side, each under its caption.
-    videos: list of uint8 (T_i, H, W, 3); a shorter one holds its last frame
+def grid(videos, labels):
+    """Videos side by side, each under its caption -> uint8 (max T_i, strip + H, W, 3), W being the sum
+    of widths and of 4-pixel gaps.
+
+    videos: list of uint8 (T_i, H, W_i, 3); a shorter one holds its last frame
     labels: as many strings, broken into lines where they are too long
-    scale: whole number that the pixels are enlarged by first
-    Returns uint8 (max T_i, strip + H, sum of widths and 4-pixel gaps, 3)."""
+    """
     if len(videos) != len(labels):
         raise ValueError(f"{len(videos)} videos, {len(labels)} labels")
-    videos = [upscale(video, scale) for video in videos]
+    videos = [np.asarray(video) for video in videos]
     length = max(len(video) for video in videos)
     size = max(1, videos[0].shape[1] // 240)  # of the font: twice its pixels at 480 lines
-    lines = [textwrap.wrap(label, max(1, v.shape[2] // (6 * size) - 1)) for v, label in zip(videos, labels)]
+    lines = []
+    for video, label in zip(videos, labels):
+        letters = video.shape[2] // (6 * size) - 1  # that fit into a line
+        lines.append(textwrap.wrap(label, max(1, letters)))
     strip = size * (10 * max(map(len, lines)) + 4)
     columns = []
     for video, rows in zip(videos, lines):
         column = np.full((length, strip + video.shape[1], video.shape[2] + 4, 3), 20, np.uint8)
         for row, text in enumerate(rows):
-            mask, top = text_mask(text, size), size * (10 * row + 2)
+            mask = text_mask(text, size)
+            top = size * (10 * row + 2)
             column[:, top:top + len(mask), 2 * size:2 * size + mask.shape[1]][:, mask] = 235
         column[:, strip:, :-4] = video[np.minimum(np.arange(length), len(video) - 1)]
         columns.append(column)
@@ -59,7 +64,7 @@ def grid(videos, labels, scale=1):
 
 
 def line_alpha(points, start, end, width):
-    """Opacity (P,) in [0, 1] at points (P, 2) of the lines from start (S, 2) to end (S, 2), anti-aliased."""
+    """Opacity (P,) in [0, 1] at points (P, 2) of the anti-aliased lines from start to end, (S, 2)."""
     along = end - start  # (S, 2)
     offset = points[:, None] - start  # (P, S, 2)
     u = ((offset * along).sum(-1) / np.maximum((along ** 2).sum(-1), 1e-12)).clip(0, 1)
@@ -71,11 +76,12 @@ PATH_COLORS = ((255, 255, 255), (255, 150, 30), (60, 200, 255), (120, 230, 90)) 
 
 
 def draw_paths(video, paths, colors=PATH_COLORS):
-    """A map of camera paths, seen from above, in the lower right corner of every frame.
-    video: uint8 (T, H, W, 3); paths: list of c2w (T_i, 4, 4), all relative to the same frame
-    The map shows x to the right and z (forward) upwards, fitted to all paths, its width written in metres;
-    each camera stands where it is at that frame and points where it looks.
-    Returns a new uint8 (T, H, W, 3)."""
+    """A map of camera paths in the lower right corner of every frame -> a new uint8 (T, H, W, 3).
+
+    video: uint8 (T, H, W, 3); paths: list of c2w (T_i, 4, 4), all relative to the same frame; colors:
+    of the paths. Seen from above: x to the right, z (forward) upwards, fitted to all paths, its width
+    written in metres. Each camera stands where it is at that frame and points where it looks.
+    """
     video = np.array(video)
     paths = [np.asarray(path, dtype=np.float64) for path in paths]
     side = min(video.shape[1:3]) // 3
@@ -88,8 +94,10 @@ def draw_paths(video, paths, colors=PATH_COLORS):
 
     points = np.stack(np.meshgrid(*2 * [np.arange(side)]), -1).reshape(-1, 2) + 0.5  # (side^2, 2) x, y
     width = max(1.0, side / 60)
-    routes = [line_alpha(points, corners[:-1], corners[1:], width)
-              for corners in (pixel(path[[*range(len(path)), -1]][:, [0, 2], 3]) for path in paths)]
+    routes = []
+    for path in paths:
+        corners = pixel(path[[*range(len(path)), -1]][:, [0, 2], 3])  # a path of one camera has a line too
+        routes.append(line_alpha(points, corners[:-1], corners[1:], width))
     for t, frame in enumerate(video):
         corner = frame[-side:, -side:]
         inset = 0.35 * corner.reshape(-1, 3)
@@ -97,8 +105,9 @@ def draw_paths(video, paths, colors=PATH_COLORS):
             c2w = path[min(t, len(path) - 1)]
             here = pixel(c2w[[0, 2], 3])
             look = c2w[[0, 2], 2] * [1, -1] * side / 6
-            alpha = np.maximum(0.6 * route, line_alpha(points, here[None], (here + look)[None], width))
-            alpha = np.maximum(alpha, line_alpha(points, here[None], here[None], 4 * width))[:, None]
+            arrow = line_alpha(points, here[None], (here + look)[None], width)
+            dot = line_alpha(points, here[None], here[None], 4 * width)
+            alpha = np.maximum(np.maximum(0.6 * route, arrow), dot)[:, None]
             inset = inset * (1 - alpha) + np.array(color) * alpha
         corner[:] = inset.reshape(side, side, 3).round()
     if side >= 48:

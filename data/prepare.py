@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from tqdm import tqdm
 from data.cameras import check_fov, source_cameras, split_name, suffix_of
 from data.clips import Clip, INDEX, NEGATIVE, TENSORS, check_settings, read_index, save_clip
 from data.video import count_frames, find_videos, natural, read_frames, read_video, to_float, without_suffix
-from plumbing.files import one_line, write_file
-from plumbing.ranks import connect
+from plumbing.files import (
+    TEMPORARY, lock_folder, one_line, printable, write_file, write_json)
+from plumbing.ranks import connect, rank_of
 from plumbing.settings import run_command
 from pretrained.encoders import (
     NEGATIVE_PROMPT, check_caption, describe_frame, load_captioner, load_image_encoder,
@@ -104,12 +106,41 @@ def up_to_date(path, caption, without):
         return False
 
 
+def check_name(name):
+    """ValueError where a video's name cannot be that of a clip's file."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError("its name is no UTF-8") from None
+    if len(f"{Path(name).name}.safetensors".encode()) > 255:
+        raise ValueError("its name is too long: its clip's file has 12 bytes more, 255 at most")
+
+
+def is_clip(path):
+    """Whether a file is one of save_clip's, by its header."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "clip" in (file.metadata() or {})
+    except (OSError, SafetensorError, ValueError):
+        return False
+
+
 def write_index(out, settings, skipped):
-    clips = [f.relative_to(out).as_posix().removesuffix(".safetensors") for f in out.rglob("*.safetensors")]
-    clips = sorted((name for name in clips if name not in (Path(NEGATIVE).stem, *skipped)), key=natural)
+    files = [file for file in out.rglob("*.safetensors") if is_clip(file)]
+    clips = [file.relative_to(out).as_posix().removesuffix(".safetensors") for file in files]
+    clips = sorted((name for name in clips if name not in skipped), key=natural)
     index = {"settings": settings, "clips": clips, "skipped": skipped}
-    write_file(out / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
+    write_json(out / INDEX, index)
     return index
+
+
+def check_empty(out):
+    """ValueError where a folder without an index holds anything, lest clips and a user's files are mixed."""
+    others = [file.name for file in out.iterdir()] if out.is_dir() else []
+    others = [name for name in others if name != "lock" and not fnmatch(name, TEMPORARY)]
+    if others:
+        raise ValueError(f"{out}: no {INDEX}, but {printable(others[0])}; expected an empty folder, or one that "
+                         "data.prepare made")
 
 
 @dataclass
@@ -122,7 +153,8 @@ class Prepare:
     captioner: str = ""               # BLIP-2 by folder or hub id, for clips without a caption (middle frame)
     cameras: str = ""                 # mapanything (in the weights' map-anything), a folder with a/b.npz for
                                       # a/b.mp4, or one file for all; empty: mapanything, or none
-                                      # where the policy takes none (ReCamMaster)
+                                      # where the policy takes none (ReCamMaster). NAME@w2c tells a
+                                      # convention that files do not say (data/camera_files.py)
     fov: float = 0.0                  # horizontal field of view, degrees, for camera files without intrinsics
     estimator_stride: int = 1         # estimate every n-th camera, interpolate the others
     frames: int = 81                  # 4k + 1
@@ -142,7 +174,7 @@ def prepare(config):
     for name in ("videos", "out", "weights"):
         if not getattr(config, name):
             raise ValueError(f"--{name}=FOLDER is needed")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_of()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     if world > 1:  # only to share out the clips and to collect what was skipped, which may be days later
@@ -183,13 +215,16 @@ def prepare(config):
     if index := read_index(out):  # what its clips lack, and this command makes, is added
         begun = settings | {"without": index["settings"].get("without", [])}
         check_settings(out, index["settings"], {key: begun.get(key) for key in index["settings"]})
+    else:
+        check_empty(out)
     text_encoder = load_text_encoder(weights / TEXT_FILE, weights / TOKENIZER, device, dtype)
     image_encoder = load_image_encoder(weights / IMAGE_FILE, device, dtype) if images else None
     if cameras == "mapanything":
         cameras = mapanything(weights / "map-anything", device, config.estimator_stride).cameras
     box, skipped = [None], {}
     if rank == 0:
-        for leftover in out.rglob("*.tmp"):  # of a killed run
+        lock = lock_folder(out)  # noqa: F841, until this process ends
+        for leftover in out.rglob(TEMPORARY):  # of a killed run
             leftover.unlink()
         write_index(out, begun, {})
         box = [[name for name in names
@@ -212,6 +247,7 @@ def prepare(config):
     for name in tqdm(todo[rank::world], desc="prepare", unit="clip", disable=rank > 0):
         path = videos / name
         try:
+            check_name(name)
             text = wanted[name]
             if text is None and not config.captioner:
                 raise ValueError(f"no caption in {config.captions}")
@@ -228,7 +264,7 @@ def prepare(config):
             encoded = encode_clip(video, text, vae, text_encoder, image_encoder)
         except (ValueError, FileNotFoundError) as error:
             skipped[name] = str(error).removeprefix(f"{path}: ")
-            tqdm.write(f"skipped {name}: {skipped[name]}")
+            tqdm.write(printable(f"skipped {name}: {skipped[name]}"))
             continue
         clip = Clip(name, str(path.resolve()), text, fps, *encoded, c2w, intrinsics)
         save_clip(out / f"{name}.safetensors", clip)
@@ -243,7 +279,7 @@ def prepare(config):
         kinds = {name: re.sub(r"\d[\d.]*", "N", why) for name, why in skipped.items()}  # whatever the numbers
         for kind, count in Counter(kinds.values()).most_common(10):
             first = next(name for name in kinds if kinds[name] == kind)
-            print(f"  {count} like {first}: {skipped[first]}")
+            print(printable(f"  {count} like {first}: {skipped[first]}"))
         if not index["clips"]:
             raise ValueError(f"{videos}: no usable clip")
         return index

@@ -26,6 +26,9 @@ from plumbing.files import one_line, write_file
 
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".m4v", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+ONE_FILE = {  # for ffmpeg: whatever a file holds, no playlist of other files or of the network
+    "format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,png_pipe,jpeg_pipe,"
+                        "webp_pipe,bmp_pipe,tiff_pipe", "protocol_whitelist": "file"}
 FOLDER_FPS = 24.0  # a folder of images has no rate of its own; DAVIS, the evaluation's data, runs at 24
 
 
@@ -181,7 +184,8 @@ def open_video(path):
     with open(path, "rb") as file:
         if file.read(64).lstrip().startswith((b"ffconcat", b"#EXTM3U", b"<?xml", b"<MPD")):
             raise ValueError(f"{path}: a list of other files, expected a video")
-    container = av.open(f"file:{path}")  # "file:", or a colon in the name would be taken for a protocol
+    # "file:", or a colon in the name would be taken for a protocol
+    container = av.open(f"file:{path}", options=ONE_FILE)
     stream = film_stream(container)
     if stream is None:
         kinds = ", ".join("a still picture" if stream.type == "video" else stream.type
@@ -227,7 +231,7 @@ def open_image(path):
     taken for a pattern. Its pixels count as square: resolutions in image files are for printing."""
     content = path.read_bytes()
     try:
-        with av.open(io.BytesIO(content)) as container:
+        with av.open(io.BytesIO(content), options=ONE_FILE) as container:
             return partial(rgb, next(container.decode(video=0)), matrix=exif_matrix(content))
     except (av.error.FFmpegError, StopIteration, IndexError) as error:
         raise ValueError(f"{path}: unreadable image ({one_line(error)})") from None
@@ -291,7 +295,7 @@ def count_frames(path, expected=None):
     if path.is_dir():
         return sum(f.suffix.lower() in IMAGES for f in path.iterdir())
     try:
-        with av.open(f"file:{path}") as container:
+        with av.open(f"file:{path}", options=ONE_FILE) as container:
             stream = film_stream(container)
             if stream.frames and stream.frames == expected:
                 return expected

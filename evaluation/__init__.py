@@ -5,7 +5,7 @@
     toy       the protocol in the toy world              retake    a video of your own
     compare   several evaluations, several runs          trial     what a new reward is worth
     outside   ViPE, VBench, MEt3R as programs            ablation  Table 3 in the toy
-    warping   TrajectoryCrafter and CogNVS, there and back
+    warping   TrajectoryCrafter and CogNVS, there and back    sources   clips as the model sees them
 
 Skip it until a number in a table surprises you.
 """

@@ -33,12 +33,14 @@ def listed(text, what, convert):
 
 
 def case_name(clip, number, speed):
-    return f"{clip}_camera_{number}_speed_{speed:g}"
+    """A case's name; of a speed that six digits don't tell, all digits, so that no two share a name."""
+    text = f"{speed:g}" if float(f"{speed:g}") == speed else repr(speed)
+    return f"{clip}_camera_{number}_speed_{text}"
 
 
 def split_case(name):
     """"bear_camera_9_speed_1.5" -> ("bear", 9, 1.5); None for any other name."""
-    match = re.fullmatch(r"(.+)_camera_(\d+)_speed_(\d+(?:\.\d+)?)", name)
+    match = re.fullmatch(r"(.+)_camera_(\d+)_speed_(\d+(?:\.\d+)?)", name, re.S)
     return (match[1], int(match[2]), float(match[3])) if match and 1 <= int(match[2]) <= 10 else None
 
 

@@ -68,7 +68,8 @@ class Generating:
     weights: str = ""           # folder of the published weights
     ckpt: str = ""              # laid over the policy in `weights`: files, checkpoints' or runs' folders
     cameras: str = ""           # source cameras: a file, or a folder of one for each video; empty: estimated
-                                # where the policy takes them (ReCamMaster does not)
+                                # where the policy takes them (ReCamMaster does not). NAME@w2c tells
+                                # a convention that files do not say (data/camera_files.py)
     fov: float = 0.0            # horizontal field of view, degrees, where camera files have no intrinsics
     blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id, where captions are not given
     vipe: str = "vipe"          # ViPE's program

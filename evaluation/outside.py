@@ -50,7 +50,7 @@ def vipe(program="vipe", pipeline="default"):
     keyframes) it returns poor poses and says nothing. Videos visit a folder of plain name: = , ( [
     and more in a path are options to it.
     """
-    if shutil.which(shlex.split(program)[0]) is None:
+    if shutil.which(next(iter(shlex.split(program)), "")) is None:
         raise ValueError(f"not installed: ViPE (no program {program!r}; pip install nvidia-vipe in "
                          "an environment of its own, name it by --vipe, or use --estimator=mapanything)")
 

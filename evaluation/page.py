@@ -86,7 +86,7 @@ def write(path, title, sections):
     text = (f'<!doctype html><html lang="en"><head><meta charset="utf-8">{policy}{phone}'
             f'<title>{esc(title)}</title><style>{STYLE}</style></head>'
             f'<body><main><h1>{esc(title)}</h1>{"".join(sections)}</main></body></html>\n')
-    write_file(path, text.encode())
+    write_file(path, text.encode(errors="xmlcharrefreplace"))
 
 
 def section(title, *parts):
@@ -275,10 +275,10 @@ def below(rows):
     return np.concatenate(padded, 1)
 
 
-def read_panel(path, height=240):
-    """A video, `height` lines at most -> uint8 (T, H, W, 3), fps."""
+def read_panel(path):
+    """A video, 240 lines at most -> uint8 (T, H, W, 3), fps."""
     h, w = read_video(path, frames=1)[0].shape[1:3]
-    size = None if h <= height else (height, 2 * round(w * height / h / 2))
+    size = None if h <= 240 else (240, 2 * round(w * 240 / h / 2))
     return read_video(path, size=size)
 
 
@@ -403,9 +403,9 @@ def smooth(y):
     return np.convolve(np.pad(y, width // 2, mode="edge"), np.full(width, 1 / width), "valid")
 
 
-def thinned(x, y, most=400):
-    """At most about `most` of the points, evenly: more cannot be seen."""
-    step = max(1, len(x) // most)
+def thinned(x, y):
+    """About 400 of the points at most, evenly: more cannot be seen."""
+    step = max(1, len(x) // 400)
     return x[::step], y[::step]
 
 
@@ -444,7 +444,7 @@ def curves(logs):
     return "".join(parts)
 
 
-def strip(folder, most=6):
+def strip(folder):
     """The samples of a run, of `folder` -> HTML of one video: source, true view where there is one,
     base, and what the policy made at some iterations from the first to the last. "" where there are
     none.
@@ -457,7 +457,7 @@ def strip(folder, most=6):
     except (OSError, ValueError):
         return ""
     files = sorted(folder.glob("iteration_??????.mp4"))
-    picked = sorted({round(i) for i in np.linspace(0, len(files) - 1, most)}) if files else []
+    picked = sorted({round(i) for i in np.linspace(0, len(files) - 1, 6)}) if files else []
     columns, labels, fps = [], [], 24.0
     for n, k in enumerate(picked):
         try:

@@ -8,12 +8,14 @@ strings) and notes. page.py draws it all.
 """
 import dataclasses
 import datetime
+import html
 import itertools
 import json
 import platform
 import re
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from data.cameras import read_path
 from evaluation import page
 from evaluation.cases import items, split_case
 from evaluation.scores import PROTOCOL
-from plumbing.files import write_file, write_json
+from plumbing.files import printable, write_file, write_json
 
 METRICS = {  # key -> (heading, better: 1 higher, -1 lower, 0 nearer to one); the paper's ten first
     "subject_consistency": ("Subject Consistency", 1),
@@ -61,7 +63,7 @@ TABLE3 = {  # the ablation of the rewards; the paper's runs of it took 16 GPUs, 
 
 # ---- from scores to numbers ----
 
-def interval(values, clips, over=None, draws=2000, seed=0):
+def interval(values, clips, over=None):
     """95 % bootstrap interval of the mean of values (n,), or of sum(values) / sum(over).
 
     Clips (n names) are resampled: the cases of one clip are no independent samples. None for fewer
@@ -72,7 +74,7 @@ def interval(values, clips, over=None, draws=2000, seed=0):
         return None
     sums = np.bincount(index, values)
     below = np.bincount(index, over)  # without `over`, the number of cases
-    picked = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+    picked = np.random.default_rng(0).integers(len(names), size=(2000, len(names)))
     weights = below[picked].sum(1)
     known = weights != 0  # of a few clips, a draw may have none that counts
     means = sums[picked].sum(1)[known] / weights[known]
@@ -347,14 +349,16 @@ def comparison(methods, a, b, metrics, speed=None):
 
 def markdown(tables):
     """Tables -> Markdown."""
-    cell = lambda text: text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    # Names may hold anything.
+    plain = lambda text: html.escape(printable(text.replace("\n", " ")), quote=False)
+    cell = lambda text: plain(text).replace("\\", "\\\\").replace("|", "\\|")
     line = lambda cells: "| " + " | ".join(map(cell, cells)) + " |"
     lines = []
     for t in tables:
-        lines += [f"## {t['title']}", ""]
+        lines += [f"## {plain(t['title'])}", ""]
         if t["rows"]:
             lines += [line(t["header"]), "|" + "---|" * len(t["header"]), *map(line, t["rows"]), ""]
-        lines += [f"- {note}" for note in t["notes"]] + [""] * bool(t["notes"])
+        lines += [f"- {plain(note)}" for note in t["notes"]] + [""] * bool(t["notes"])
     return "\n".join(lines)
 
 
@@ -479,7 +483,7 @@ def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=Non
     failed = sum("failed" in case for method in methods.values() for case in method["cases"].values())
     if failed:
         lines.append(f"{failed} cases failed; the report's last table says why")
-    text = "\n".join(lines)
+    text = "\n".join(printable(line).replace("```", "` ` `") for line in lines)
     write_file(out / "tables.md", f"```\n{text}\n```\n\n{markdown(found)}".encode())
     page.write(out / "report.html", title, [
         page.html_lines(lines), page.cases(shown_cases(methods, pairs[0], asked)),
@@ -509,3 +513,17 @@ def finish(out, config, methods, checkpoints, started, world):
     title = " and ".join(others) + f" against {base}" if others else base
     write_report(out, f"Evaluation: {title}", named, pairs, paper=world == "clips", log=config.log,
                  asked=items(config.show), run=run | training_facts(checkpoints))
+    check_failures(methods)
+
+
+def check_failures(methods):
+    """ValueError where more than half of all cases failed, with the commonest reason. Videos of
+    others that are missing are none."""
+    every = [case for method in methods.values() for case in method["cases"].values()]
+    reasons = [case["failed"] for case in every
+               if "failed" in case and not case["failed"].startswith("missing")]
+    if 2 * len(reasons) > len(every):
+        kinds = [re.sub(r"\d[\d.]*", "N", reason) for reason in reasons]  # whatever the numbers
+        kind, count = Counter(kinds).most_common(1)[0]
+        raise ValueError(f"{len(reasons)} of {len(every)} cases failed, {count} like this: "
+                         f"{reasons[kinds.index(kind)]}")

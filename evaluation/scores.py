@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import trajectories
+from data.clips import NEGATIVE
 from data.cameras import read_path, split_name, suffix_of
 from data.video import count_frames, read_video
 from evaluation import outside
-from evaluation.cases import split_case
+from evaluation.cases import case_digest, split_case
 from plumbing.checkpoint import differing
-from plumbing.files import digest, read_json, write_file, write_json
+from plumbing.files import TEMPORARY, digest, read_json, write_file, write_json
 from pretrained import reward_models
 from pretrained.weights import weights_sizes
 
@@ -117,14 +119,23 @@ def read_results(path):
     return results
 
 
+def is_made(file):
+    """Whether a file of an evaluation's folder is a result, and no settings, nor the reason why there is none."""
+    if file.name in ("settings.json", NEGATIVE) or file.suffix == ".failed" or file.match(TEMPORARY):
+        return False
+    return file.suffix != ".json" or "failed" not in read_json(file)
+
+
 def keep_settings(folder, settings):
     """Make a folder, or go on with one made with the same settings; ValueError naming those that
-    differ."""
+    differ. One in which nothing was made, but what says why, may change them."""
     settings = {"protocol": PROTOCOL, **settings}
     if not (folder / "settings.json").exists():
         return write_json(folder / "settings.json", settings)
     made = read_json(folder / "settings.json")
     if differ := differing(made, {name: settings.get(name) for name in made}):
+        if not any(is_made(file) for file in folder.iterdir()):
+            return write_json(folder / "settings.json", settings)
         raise ValueError(f"{folder}: made with {differ}; choose another --out")
 
 
@@ -213,3 +224,40 @@ def score_vbench(folder, python, videos):
         if kept["note"] and kept["note"].startswith("not installed"):
             break
     return scores, "; ".join(notes) or None
+
+
+# ---- every score of a method ----
+
+def score_cases(config, method, asked, out, mine, estimate, quiet):
+    """Camera scores and MEt3R of the cases `mine`, in out/<method>/cases -> notes {tool: note}."""
+    notes = {}
+    if not config.redirector or not asked.clips:
+        notes["MEt3R"] = "not installed: MEt3R (needs --redirector, its checkout, and --videos)"
+    for case in tqdm(mine, f"{method}: scores", unit="video", disable=quiet):
+        clip, _, _ = split_case(case)
+        video = asked.files[method][case]
+        why = "missing: there is no such video"
+        if method in asked.policies:  # generated here, unless its source was bad
+            _, _, conditions = asked.policies[method]
+            failed = conditions / f"{clip}.failed"
+            why = f"source: {failed.read_text()}" if failed.exists() else why
+        scores = score_poses(out / method, case, video, estimate, why)
+        if "MEt3R" not in notes:
+            source = out / "sources" / f"{clip}.mp4"
+            note = score_met3r(config, out / method, case, source, video, scores)
+            notes |= {"MEt3R": note} if note else {}
+    return notes
+
+
+def collect_scores(config, method, asked, out, notes):
+    """All scores of a method, VBench's added -> {"cases": {case: scores}, "notes": {tool: note}}."""
+    scores = {case: read_json(out / method / "cases" / f"{case}.json") for case in asked.cases}
+    there = {case: asked.files[method][case] for case in asked.cases if scores[case]["made"]}
+    found, note = score_vbench(out / method, config.vbench or sys.executable, there)
+    for case in asked.cases:
+        clip, number, speed = split_case(case)
+        source = out / "sources" / f"{clip}.digest"
+        seen = source.read_text() if source.exists() else ""
+        scores[case] |= found.get(case, {})
+        scores[case]["digest"] = case_digest(seen, trajectories.recammaster(number, 81, speed))
+    return {"cases": scores, "notes": notes | ({"VBench": note} if note else {})}

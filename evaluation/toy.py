@@ -17,7 +17,7 @@ from evaluation.page import read_log
 from evaluation.report import finish
 from evaluation.scores import checkpoint_digest, keep_settings, pose_scores, save_poses
 from model import load_dit
-from plumbing.files import read_json, write_json
+from plumbing.files import lock_folder, read_json, write_json
 from plumbing.settings import at_least_1
 from toy.poses import judge
 from toy.rooms import FPS, HEADS
@@ -54,6 +54,7 @@ def evaluate_toy(config):
             for method, checkpoint in checkpoints.items()}
     settings = {name: getattr(config, name)
                 for name in ("rooms", "steps", "shift", "tail", "seed", "estimator")}
+    lock = lock_folder(out)  # noqa: F841, until this function ends
     for method, checkpoint in checkpoints.items():
         digests = {"base": checkpoint_digest(file), "checkpoint": checkpoint_digest(checkpoint)}
         keep_settings(out / method / "cases", settings | digests)

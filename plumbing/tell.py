@@ -123,3 +123,17 @@ def tell(bar, records, total, iteration_seconds):
     elif done % 10 == 0 or done == total:
         rewards = " ".join(word for word in words if "(" in word)
         print(f"iteration {done} of {total}: {rewards}; {iteration_seconds:.1f} s an iteration", flush=True)
+
+
+def mirror_to(name, out):
+    """A function that sends a record of log.jsonl to tensorboard or wandb too; "": nowhere."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(out)
+        return lambda record: [writer.add_scalar(key, x, record["iteration"])
+                               for key, x in record.items() if isinstance(x, (int, float))]
+    if name == "wandb":
+        import wandb
+        run = wandb.init(project="geo-align", dir=out)
+        return lambda record: run.log(record, step=record["iteration"])
+    return lambda record: None

@@ -126,7 +126,8 @@ def load_text_encoder(path, tokenizer_folder=None, device="cpu", dtype=torch.flo
         raise FileNotFoundError(f"{folder}: no such folder (the tokenizer's)")
     if folder.is_dir():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                                      trust_remote_code=False)
         except Exception as error:  # its readers raise all kinds
             raise ValueError(f"{folder}: no tokenizer ({first_line(error)})") from None
     official = read_weights(path)
@@ -253,8 +254,10 @@ def load_captioner(folder_or_id, device, dtype):
     try:
         folder = folder_or_id if Path(folder_or_id).is_dir() else snapshot_download(
             folder_or_id, allow_patterns=["*.json", "*.txt", "*.safetensors"])
-        processor = Blip2Processor.from_pretrained(folder, local_files_only=True)
-        model = Blip2ForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+        processor = Blip2Processor.from_pretrained(folder, local_files_only=True,
+                                                   trust_remote_code=False)
+        model = Blip2ForConditionalGeneration.from_pretrained(folder, local_files_only=True,
+                                                              trust_remote_code=False)
     except ImportError as error:
         raise ValueError(f"captioning needs pillow: pip install pillow ({first_line(error)})") from None
     except Exception as error:  # the libraries raise all kinds

@@ -252,7 +252,7 @@ def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torc
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         expect(Path(base) / name, "a reward model's sizes and tokenizer")
     template = (Path(__file__).parent / "prompts" / template).read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     token_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(tokens)))
     head = reward_head(state)
@@ -260,7 +260,7 @@ def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torc
     if not len(head) or rows != len(tokenizer):
         raise ValueError(f"{file}: expected rm_head and {len(tokenizer)} embeddings (the tokenizer of {base} "
                          f"and {', '.join(tokens)}), found {len(head)} head layers and {rows} embeddings")
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     config.text_config.vocab_size = rows
     with torch.device("meta"):
         body = Qwen2VLModel(config)

@@ -149,9 +149,18 @@ def refuse_prefix(path, keys, known):
         for start in known:
             before = key.find("." + start) + 1
             if before and not any(key.startswith(x) for x in known):
-                prefix, first = key[:before], ", ".join(sorted(keys)[:3])
-                raise ValueError(f"{path}: its {len(keys)} keys begin with {prefix!r}, expected them without it: save "
-                                 f"it with the keys renamed ({first:.150}, ...)")
+                message = f"{path}: its {len(keys)} keys begin with {key[:before]!r}, expected without:"
+                raise ValueError(with_three(message, sorted(keys)))
+
+
+def with_three(message, lines):
+    """A message and the first three lines, shortened where it would be longer than 285 characters."""
+    lines = lines[:3]
+    room = 285 - len(message)
+    if sum(len(line) + 2 for line in lines) > room:
+        each = max(room // len(lines) - 2, 24)
+        lines = [line if len(line) <= each else line[:each - 3] + "..." for line in lines]
+    return f"{message} {'; '.join(lines)}"
 
 
 def misfit(path, wrong, what):
@@ -159,8 +168,7 @@ def misfit(path, wrong, what):
     several (missing, unexpected, of another shape)."""
     firsts = {line.partition(" ")[0]: line for line in wrong[::-1] if line.startswith(("missing", "unexpected"))}
     shown = list(dict.fromkeys([*firsts.values(), *(x for x in wrong if " is " in x), *wrong]))[:3]
-    more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return ValueError(f"{path}: {len(wrong)} keys do not fit {what}: {'; '.join(shown):.180}{more}")
+    return ValueError(with_three(f"{path}: {len(wrong)} keys do not fit {what}:", shown))
 
 
 def refuse_misfit(path, shapes, expected, missing, what):
@@ -187,8 +195,8 @@ def need(path, state, what, dims):
     refuse_prefix(path, state, dims)
     wrong = [k for k in dims if k not in state or state[k].dim() != dims[k]]
     if wrong:
-        raise ValueError(f"{path}: no {what}: missing or misshapen {', '.join(wrong[:3])}; the first of its "
-                         f"{len(state)} keys are {', '.join(sorted(state)[:3]):.150}")
+        message = f"{path}: no {what}: missing or misshapen {', '.join(wrong[:2])}; the first of its {len(state)} keys:"
+        raise ValueError(with_three(message, sorted(state)))
 
 
 def fill(model, state, path, device, dtype):

@@ -1,4 +1,4 @@
-"""What happens to a training run when things go wrong; about five minutes on one core.
+"""What happens to a training run when things go wrong; about ten minutes on one core.
 
     python tests/faults.py [WORD ...]      only the scenarios whose names hold one of the words
 
@@ -20,18 +20,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--conditions=2", "--members=2", "--steps=4", "--first=2", "--rooms=0", "--sample_every=100000",
-         "--save_every=2", "--rewards=trans=1,rot=1"]
+         "--save_every=2", "--rewards=trans=1,rot=1", "--validate=0"]
 STARTED = []
 
 
 # ---- runs ----
 
-def start(out, *args, python=(), env=None, prepare=None):
+def start(out, *args, python=(), env=None, prepare=None, cwd=ROOT, stdout=None):
     """A training run as a process; what it says is appended to <out>.err."""
     with open(f"{out}.err", "a") as err:
-        command = [sys.executable, *python, str(ROOT / "train.py"), *SMALL, f"--out={out}", *args]
+        command = [sys.executable, *python, str(ROOT / "train.py"), *SMALL, f"--out={out}",
+                   f"--weights={ROOT / 'toy/weights'}", *args]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | (env or {})
-        process = subprocess.Popen(command, cwd=ROOT, stdout=err, stderr=err, preexec_fn=prepare, env=env)
+        process = subprocess.Popen(command, cwd=cwd, stdout=stdout or err, stderr=stdout or err,
+                                   preexec_fn=prepare, env=env)
     STARTED.append(process)
     return process
 
@@ -91,7 +93,7 @@ def workers(out):
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"--out={out}".encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+            if os.fsencode(f"--out={out}") in (folder / "cmdline").read_bytes().split(b"\0"):
                 rank = re.search(rb"\0RANK=(\d+)\0", b"\0" + (folder / "environ").read_bytes())
                 found[int(rank[1]) if rank else -1] = int(folder.name)
         except OSError:
@@ -138,8 +140,7 @@ def random_kills(folder, ranks=1, points=17):
         wait_for(lambda: resumed_at(out) is not None, processes[0])
         resumed += resumed_at(out) == there and "warning" not in log.read_text()
         if point % 2:  # while a checkpoint is written
-            shutil.rmtree(out / "checkpoint.tmp", ignore_errors=True)  # what the last kill left
-            wait_for((out / "checkpoint.tmp").exists, processes[0])
+            wait_for(lambda: [*out.glob(".geo-align-*.tmp")], processes[0])  # what the last kill left is gone
             time.sleep(g.uniform(0, 0.01))
         else:
             wait_for(lambda: point % 4 or logged(out) > there, processes[0])
@@ -148,7 +149,7 @@ def random_kills(folder, ranks=1, points=17):
             process.kill()
         for process in processes:
             process.wait()
-        during += (out / "checkpoint.tmp").exists()
+        during += bool([*out.glob(".geo-align-*.tmp")])
         lost = max(lost, logged(out) - newest(out))
     end = newest(out) + 1
     codes = [p.wait(timeout=300) for p in start_ranks(out, ranks, f"--iterations={end}")]
@@ -308,7 +309,161 @@ def read_only(folder):
     return f"exit code {code}, {error}; earlier results intact: {kept}", ok
 
 
-SCENARIOS = (exact_resume, exact_resume_2_ranks, random_kills, random_kills_2_ranks, signals,
+# ---- rewards, streams and folders that turn bad ----
+
+def mine(folder, body, head=""):
+    """--rewards with a reward of a user's own, which is called `turn` times so far."""
+    file = folder / "mine.py"
+    file.write_text(f"import itertools, os, random, signal, sys\nimport numpy as np, torch\n{head}\n"
+                    f"turns = itertools.count()\ndef f(videos, scene):\n    turn = next(turns)\n    {body}\n"
+                    "    return videos.float().mean((1, 2, 3, 4))\n")
+    return f"--rewards=trans=1,{file}:f=1"
+
+
+def failing_rewards(folder):
+    """a reward raises TypeError, SystemExit(0), KeyboardInterrupt, MemoryError in the third iteration"""
+    held, words = 0, []
+    for k, error in enumerate(("TypeError('x')", "SystemExit(0)", "KeyboardInterrupt", "MemoryError")):
+        out = folder / f"failing_{k}"
+        code = start(out, "--iterations=9", "--save_every=100", "--reward_batch=0",
+                     mine(folder, f"if turn >= 2: raise {error}")).wait(timeout=300)
+        said_so = said(out, "error:")
+        traced = "Traceback" in Path(f"{out}.err").read_text()
+        held += code == 1 and newest(out) == 2 and error.split("(")[0] in said_so and not traced
+        words.append(said_so[:40])
+    return f"{held} of 4: exit code 1, one line, two iterations saved", held == 4
+
+
+def lucky_rewards(folder):
+    """a reward draws from torch's, numpy's and random's generators; kill -9 and resume"""
+    reward = mine(folder, "return torch.rand(len(videos)) + random.random() + np.random.rand()")
+    straight, out = folder / "straight", folder / "lucky"
+    codes = [start(straight, "--iterations=4", reward).wait(timeout=300)]
+    process = start(out, "--iterations=100000", reward)
+    wait_for(lambda: newest(out) == 2, process)
+    process.kill()
+    process.wait()
+    codes += [start(out, f"--iterations={max(4, newest(out))}", reward).wait(timeout=300)]
+    equal = same(out, straight, 4)
+    return f"resumed at {resumed_at(out)}; bitwise equal: {equal}", equal and codes == [0, 0]
+
+
+def switching_rewards(folder):
+    """a reward changes the directory, default dtype, environment and signals; --out is relative"""
+    reward = mine(folder, "os.chdir('/'); torch.set_default_dtype(torch.float64); os.environ['HOME'] = ''; "
+                          "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    (folder / "here").mkdir()
+    process = start(folder / "here/run", "--out=run", reward, "--iterations=100000", "--save_every=1000",
+                    cwd=folder / "here")
+    out = folder / "here/run"
+    wait_for(lambda: logged(out) >= 2, process)
+    process.terminate()
+    code = process.wait(timeout=120)
+    warned = Path(f"{out}.err").read_text().count("; set back")
+    return (f"{warned} warnings, SIGTERM heard (exit code {code}), {newest(out)} of {logged(out)} iterations saved "
+            f"where --out says", code == 75 and warned == 4 and newest(out) == logged(out) >= 2)
+
+
+def streams(folder):
+    """stdout and stderr closed, a pipe whose reader leaves, /dev/full, and ASCII with a name of other letters"""
+    held = []
+    pipe = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    pipe.wait()
+    cases = {"closed": dict(prepare=lambda: [os.close(fd) for fd in (0, 1, 2)]), "pipe": dict(stdout=pipe.stdin),
+             "full": dict(stdout=open("/dev/full", "w")),
+             "f\u00fcr\udcff\n": dict(env={"PYTHONIOENCODING": "ascii"})}
+    for name, options in cases.items():
+        out = folder / name
+        code = start(out, "--iterations=2", **options).wait(timeout=300)
+        whole = (out / "log.jsonl").read_text().count("\n") == 2 if (out / "log.jsonl").exists() else False
+        held.append(code == 0 and newest(out) == 2 and whole)
+    return f"{sum(held)} of 4 ran to the end, exit code 0, log and checkpoint whole", all(held)
+
+
+def hangup(folder):
+    """SIGHUP; and SIGHUP under nohup"""
+    out, other = folder / "hangup", folder / "nohup"
+    process = start(out, "--iterations=100000", "--save_every=100000")
+    wait_for(lambda: logged(out) >= 2, process)
+    process.send_signal(signal.SIGHUP)
+    code = process.wait(timeout=120)
+    nohup = start(other, "--iterations=5", prepare=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(lambda: logged(other) >= 1, nohup)
+    nohup.send_signal(signal.SIGHUP)
+    return (f"exit code {code}, {newest(out)} of {logged(out)} saved; under nohup it goes on",
+            code == 75 and newest(out) == logged(out) and nohup.wait(timeout=300) == 0)
+
+
+def early_signals(folder):
+    """SIGINT at 8 moments of the first two seconds"""
+    g, loud, codes = random.Random(0), 0, set()
+    for k in range(8):
+        out = folder / f"early_{k}"
+        process = start(out, "--iterations=100000")
+        time.sleep(g.uniform(0.1, 2))
+        process.send_signal(signal.SIGINT)
+        codes.add(process.wait(timeout=120))
+        loud += "Traceback" in Path(f"{out}.err").read_text()
+    return f"exit codes {sorted(codes)}, {loud} tracebacks", loud <= 1 and codes <= {-2, 75, 1}
+
+
+def removed_folder(folder):
+    """the out folder, or its log, is removed while running"""
+    held = []
+    for k, remove in enumerate((shutil.rmtree, lambda out: (out / "log.jsonl").unlink(),
+                                lambda out: out.rename(out.with_name("moved")))):
+        out = folder / f"removed_{k}"
+        process = start(out, "--iterations=100000", "--save_every=100000")
+        wait_for(lambda: logged(out) >= 2, process)
+        remove(out)
+        code = process.wait(timeout=120)
+        saved = [*folder.glob(f"removed_{k}_rescued_*/iteration_*/state.json")]
+        named = bool(saved) and str(saved[0].parent.parent) in Path(f"{out}.err").read_text()
+        held.append(code == 1 and named and "removed or replaced" in said(out, "error:"))
+    return f"{sum(held)} of 3: exit code 1, the iterations saved beside, where is said", all(held)
+
+
+def different_ranks(folder):
+    """rank 1 has another lr, another reward file, another base"""
+    weights = folder / "weights"
+    shutil.copytree(ROOT / "toy/weights", weights)
+    base = bytearray((weights / "toy_base.safetensors").read_bytes())
+    base[-1] ^= 1
+    (weights / "toy_base.safetensors").write_bytes(base)
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    rewards = [mine(folder / name, "pass", f"x = {k}") for k, name in enumerate("ab")]
+    cases = {"lr": ([], ["--lr=1e-3"]), "code of rewards": rewards, "content of weights": ([], [f"--weights={weights}"])}
+    held = []
+    for k, (what, args) in enumerate(cases.items()):
+        out = folder / f"different_{k}"
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
+        processes = [start(out, "--iterations=2", *([own] if isinstance(own, str) else own), env=env | {"RANK": f"{r}"})
+                     for r, own in enumerate(args)]
+        codes = [process.wait(timeout=300) for process in processes]
+        held.append(codes == [1, 1] and said(out, f"rank 1: {what}") != "" and not out.exists())
+    return f"{sum(held)} of 3 named with the rank, nothing written", all(held)
+
+
+def foreign_listener(folder):
+    """another program listens on MASTER_PORT, --timeout=8"""
+    out = folder / "foreign"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
+        begun = time.monotonic()
+        processes = [start(out, "--iterations=2", "--timeout=8", env=env | {"RANK": str(r)}) for r in (0, 1)]
+        codes = [process.wait(timeout=120) for process in processes]
+    seconds = time.monotonic() - begun
+    return (f"exit codes {codes} after {seconds:.0f} s; {said(out, 'error:')[:60]}",
+            codes == [1, 1] and seconds < 60 and "Traceback" not in Path(f"{out}.err").read_text())
+
+
+SCENARIOS = (failing_rewards, lucky_rewards, switching_rewards, streams, hangup, early_signals, removed_folder,
+             different_ranks, foreign_listener, exact_resume, exact_resume_2_ranks, random_kills, random_kills_2_ranks, signals,
              signal_to_torchrun, dead_torchrun, restart, dead_rank, hanging_rank, hanging_rank_0, full_disk,
              read_only)
 

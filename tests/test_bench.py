@@ -35,6 +35,13 @@ def test_a_part_ends_at_its_limit():
             pass
 
 
+@pytest.mark.parametrize("wrong, said", [({"lengths": "9,x"}, "lengths"), ({"lengths": "8"}, "lengths"),
+                                         ({"official": "nowhere"}, "no checkout")])
+def test_card_refuses(wrong, said):
+    with pytest.raises((ValueError, OSError), match=said):
+        bench.card(bench.Card(**TINY | wrong))
+
+
 @pytest.mark.parametrize("has_card", [False, True])
 def test_card_writes_a_table_and_what_plan_reads(has_card, tmp_path, monkeypatch):
     """has_card: what is only done on a card is done too, with a stand-in for the driver."""

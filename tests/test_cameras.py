@@ -487,3 +487,9 @@ def test_named_paths(tmp_path):
     np.testing.assert_allclose(tr.speeds(faster), (1.5 * v, 1.5 * omega))
     with pytest.raises(FileNotFoundError, match="arc_left.*static"):
         cameras.named_path("sideways")
+
+
+def test_a_file_of_too_many_poses_is_refused(tmp_path):
+    np.savez_compressed(tmp_path / "bomb.npz", c2w=np.zeros((2_000_000, 4, 4)))  # 0.3 MB hold 256
+    with pytest.raises(ValueError, match="bomb.npz: 256 MB, expected at most 100000 poses"):
+        cameras.read_path(tmp_path / "bomb.npz")

@@ -15,12 +15,13 @@ def test_glyphs_differ():
 
 def test_grid():
     a, b = clip(5), clip(3)
-    out = grid([a, b], ["left", "a caption that is much too long for one line"], scale=2)
+    enlarged = [upscale(a, 2), upscale(b, 2)]
+    out = grid(enlarged, ["left", "a caption that is much too long for one line"])
     strip = out.shape[1] - 96
     assert out.shape == (5, strip + 96, 2 * 128 + 4, 3) and strip >= 20
-    assert (out[:, strip:, :128] == upscale(a, 2)).all()
+    assert (out[:, strip:, :128] == enlarged[0]).all()
     right = out[:, strip:, 132:]
-    assert (right[:3] == upscale(b, 2)).all() and (right[3:] == right[2]).all()
+    assert (right[:3] == enlarged[1]).all() and (right[3:] == right[2]).all()
     assert (out[:, :strip].max() == 235) and (out[0, :strip] == out[4, :strip]).all()
     with pytest.raises(ValueError, match="2 videos, 1 labels"):
         grid([a, b], ["left"])

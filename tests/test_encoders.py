@@ -1,6 +1,4 @@
 import math
-import os
-import pickle
 import re
 from pathlib import Path
 
@@ -249,10 +247,8 @@ def test_bad_files(tmp_path, load):
     shapes = umt5_shapes(9, 8, 8, 8, 2, 2) if load is load_text_encoder else clip_shapes(80, 3, 28, 14, 8)
     torch.save(draw(shapes), tmp_path / "whole.pth")
     load(tmp_path / "whole.pth")
-    whole = (tmp_path / "whole.pth").read_bytes()
-    for length in 0, 200, len(whole) // 2:
-        (tmp_path / "cut.pth").write_bytes(whole[:length])
-        one_line(load, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:200])  # more in test_vae.py
+    one_line(load, tmp_path / "cut.pth")
     state = draw(shapes) | {"visual.more": torch.zeros(1), "blocks.0.more": torch.zeros(1)}
     norm = next(k for k in state if k.endswith("0.norm1.weight"))
     state[norm] = torch.ones(3)
@@ -261,21 +257,6 @@ def test_bad_files(tmp_path, load):
     one_line(load, tmp_path / "wrong.pth", "missing", "norm", "is (3,), expected", "unexpected", "more")
     with pytest.raises(ValueError, match="torch.int8"):
         load(tmp_path / "whole.pth", dtype=torch.int8)
-
-
-@pytest.mark.parametrize("load", [load_text_encoder, load_image_encoder])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_code_is_refused_unexecuted(tmp_path, load, zipped):
-    class Malicious:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'executed'}",)
-
-    if zipped:
-        torch.save({"norm.weight": Malicious()}, tmp_path / "bad.pth")
-    else:
-        (tmp_path / "bad.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))
-    one_line(load, tmp_path / "bad.pth", "refused")
-    assert not (tmp_path / "executed").exists()
 
 
 def test_bad_tokens_and_prompts(text, tmp_path):

@@ -19,9 +19,9 @@ import tiny_weights
 import trajectories
 from data.video import read_video, to_float, to_uint8, write_video
 from evaluation import generate as generating
-from evaluation import outside, report, scores
+from evaluation import outside, report, scores, sources
 from evaluation import toy as toy_evaluation
-from evaluation.cases import case_name, find_checkpoints, find_clips, find_generated, listed
+from evaluation.cases import case_name, split_case, find_checkpoints, find_clips, find_generated, listed
 from evaluation.generate import generate
 from evaluation.scores import keep_settings, pose_scores, read_results, save_poses
 from plumbing import files
@@ -183,8 +183,14 @@ def test_results_of_another_protocol_are_refused(tmp_path):
 def test_a_folder_made_with_other_settings_is_refused(tmp_path):
     keep_settings(tmp_path / "a", {"steps": 50, "seed": 0})
     keep_settings(tmp_path / "a", {"steps": 50, "seed": 0})
-    with pytest.raises(ValueError, match=r"a: made with steps = 50, now 25; choose another --out"):
-        keep_settings(tmp_path / "a", {"steps": 25, "seed": 0})
+    (tmp_path / "a/failed.json").write_text('{"failed": "why"}')
+    (tmp_path / "a/clip.failed").write_text("why")
+    keep_settings(tmp_path / "a", {"steps": 25, "seed": 0})  # nothing was made yet
+    (tmp_path / "a/made.mp4").write_text("")
+    with pytest.raises(ValueError, match=r"a: made with steps = 25, now 50; choose another --out"):
+        keep_settings(tmp_path / "a", {"steps": 50, "seed": 0})
+    assert case_name("a", 1, 1.0000001) != case_name("a", 1, 1) == "a_camera_1_speed_1"
+    assert split_case(case_name("a\nb", 1, 1.0000001)) == ("a\nb", 1, 1.0000001)
 
 
 # ---- videos made elsewhere ----
@@ -432,7 +438,8 @@ def test_protocol(protocol, monkeypatch):
         written.append(Path(path).relative_to(out).as_posix() if out in Path(path).parents else "report")
         write(path, *rest)
 
-    monkeypatch.setattr(evaluate, "write_video", stop_once)
+    for module in (evaluate, sources):
+        monkeypatch.setattr(module, "write_video", stop_once)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(protocol)
     evaluate.evaluate(protocol)
@@ -452,6 +459,7 @@ def test_protocol(protocol, monkeypatch):
 
 def test_settings_are_kept(protocol):
     keep_settings(Path(protocol.out) / "base/videos", {"steps": 50})
+    (Path(protocol.out) / "base/videos/made.mp4").write_text("")
     with pytest.raises(ValueError, match="base/videos: made with steps = 50, now 1"):
         evaluate.evaluate(protocol)
 

@@ -145,6 +145,29 @@ def test_all_steps_are_kept_whatever_the_size():
     assert every == pytest.approx(eight, rel=0.02)
 
 
+# ---- does it fit ----
+
+def test_reward_models_are_in_the_sum(monkeypatch):
+    found = {"rewards": 2e9, "update": 3e9}
+    monkeypatch.setattr(plan, "memory", lambda config, ranks: ({"weights": 1e9}, dict(found)))
+    config = plan.Plan(world="clips", rewards="trans=1,hpsv3=1,sharpness=1", reward_batch=1)
+    _, together = plan.needs(config, 1)
+    assert together["update"] == pytest.approx(3e9 + 4.92e9 + 15.5e9)  # MapAnything and HPSv3
+    config.park = True
+    _, parked = plan.needs(config, 1)
+    assert parked == {"rewards": pytest.approx(2e9 + 15.5e9 + 1e9), "update": 3e9}
+    config.rewards = "sharpness=1"
+    assert plan.needs(config, 1)[1] == found
+
+
+@pytest.mark.parametrize("recipe, ranks, card", [
+    ("one_card_24gb", 1, 24), ("one_card_48gb", 1, 48), ("one_card_80gb", 1, 80), ("eight_cards_80gb", 8, 80)])
+def test_recipes_fit_their_cards(recipe, ranks, card):
+    config = parse(plan.Plan, [str(ROOT / f"config/{recipe}.py"), "--weights=nowhere"])
+    config.check(ranks, folders=False)
+    assert plan.fits(config, ranks, card)
+
+
 # ---- the command ----
 
 def run_plan(capsys, *argv):

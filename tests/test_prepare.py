@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 from test_video import bad_videos, clip, full_disk
 
 import data.prepare
@@ -235,6 +236,8 @@ def test_other_settings_are_refused(source, weights, cache):
         run(source, weights, cache, width=64)
     with pytest.raises(ValueError, match="cameras = files of .*/cameras, wanted files of .*/a.npz"):
         run(source, weights, cache, captions="", cameras=str(source / "cameras/a.npz"))
+    with pytest.raises(ValueError, match="cameras = files of .*/cameras, wanted files of .*/cameras@w2c,opengl"):
+        run(source, weights, cache, cameras=f"{source}/cameras@w2c,opengl")
     with pytest.raises(ValueError, match="frames = 9, wanted 81"):
         ClipCache(cache, frames=81)
     with pytest.raises(ValueError, match="4k.1 frames"):
@@ -320,7 +323,7 @@ def test_damaged_clip(cache, tmp_path):
 
 def test_killed_and_resumed(source, weights, cache, tmp_path):
     # killed at the very worst moment, the second clip's bytes written but not yet in place
-    program = f"""
+    program = """
 import os, signal
 replace = os.replace
 def kill(file, path):
@@ -334,7 +337,7 @@ prepare.prepare(parse(prepare.Prepare, sys.argv[1:]))
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == -9, done.stderr
     out = tmp_path / "out"
-    assert {f.suffix for f in out.iterdir()} == {".json", ".safetensors", ".tmp"}
+    assert {f.suffix for f in out.iterdir()} == {".json", ".safetensors", ".tmp", ""}  # "": lock
     with pytest.raises(ValueError, match="not finished"):
         ClipCache(out)
     first = (out / "a.mp4.safetensors").stat()
@@ -346,7 +349,7 @@ prepare.prepare(parse(prepare.Prepare, sys.argv[1:]))
 def test_full_disk_stops(source, weights, tmp_path):
     with full_disk(40_000), pytest.raises(OSError, match="too large.*a.mp4.safe"):
         run(source, weights, tmp_path / "out")  # index and negative prompt fit, no clip does
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [INDEX, NEGATIVE]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [INDEX, "lock", NEGATIVE]
 
 
 def test_two_ranks_make_what_one_makes(source, weights, cache, tmp_path):
@@ -357,3 +360,31 @@ def test_two_ranks_make_what_one_makes(source, weights, cache, tmp_path):
     assert clips(tmp_path / "out") == clips(cache)
     assert read_index(tmp_path / "out") == read_index(cache)
     assert done.stdout.count("4 clips made, 0 were there, 0 skipped") == 1
+
+
+# ---- other files in the folder, and odd names ----
+
+def test_a_users_files_are_neither_removed_nor_listed(source, weights, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.tmp").write_text("mine")
+    with pytest.raises(ValueError, match="no index.json, but notes.tmp; expected an empty folder"):
+        run(source, weights, out)
+    (out / "notes.tmp").unlink()
+    index = run(source, weights, out)
+    (out / "notes.tmp").write_text("mine")
+    save_file({"a": torch.zeros(1)}, out / "foreign.safetensors")
+    assert run(source, weights, out)["clips"] == index["clips"]
+    assert (out / "notes.tmp").read_text() == "mine"
+
+
+def test_odd_names_are_skipped_or_kept(source, weights, tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    content = (source / "videos/a.mp4").read_bytes()
+    for name in ("a\nb.mp4", "\udcff.mp4", 246 * "x" + ".mp4"):
+        (folder / name).write_bytes(content)
+    index = run(source, weights, tmp_path / "out", videos=folder, captions="",
+                cameras=source / "cameras/a.npz")
+    assert index["clips"] == ["a\nb.mp4"] and set(index["skipped"]) == {"\udcff.mp4", 246 * "x" + ".mp4"}
+    assert read_index(tmp_path / "out") == index

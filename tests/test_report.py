@@ -260,3 +260,11 @@ def test_facts_of_a_run():
     found = report.facts(Settings(rooms=2), time.time() - 61)
     assert found["settings that differ from the default"] == "rooms = 2" and found["seed"] == "0"
     assert found["wall time"] == "61 s (of this call)" and {"date", "commit", "device"} <= set(found)
+
+
+def test_most_cases_failed_is_no_success():
+    cases = {f"a_camera_{n}_speed_1": {"failed": f"ViPE failed (exit code {n})"} for n in (1, 2, 3)}
+    fine = {f"a_camera_{n}_speed_1": {"TransErr": 0.1} for n in (4, 5, 6)}
+    report.check_failures({"base": {"cases": cases | fine}})
+    with pytest.raises(ValueError, match=r"3 of 5 cases failed, 3 like this: ViPE failed \(exit code 1\)"):
+        report.check_failures({"base": {"cases": cases}, "other": {"cases": dict(list(fine.items())[:2])}})

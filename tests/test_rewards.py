@@ -1,11 +1,13 @@
 """Rewards: scoring rules, geometry on planted errors, model-free closed forms."""
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 
 import rewards
+from plumbing import guard
 from rewards import Scene
 
 def scene(n, frames=5, height=16, width=24, source=True, seed=0):
@@ -252,3 +254,88 @@ def test_one_pass_serves_both_errors():
     assert calls == [3] and weights == {"rot": 2, "trans": 1}
     loaded, _ = rewards.load("rot=2", estimator=estimator)
     assert set(rewards.score(loaded, video, s)[0]) == {"rot"}
+
+
+# ---- a reward of a user's own changes nothing outside ----
+
+def own(tmp_path, code):
+    (tmp_path / "own.py").write_text("import os, sys, numpy as np, torch\n" + code)
+    return rewards.load(f"{tmp_path}/own.py:f=1")[0]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("videos.numpy()[:] = 0", "changed its videos or scene in place"),
+    ("videos.data.zero_()", "changed its videos or scene in place"),
+    ("scene.source.numpy()[0] = 0", "changed its videos or scene in place"),
+    ("sys.exit(0)", "SystemExit: 0"), ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    ("raise GeneratorExit", "GeneratorExit"), ("os.no_such_name", "AttributeError"),
+    ("return {1: 2, 'x': 3}", r"found \['1', 'x'\]"),
+    ("return torch.zeros(2, device='meta')", "expected float scores"),
+])
+def test_a_reward_that_does_harm_is_an_error(tmp_path, line, message):
+    video, s = scene(2)
+    before = video.clone(), s.source.clone(), s.c2w.clone()
+    loaded = own(tmp_path, f"def f(videos, scene):\n    {line}\n    return torch.zeros(len(videos))\n")
+    with pytest.raises(ValueError, match=f"reward f: .*{message}"):
+        rewards.score(loaded, video, s)
+    assert all(torch.equal(a, b) for a, b in zip(before, (video, s.source, s.c2w)))
+
+
+def test_global_switches_are_set_back_and_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("KEPT", "1")
+    monkeypatch.chdir(tmp_path)
+    code = """
+torch.set_default_dtype(torch.float64)
+def f(videos, scene):
+    torch.set_default_device("meta"); torch.set_grad_enabled(True); np.seterr(all="raise")
+    os.chdir("/"); os.environ["ADDED"] = "1"; del os.environ["KEPT"]
+    return torch.zeros(len(videos), device="cpu", dtype=torch.float32)
+"""
+    video, s = scene(2)
+    threads, errors = torch.get_num_threads(), np.geterr()
+    with torch.no_grad():
+        rewards.score(own(tmp_path, code), video, s)
+        assert not torch.is_grad_enabled()
+    assert torch.zeros(1).dtype == torch.float32 and torch.zeros(1).device.type == "cpu"
+    assert os.getcwd() == str(tmp_path) and np.geterr() == errors and torch.get_num_threads() == threads
+    assert os.environ["KEPT"] == "1" and "ADDED" not in os.environ
+    said = capsys.readouterr().err
+    assert "own.py changed torch's default dtype; set back" in said
+    for switch in ("torch's default device", "torch's grad mode", "numpy's error handling",
+                   "the working directory", "the environment"):
+        assert said.count(f"warning: reward f changed {switch}; set back") == 1
+
+
+def test_what_a_file_imports_belongs_to_its_code(tmp_path, monkeypatch):
+    """Postponed annotations and dataclasses work; a helper's helper counts; python's own modules do not."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "helper_a.py").write_text("import helper_b\nfrom os import path\nimport math\n")
+    (tmp_path / "helper_b.py").write_text("SCALE = 2.0\n")
+    code = """from __future__ import annotations
+import dataclasses, torch
+from helper_a import helper_b
+@dataclasses.dataclass
+class Options:
+    scale: float = helper_b.SCALE
+def f(videos, scene):
+    return torch.full((len(videos),), Options().scale)
+"""
+    (tmp_path / "own.txt").write_text(code)  # whatever it is called
+    first, = rewards.load(f"{tmp_path}/own.txt:f=1")[0]
+    video, s = scene(2)
+    assert rewards.score([first], video, s)[0]["f"].tolist() == [2, 2]
+    again, = rewards.load(f"{tmp_path}/own.txt:f=1")[0]
+    (tmp_path / "helper_b.py").write_text("SCALE = 3.0\n")
+    changed, = rewards.load(f"{tmp_path}/own.txt:f=1")[0]
+    assert first.code == again.code != changed.code and len(first.code) < 1000
+
+
+def test_the_same_luck_for_a_reward_that_draws(tmp_path):
+    code = "import random\ndef f(videos, scene):\n" \
+           "    return torch.rand(len(videos)) + random.random() + np.random.rand()\n"
+    loaded, (video, s) = own(tmp_path, code), scene(2)
+    draws = []
+    for key in ((0, 1), (0, 1), (0, 2), (1, 1)):
+        guard.seed_everything(*key)
+        draws.append(rewards.score(loaded, video, s)[0]["f"].tolist())
+    assert draws[0] == draws[1] and draws[0] != draws[2] and draws[0] != draws[3]

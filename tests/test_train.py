@@ -87,9 +87,10 @@ def test_bad_settings(tmp_path, text, arg, message):
 @pytest.mark.parametrize("settings, message", [
     (dict(conditions=3), "do not divide over 2 ranks"), (dict(frames=80), "4k . 1"),
     (dict(size=30), "window size"), (dict(members=8, updates=3), "do not divide"),
-    (dict(world="moon"), "toy or clips"), (dict(members=0), "at least 1"),
+    (dict(world="moon"), "toy, clips or captions"), (dict(members=0), "at least 1"),
     (dict(shift=0.0), "shift: expected > 0"), (dict(grad_clip=0.5), "grad_clip: expected more than 1"),
     (dict(tau=-0.1), "tau: expected >= 0"), (dict(betas=(0.9, 1.0)), "betas: expected two numbers"),
+    (dict(log_to="paper"), "log_to: expected tensorboard or wandb"),
     (dict(window_per_condition=True), "window_per_condition: expected strategy random"),
     (dict(height=100, world="clips"), "multiples of 16"), (dict(world="clips"), "--clips=FOLDER is needed"),
 ])

@@ -389,3 +389,16 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     with full_disk(100_000), pytest.raises(OSError, match="500000 bytes.*a.bin"):
         write_file(tmp_path / "a.bin", b"x" * 500_000)
     assert os.listdir(tmp_path) == ["a.bin"] and (tmp_path / "a.bin").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile 'secret.mp4'\n",
+                                  "#EXTM3U\n#EXTINF:1,\nsecret.mp4\n#EXT-X-ENDLIST\n"])
+def test_a_playlist_under_a_videos_name_is_refused(tmp_path, text):
+    write_video(tmp_path / "secret.mp4", clip(5), 24)
+    (tmp_path / "x.mp4").write_text(text)
+    with pytest.raises(ValueError, match="x.mp4: a list of other files"):
+        read_video(tmp_path / "x.mp4")
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames/1.png").write_text(text)
+    with pytest.raises(ValueError, match="1.png: unreadable"):
+        read_video(tmp_path / "frames")
