@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils import checkpoint as recompute
 
 from plumbing.batch import Batch
-from pretrained.weights import misfit, open_tensors, refuse_nan, refuse_prefix
+from pretrained.weights import open_tensors, refuse_misfit, refuse_nan, refuse_prefix
 
 
 def upcast(x):
@@ -453,14 +453,9 @@ def load_dit(path, *overlays, num_heads=None, device="cpu", dtype=torch.float32,
         raise ValueError(f"{path}: {error}") from None
     expected = {key: tuple(x.shape) for key, x in dit.state_dict().items()}
     what = f"a DiT of {config.num_layers} blocks of width {config.dim}"
+    missing = {str(path): [key for key in expected if key not in base and key not in added]}
     for file, (shapes, _) in files.items():
-        wrong = [f"unexpected {key}" for key in shapes if key not in expected]
-        wrong += [f"{key} is {shape}, expected {expected[key]}"
-                  for key, shape in shapes.items() if expected.get(key, shape) != shape]
-        if file == str(path):
-            wrong += [f"missing {key}" for key in expected if key not in base and key not in added]
-        if wrong:
-            raise misfit(file, wrong, what)
+        refuse_misfit(file, shapes, expected, missing.get(file, ()), what)
     state = {}
     for key in expected:
         file, read = [(file, read) for file, (shapes, read) in files.items() if key in shapes][-1]

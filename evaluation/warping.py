@@ -25,7 +25,7 @@ import trajectories
 from data.cameras import source_cameras
 from data.clips import load_clip
 from data.video import read_video, write_video
-from evaluation.cases import case_name, find_clips, listed
+from evaluation.cases import case_name, find_clips, listed, split_case
 from plumbing.files import read_json, write_file, write_json
 
 METHODS = ("TrajectoryCrafter", "CogNVS")
@@ -205,6 +205,9 @@ def warp(config):
         raise ValueError("--evaluation=FOLDER is needed, an evaluation's --out")
     numbers = listed(config.paths, "paths", trajectories.path_number)
     speeds = listed(config.speeds, "speeds", float)
+    for speed in speeds:
+        if split_case(case_name("clip", 1, speed)) is None:
+            raise ValueError(f"speeds: expected numbers such as 1 and 1.5, found {speed:g}")
     if not config.back:
         return send(config, list(find_clips(Path(config.evaluation) / "sources")), numbers, speeds)
     sent = read_json(Path(config.out) / "cases.json")

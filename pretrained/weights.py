@@ -173,6 +173,16 @@ def misfit(path, wrong, what):
     return ValueError(with_three(f"{path}: {len(wrong)} keys do not fit {what}:", shown))
 
 
+def refuse_misfit(path, shapes, expected, missing, what):
+    """ValueError unless the {key: shape} of a file are among those `expected`, and no key is `missing`."""
+    wrong = [f"unexpected {key}" for key in shapes if key not in expected]
+    wrong += [f"{key} is {shape}, expected {expected[key]}"
+              for key, shape in shapes.items() if expected.get(key, shape) != shape]
+    wrong += [f"missing {key}" for key in missing]
+    if wrong:
+        raise misfit(path, wrong, what)
+
+
 def refuse_nan(path, key, x):
     """ValueError where a tensor holds NaN or infinity: it would give black videos."""
     if x.is_meta or not x.numel():

@@ -156,6 +156,7 @@ def test_what_target_pose_cannot_express_is_refused(tmp_path):
     (dict(method="Crafter"), "method: expected TrajectoryCrafter or CogNVS"),
     (dict(evaluation=""), "--evaluation=FOLDER is needed"), (dict(cameras=""), "no source cameras there"),
     (dict(cameras="{w}/cameras/none"), "no camera file"), (dict(paths="11"), "paths"),
+    (dict(speeds="1,-1"), "speeds: expected numbers such as"), (dict(speeds="nan"), "found nan"),
     (dict(back="{w}/none"), "cases.json"), (dict(evaluation="{w}"), "sources")])
 def test_bad_input(sources, changes, why):
     config = dict(method="CogNVS", evaluation=str(sources / "E"), cameras=str(sources / "cameras"),
