@@ -1,4 +1,4 @@
-# The real run, from published weights to a table. Set first what README.md's section of the same name sets:
+# The real run, from published weights to a table. Set first what pretrained/README.md sets:
 # WEIGHTS VIDEOS CAPTIONS CACHE PATHS DAVIS CLIP CONFIG CARDS OUT; and SIZE, FEW, SHORT to rehearse, else empty.
 set -euo pipefail
 python -m pretrained.weights $WEIGHTS
