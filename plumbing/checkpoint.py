@@ -6,7 +6,8 @@
     log.jsonl                                a line for each iteration
     lock                                     empty; locked while a run goes on
 
-`trained` is name -> parameter, of those that train; `made`: all settings, and digests of what the run is fed.
+`trained` is name -> parameter, of those that train; `made`: all settings, and digests of what the
+run is fed.
 """
 import dataclasses
 import json
@@ -32,13 +33,14 @@ MOMENTS = "optimizer.safetensors"
 STATE = "state.json"
 FILES = (WEIGHTS, MOMENTS, STATE)
 KEYS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of every parameter
-PLACES = ("weights", "clips", "trajectories", "out")  # settings that say where; what is there is digested
+PLACES = ("weights", "clips", "trajectories", "out")  # settings that say where: contents count
 METADATA = "geo_align"  # key of what a file of weights says of itself; one key, as their order is not kept
 
 
 def differing(made, now):
-    """"name = before, now after; ..." of the settings `now` that differ from `made`, "" if none do."""
-    return "; ".join(f"{k} = {made.get(k)!r}, now {x!r}" for k, x in now.items() if made.get(k) != x)
+    """"name = before, now after; ..." of the settings `now` that differ from `made`, or ""."""
+    changed = {name: x for name, x in now.items() if made.get(name) != x}
+    return "; ".join(f"{name} = {made.get(name)!r}, now {x!r}" for name, x in changed.items())
 
 
 # ---- checkpoints in a folder ----
@@ -54,11 +56,14 @@ def checkpoints(out):
 
 
 def read_state(folder):
-    """A checkpoint's state.json, a dict. ValueError where it is damaged, OSError where it cannot be read."""
+    """A checkpoint's state.json, a dict. ValueError where it is damaged, OSError where it cannot be
+    read."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         wanted = {"iteration": int, "config": dict, "digests": dict}
-        if not isinstance(state, dict) or any(type(state.get(key)) is not kind for key, kind in wanted.items()):
+        if not isinstance(state, dict):
+            raise ValueError("expected an object")
+        if any(type(state.get(key)) is not kind for key, kind in wanted.items()):
             raise ValueError(f"expected {', '.join(wanted)}")
         return state
     except FileNotFoundError:
@@ -88,8 +93,8 @@ def read_tensors(folder, name, state):
 def load_checkpoint(folder, trained, optimizer, made, free):
     """Restore weights and optimiser from a checkpoint; returns its iteration.
 
-    ValueError where it is damaged, OSError where it cannot be read, RuntimeError where it was made with other
-    settings or inputs than now, but for the settings named in `free`.
+    ValueError where it is damaged, OSError where it cannot be read, RuntimeError where it was made
+    with other settings or inputs than now, but for the settings named in `free`.
     """
     state = read_state(folder)
     if int(folder.name.removeprefix("iteration_")) != state["iteration"]:
@@ -105,22 +110,24 @@ def load_checkpoint(folder, trained, optimizer, made, free):
     wanted = {name: (p.shape, p.dtype) for name, p in trained.items()}
     if {name: (x.shape, x.dtype) for name, x in weights.items()} != wanted:
         raise ValueError(f"{folder / WEIGHTS}: other parameters than this model's")
-    wanted = {f"{key}.{name}": () if key == "step" else p.shape for name, p in trained.items() for key in KEYS}
-    if {name: tuple(x.shape) for name, x in moments.items()} != {name: tuple(x) for name, x in wanted.items()}:
+    wanted = {f"{key}.{name}": () if key == "step" else tuple(p.shape)
+              for name, p in trained.items() for key in KEYS}
+    if {name: tuple(x.shape) for name, x in moments.items()} != wanted:
         raise ValueError(f"{folder / MOMENTS}: other moments than this model's parameters have")
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(weights[name])
             mine = {key: moments[f"{key}.{name}"] for key in KEYS}
-            optimizer.state[p] = {key: x if key == "step" else x.to(p.device) for key, x in mine.items()}
+            optimizer.state[p] = {key: x if key == "step" else x.to(p.device)
+                                  for key, x in mine.items()}
     return state["iteration"]
 
 
 def resume(out, trained, optimizer, made, free):
     """Iterations already done: the newest whole checkpoint's, 0 where there is none at all.
 
-    Damaged ones are passed over with a warning. Where none is whole, nothing is begun over them: ValueError.
-    OSError where one cannot be read now, which says nothing about what it holds.
+    Damaged ones are passed over with a warning. Where none is whole, nothing is begun over them:
+    ValueError. OSError where one cannot be read now, which says nothing about what it holds.
     """
     damage = []
     for _, folder in reversed(checkpoints(out)):
@@ -133,8 +140,8 @@ def resume(out, trained, optimizer, made, free):
             print(f"warning: {why}; going on from {folder.name}", file=sys.stderr)
         return iteration
     if damage:
-        raise ValueError(f"{damage[0]}; no checkpoint is whole, and nothing is begun over them: choose another "
-                         f"--out or move them away")
+        raise ValueError(f"{damage[0]}; no checkpoint is whole, and nothing is begun over them: "
+                         "choose another --out or move them away")
     return 0
 
 
@@ -180,7 +187,8 @@ def is_of(folder, run):
 
 
 def remove_checkpoint(folder):
-    """Removes a checkpoint's files and its folder; under another name first, lest a half-removed one is read."""
+    """Removes a checkpoint's files and its folder; under another name first, lest a half-removed
+    one is read."""
     if not folder.exists():
         return
     gone = temporary_name(folder.parent)
@@ -191,7 +199,8 @@ def remove_checkpoint(folder):
 
 
 def move_aside(path):
-    """Gives what stands where a file or folder must go another name, says so, and returns the name."""
+    """Gives what stands where a file or folder must go another name, says so, and returns the name.
+    """
     if not os.path.lexists(path):
         return None
     number = 1
@@ -203,7 +212,8 @@ def move_aside(path):
 
 
 def find_checkpoint(path):
-    """A checkpoint's file from itself, its folder, or a run's folder (then the newest that is whole)."""
+    """A checkpoint's file from itself, its folder, or a run's folder (then the newest that is
+    whole)."""
     path = Path(path)
     files = [path, path / WEIGHTS, *(folder / WEIGHTS for _, folder in reversed(checkpoints(path)))]
     files = [f for f in files if f.is_file()]
@@ -217,7 +227,8 @@ def find_checkpoint(path):
 
 
 def damaged(file):
-    """Whether the state.json beside a checkpoint's file, if there is one, has another checksum for it."""
+    """Whether the state.json beside a checkpoint's file, if there is one, has another checksum for
+    it."""
     if not file.with_name(STATE).is_file():
         return False
     try:
@@ -239,10 +250,11 @@ def iteration_of(line):
 
 
 def open_log(path, iteration):
-    """log.jsonl, opened for appending, with the lines before `iteration` only: the others are made again.
+    """log.jsonl, opened for appending, with the lines before `iteration` only: the others are made
+    again.
 
-    Nothing else is dropped but a last line that was cut short. Where lines of another program would be, or
-    where a run begins anew over lines, the old file is moved aside.
+    Nothing else is dropped but a last line that was cut short. Where lines of another program would
+    be, or where a run begins anew over lines, the old file is moved aside.
     """
     if path.is_symlink() or path.exists() and not path.is_file():
         raise ValueError(f"{path}: expected a file, or nothing")
@@ -289,19 +301,23 @@ def read_norms(out, iteration):
     if iteration == 0:
         return []
     norms = read_state(out / f"iteration_{iteration:06d}").get("gradient norms", [])
-    if not isinstance(norms, list) or not all(type(x) in (int, float) and 0 <= x < math.inf for x in norms):
-        raise ValueError(f"{out}/iteration_{iteration:06d}/{STATE}: gradient norms: expected finite numbers")
+    fine = isinstance(norms, list) and all(type(x) in (int, float) and 0 <= x < math.inf for x in norms)
+    if not fine:
+        raise ValueError(f"{out}/iteration_{iteration:06d}/{STATE}: gradient norms: expected "
+                         "finite numbers")
     return norms
 
 
 class Run:
-    """A run's folder, from before its checkpoints are read until the process ends. Only rank 0 writes there.
+    """A run's folder, from before its checkpoints are read until the process ends. Only rank 0
+    writes there.
 
-    config: its settings, with FREE, the names of those that may change on resume; trained: name -> parameter;
-    rewards, inputs: see what_is_made.
-    out: the folder; done: iterations whose updates the weights hold; saved: iterations of the last checkpoint;
-    skipped: updates left out in a row before `done`, during which nothing is saved; norms: of the last updates'
-    gradients, which the loop clips by; records: the log's lines so far (rank 0).
+    config: its settings, with FREE, the names of those that may change on resume; trained: name ->
+    parameter; rewards, inputs: see what_is_made.
+
+    out: the folder; done: iterations whose updates the weights hold; saved: iterations of the last
+    checkpoint; skipped: updates left out in a row before `done`, during which nothing is saved;
+    norms: of the last updates' gradients, which the loop clips by; records: the log's lines so far.
     """
 
     def __init__(self, config, trained, optimizer, rewards, inputs=None):
@@ -318,7 +334,7 @@ class Run:
         self.done = resume(self.out, trained, optimizer, self.made, self.free)
         self.saved = self.done
         self.norms = read_norms(self.out, self.done)
-        self.norms_done = list(self.norms)  # those before `done`: the loop adds to the others as it goes
+        self.norms_done = list(self.norms)  # those before `done`: the loop adds to the others
         self.records = []
         self.skipped = 0
         self.unlogged = False  # whether the last iteration's line could not be written
@@ -332,15 +348,16 @@ class Run:
         lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
         self.records = [json.loads(line) for line in lines]
         watched = (self.lock, self.out / "lock"), (self.file, self.out / "log.jsonl")
-        self.watched = [(file, path) for file, path in watched if is_still(file, path)]  # some network file
-        # systems number the same file anew each time
+        # some network file systems number the same file anew each time
+        self.watched = [(file, path) for file, path in watched if is_still(file, path)]
 
     def sample(self):
         """The file of the sample videos that show what is done."""
         return self.out / f"samples/iteration_{self.done:06d}.mp4"
 
     def lacks_sample(self):
-        """Whether a run that begins, or that was killed between checkpoint and sample, has none that is due."""
+        """Whether a run that begins, or that was killed between checkpoint and sample, has none
+        that is due."""
         due = self.done % self.made["sample_every"] == 0 or self.done == self.made["iterations"]
         return self.done == 0 or due and not self.sample().exists()
 
@@ -371,7 +388,8 @@ class Run:
             raise OSError(error.errno, one_line(error), self.file.name) from None
 
     def save(self):
-        """A checkpoint of what is done; none while updates are being skipped, so that a healthy one remains."""
+        """A checkpoint of what is done; none while updates are being skipped, so that a healthy one
+        remains."""
         if self.skipped:
             return
         if self.writes:
@@ -381,16 +399,17 @@ class Run:
         self.saved = self.done
 
     def finish(self):
-        """After the last iteration; RuntimeError where its update was left out, so that the run is not whole."""
+        """After the last iteration; RuntimeError where its update was left out, so that the run is
+        not whole."""
         if self.skipped:
-            raise RuntimeError(f"the last {self.skipped} updates were skipped, as their gradients were no numbers; "
-                               f"{self.saved} of {self.done} iterations are saved")
+            raise RuntimeError(f"the last {self.skipped} updates were skipped, as their gradients were "
+                               f"no numbers; {self.saved} of {self.done} iterations are saved")
 
     def save_rest(self, half_done):
         """Before the run ends in whatever way: a checkpoint of what is done and not yet saved.
 
-        half_done: whether the weights are of no iteration, so that they cannot be. Where the folder is gone or
-        full, the checkpoint goes to another, which is named.
+        half_done: whether the weights are of no iteration, so that they cannot be. Where the folder
+        is gone or full, the checkpoint goes to another, which is named.
         """
         if not self.writes or not self.done:
             return
@@ -405,7 +424,8 @@ class Run:
               file=sys.stderr)
 
     def save_elsewhere(self, error):
-        """A checkpoint beside the run's folder or among temporary files; OSError where that fails too."""
+        """A checkpoint beside the run's folder or among temporary files; OSError where that fails
+        too."""
         for place in (self.out.parent, Path(tempfile.gettempdir())):
             try:
                 folder = Path(tempfile.mkdtemp(prefix=f"{self.out.name}_rescued_", dir=place))

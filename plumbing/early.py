@@ -1,4 +1,5 @@
-"""Imported before all else by each program: Ctrl-C during the imports, which take seconds, ends it quietly."""
+"""Imported before all else by each program: Ctrl-C during the imports, which take seconds, ends it
+quietly."""
 import signal
 import sys
 from pathlib import Path

@@ -19,7 +19,8 @@ def one_line(error):
 
 
 def printable(text):
-    """A name as it can be printed anywhere: line breaks, escapes and bytes that are no UTF-8 as \\n, \\x1b."""
+    """A name as it can be printed anywhere: line breaks, escapes and bytes that are no UTF-8 as
+    \\n, \\x1b."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -29,15 +30,16 @@ TEMPORARY = ".geo-align-*.tmp"  # nothing else is ever removed as a leftover
 
 
 def temporary_name(folder):
-    """A new name in a folder, short, so that a file's own name may be as long as file systems allow."""
+    """A new name in a folder, short, so that a file's own name may be as long as file systems
+    allow."""
     return Path(folder) / TEMPORARY.replace("*", uuid.uuid4().hex[:12])
 
 
 def write_file(path, content):
     """Write bytes so that `path` is either what it was or complete, whatever happens in between.
 
-    A killed process leaves at most a file named as TEMPORARY, which nothing reads; a full disk raises OSError.
-    A link at `path` is replaced, not followed.
+    A killed process leaves at most a file named as TEMPORARY, which nothing reads; a full disk
+    raises OSError. A link at `path` is replaced, not followed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +57,8 @@ def write_file(path, content):
 
 
 def write_json(path, content):
-    """JSON without NaN. Bytes of a file name that are no UTF-8 become \\udc.. and are read back as they were."""
+    """JSON without NaN. Bytes of a file name that are no UTF-8 become \\udc.. and are read back as
+    they were."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     write_file(path, text.encode(errors="backslashreplace"))
 
@@ -70,10 +73,12 @@ def read_json(path):
 # ---- claiming a folder ----
 
 def lock_folder(folder, patience=30):
-    """Claims a folder that is written to until this process ends or closes the file that is returned.
+    """Claims a folder that is written to until this process ends or closes the file that is
+    returned.
 
-    Waits `patience` seconds for a process that is about to end; ValueError where it does not. A link among its
-    entries that leads to a folder is refused: nothing is written outside. A file system without locks is said.
+    Waits `patience` seconds for a process that is about to end; ValueError where it does not. A
+    link among its entries that leads to a folder is refused: nothing is written outside. A file
+    system without locks is said.
     """
     import fcntl  # not on Windows
     folder = Path(folder)
@@ -92,20 +97,21 @@ def lock_folder(folder, patience=30):
         except BlockingIOError:
             if end is None:
                 end = time.monotonic() + patience
-                print(f"{folder}: another process is writing there; waiting {patience} s", file=sys.stderr)
+                print(f"{folder}: another process is writing there; waiting {patience} s",
+                      file=sys.stderr)
             if time.monotonic() >= end:
-                raise ValueError(f"{folder}: another process is writing there; wait for it or choose another "
-                                 f"--out") from None
+                raise ValueError(f"{folder}: another process is writing there; wait for it or choose "
+                                 "another --out") from None
             time.sleep(0.2)
         except OSError as error:
-            print(f"warning: {folder}: this file system has no locks ({error.strerror}): two processes that "
-                  f"write there would spoil each other's files", file=sys.stderr)
+            print(f"warning: {folder}: this file system has no locks ({error.strerror}): two "
+                  "processes that write there would spoil each other's files", file=sys.stderr)
             return lock
         lock.close()  # its file was removed meanwhile, or is another's: look again
 
 
 def is_still(file, path):
-    """Whether an open file is what its path leads to, so that it was neither removed nor replaced."""
+    """Whether an open file is what its path leads to: neither removed nor replaced."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -113,7 +119,8 @@ def is_still(file, path):
 
 
 def remove_leftovers(folder, *below):
-    """Removes what a killed process left in a folder, and in those `below` it; only from a claimed one."""
+    """Removes what a killed process left in a folder, and in those `below` it; only from a claimed
+    one."""
     for place in (Path(folder), *(Path(folder) / name for name in below)):
         for leftover in place.glob(TEMPORARY):
             if leftover.is_dir() and not leftover.is_symlink():
@@ -135,10 +142,12 @@ MOST_FILES = 2000  # read whole; of more files, the sizes of all and the content
 
 
 def digest_files(files, quiet=True):
-    """One digest of the contents of files, under their names relative to the folder that holds them all.
+    """One digest of the contents of files, under their names relative to the folder that holds them
+    all.
 
-    The same files in another folder give the same. Of more than MOST_FILES, as many as that are read, evenly
-    spread, and the others count by name and size. quiet: no bar. OSError where one cannot be read.
+    The same files in another folder give the same. Of more than MOST_FILES, as many as that are
+    read, evenly spread, and the others count by name and size. quiet: no bar. OSError where one
+    cannot be read.
     """
     files = sorted(Path(file) for file in files)
     if not files:

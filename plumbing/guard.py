@@ -1,4 +1,5 @@
-"""What stands between a run and a reward of a user's: it may fail, but it changes nothing outside of itself."""
+"""What stands between a run and a reward of a user's: it may fail, but it changes nothing outside
+of itself."""
 import ast
 import importlib.util
 import inspect
@@ -23,12 +24,14 @@ from plumbing.ranks import Interrupts, Stop
 # ---- a user's file ----
 
 def load_function(path, name):
-    """Function `name` of (videos, scene) in a python file -> (it, bytes of its code and of what it imports).
+    """Function `name` of (videos, scene) in a python file -> (it, bytes of its code and of what it
+    imports).
 
     FileNotFoundError, or ValueError that names the file, whatever the file does when it is run.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; a reward of your own is my_file.py:function=weight")
+        raise FileNotFoundError(f"{path}: no such file; a reward of your own is "
+                                "my_file.py:function=weight")
     content = Path(path).read_bytes()
     module = types.ModuleType(f"reward_{digest(str(Path(path).resolve()).encode())[:8]}")
     module.__file__ = str(Path(path).resolve())
@@ -51,9 +54,11 @@ def load_function(path, name):
 
 
 def find_helpers(content, package, found):
-    """Adds to `found`, file -> bytes, the python files that code imports, and those that these import.
+    """Adds to `found`, file -> bytes, the python files that code imports, and those that these
+    import.
 
-    Installed packages and python's own modules don't count; package: the code's own, for relative imports.
+    Installed packages and python's own modules don't count; package: the code's own, for relative
+    imports.
     """
     names = set()
     for line in ast.walk(ast.parse(content)):
@@ -61,8 +66,8 @@ def find_helpers(content, package, found):
             names |= {alias.name for alias in line.names}
         elif isinstance(line, ast.ImportFrom):
             base = package.rsplit(".", line.level - 1)[0] + "." if line.level else ""
-            names |= {f"{base}{line.module or ''}".strip("."),
-                      *(f"{base}{line.module or ''}.{alias.name}".replace("..", ".") for alias in line.names)}
+            base = f"{base}{line.module or ''}".strip(".")
+            names |= {base, *(f"{base}.{alias.name}" for alias in line.names)}
     installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     for name in sorted(names):
         module = sys.modules.get(name)
@@ -81,7 +86,8 @@ def find_helpers(content, package, found):
 # ---- a call ----
 
 class Failed(Exception):
-    """A reward failed for the videos it was given. reason: why; out_of_memory: the error, if it was that."""
+    """A reward failed for the videos it was given. reason: why; out_of_memory: the error, if it was
+    that."""
     def __init__(self, reason, out_of_memory=None):
         super().__init__(reason)
         self.reason = reason
@@ -89,10 +95,12 @@ class Failed(Exception):
 
 
 def call(reward, names, videos, scene):
-    """A reward's scores of n videos, name -> (n,) float; it gets copies of them and of the scene's n rows.
+    """A reward's scores of n videos, name -> (n,) float; it gets copies of them and of the scene's
+    n rows.
 
-    Failed where it raises for these videos. ValueError where it is itself wrong: it returns other names or
-    shapes or infinities, changes what it was given, ends the program, or raises an error of code, as TypeError.
+    Failed where it raises for these videos. ValueError where it is itself wrong: it returns other
+    names or shapes or infinities, changes what it was given, ends the program, or raises an error
+    of code, as TypeError.
     """
     fields = {name: x for name, x in vars(scene).items() if torch.is_tensor(x)}
     own_fields = {name: x.clone() for name, x in fields.items()}
@@ -115,14 +123,16 @@ def call(reward, names, videos, scene):
 
 
 def same_bytes(a, b):
-    """Whether two tensors are bitwise equal, NaN too; also after changes through numpy or another library."""
+    """Whether two tensors are bitwise equal, NaN too; also after changes through numpy or another
+    library."""
     # flattened into new memory: torch sees no bytes in an expanded tensor of one element (its stride is 0)
     a, b = (torch.cat([x.detach().reshape(-1)]).view(torch.uint8) for x in (a, b))
     return a.shape == b.shape and torch.equal(a, b)
 
 
 def checked(scores, names, n):
-    """What a reward returned for n videos as name -> (n,); ValueError where it is not what was expected."""
+    """What a reward returned for n videos as name -> (n,); ValueError where it is not what was
+    expected."""
     if torch.is_tensor(scores) and len(names) == 1:
         scores = {names[0]: scores}
     if not isinstance(scores, dict) or set(scores) != set(names):
@@ -139,7 +149,8 @@ def checked(scores, names, n):
 
 @contextmanager
 def errors_named(what):
-    """Whatever a user's code raises, SystemExit and KeyboardInterrupt too, becomes a ValueError naming it."""
+    """Whatever a user's code raises, SystemExit and KeyboardInterrupt too, becomes a ValueError
+    naming it."""
     try:
         yield
     except (Stop, Failed):
@@ -190,13 +201,14 @@ SWITCHES = {  # name: (how to read it, how to set it)
     "numpy's error handling": (np.geterr, lambda was: np.seterr(**was)),
     "the working directory": (working_directory, lambda was: os.chdir(was) if was else None),
     "the environment": (lambda: dict(os.environ), restore_environment),
-    "signal handlers": (lambda: [signal.getsignal(signum) for signum in Interrupts.SIGNALS], restore_handlers)}
+    "signal handlers": (lambda: [signal.getsignal(signum) for signum in Interrupts.SIGNALS],
+                        restore_handlers)}
 WARNED = set()  # (whose, which switch): said once
 
 
 @contextmanager
 def as_it_was(whose):
-    """Restores, after a user's code, the global switches that it changed, with a warning for each."""
+    """Restores, after a user's code, the global switches it changed, with a warning for each."""
     before = {name: read() for name, (read, _) in SWITCHES.items()}
     try:
         yield
@@ -211,7 +223,8 @@ def as_it_was(whose):
 
 
 def seed_everything(*key):
-    """Seeds torch's, numpy's and random's global generators, so that a user's code repeats itself on resume."""
+    """Seeds torch's, numpy's and random's global generators, so that a user's code repeats itself
+    on resume."""
     seed = int(digest(repr(key).encode())[:15], 16)
     torch.manual_seed(seed)
     np.random.seed(seed % 2 ** 32)

@@ -20,9 +20,10 @@ from plumbing.files import digest_files, printable
 def connect(backend, timeout):
     """init_process_group for the rank and world size that torchrun names; timeout in seconds.
 
-    torchrun's store outlives a restart, and in it the addresses of processes that are gone, which torch
-    (2.13) may take for the new ones. So all goes under a name that only this start knows: rank 0 draws it,
-    and tells whoever asks, under a name of the asker's own. TimeoutError names the ranks that do not come.
+    torchrun's store outlives a restart, and in it the addresses of processes that are gone, which
+    torch (2.13) may take for the new ones. So all goes under a name that only this start knows:
+    rank 0 draws it, and tells whoever asks, under a name of the asker's own. TimeoutError names the
+    ranks that do not come.
     """
     if dist.is_torchelastic_launched() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: not to go on when torchrun is killed
@@ -52,7 +53,8 @@ def connect(backend, timeout):
 
 
 def rendezvous(patience):
-    """(store, rank, ranks) of torchrun's environment. TimeoutError where nobody, or a stranger, answers there.
+    """(store, rank, ranks) of torchrun's environment. TimeoutError where nobody, or a stranger,
+    answers there.
 
     In a thread of its own, as torch may wait for a stranger's answer for ever, deaf to signals.
     """
@@ -70,14 +72,16 @@ def rendezvous(patience):
         thread.join(0.05)
     if not found:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise TimeoutError(f"{where}: no rank 0 answered in {patience:g} s; does another program listen there?")
+        raise TimeoutError(f"{where}: no rank 0 answered in {patience:g} s; does another program "
+                           "listen there?")
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
 
 
 def rank_of():
-    """(this process's rank, number of ranks), as torchrun names them; ValueError for what it would not."""
+    """(this process's rank, number of ranks), as torchrun names them; ValueError for what it would
+    not."""
     named = {name: os.environ.get(name) or default for name, default in (("RANK", 0), ("WORLD_SIZE", 1))}
     try:
         rank, ranks = map(int, named.values())
@@ -141,7 +145,8 @@ def assert_ranks_agree(parameters, what):
 
 
 def compare_ranks(made):
-    """ValueError, on every rank, that names the rank and the setting where what is done differs from rank 0's.
+    """ValueError, on every rank, that names the rank and the setting where what is done differs
+    from rank 0's.
 
     made: name -> value. The program's own files and torch's version are compared too.
     """
@@ -166,8 +171,8 @@ def lost_contact(error):
 
 
 def absent(wait=3):
-    """After a collective failed: the ranks that do not come here in `wait` seconds, as they ended or hang.
-    Known under torchrun, whose store outlives them."""
+    """After a collective failed: the ranks that do not come here in `wait` seconds, as they ended
+    or hang. Known under torchrun, whose store outlives them."""
     store = dist.distributed_c10d._get_default_store()
     ranks = range(dist.get_world_size())
     try:
@@ -181,7 +186,8 @@ def absent(wait=3):
 # ---- signals and time ----
 
 class Clock:
-    """Seconds since the last call, by phase; waits for the device, so that no phase is blamed for another."""
+    """Seconds since the last call, by phase; waits for the device, so that no phase is blamed for
+    another."""
     def __init__(self, device):
         self.device = device
         self.seconds = {}
@@ -204,10 +210,11 @@ class Stop(BaseException):
 
 
 class Interrupts:
-    """SIGINT, SIGTERM and SIGHUP raise Stop, but between `hold` and `release` they wait for the release.
+    """SIGINT, SIGTERM and SIGHUP raise Stop, but between `hold` and `release` they wait for the
+    release.
 
-    held: whether a half-done update is going on, so that the weights are of no iteration. A signal that is
-    ignored when the program starts, as nohup has it, stays ignored.
+    held: whether a half-done update is going on, so that the weights are of no iteration. A signal
+    that is ignored when the program starts, as nohup has it, stays ignored.
     """
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -233,7 +240,8 @@ class Interrupts:
 
 
 def deafen():
-    """From here on no signal matters; one that came during a collective is raised here, and dropped."""
+    """From here on no signal matters; one that came during a collective is raised here, and
+    dropped."""
     for signum in 2 * Interrupts.SIGNALS:
         try:
             signal.signal(signum, signal.SIG_IGN)
@@ -267,7 +275,8 @@ class Steady:
 
 
 def steady_streams():
-    """From here on a closed, full or ASCII-only terminal ends nothing: names are escaped, the rest is dropped."""
+    """From here on a closed, full or ASCII-only terminal ends nothing: names are escaped, the rest
+    is dropped."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
@@ -282,7 +291,8 @@ def steady_streams():
 
 
 def run_to_end(main, argv):
-    """A training program from its command line to its exit code: 0 done, 1 failed, 75 stopped by a signal."""
+    """A training program from its command line to its exit code: 0 done, 1 failed, 75 stopped by a
+    signal."""
     steady_streams()
     try:
         main(argv)
@@ -310,7 +320,8 @@ def say_why(error):
 
 
 def words_of(error):
-    """An error in one line: ours and the system's as they are, any other with its kind and where to look."""
+    """An error in one line: ours and the system's as they are, any other with its kind and where to
+    look."""
     if isinstance(error, (ValueError, OSError)) and not isinstance(error, UnicodeError):
         return printable(error)
     first = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,5 @@
-"""Settings of every command: a dataclass, filled from a file of `name = value` lines and from --name=value.
+"""Settings of every command: a dataclass, filled from a file of `name = value` lines and from
+--name=value.
 
 A program has one or more commands, each a dataclass of settings and a function of it:
     run_command("evaluate.py", __doc__, {"evaluate": (Evaluate, evaluate, None), ...}, sys.argv[1:])
@@ -18,11 +19,13 @@ from plumbing.ranks import lost_contact, steady_streams, words_of
 
 
 class Folder(str):
-    """A setting that says where: made absolute when read, whatever directory a reward changes to later."""
+    """A setting that says where: made absolute when read, whatever directory a reward changes to
+    later."""
 
 
 def convert(kind, value, where):
-    """value as a field's type: numbers, tuples, booleans as python writes them. ValueError says where."""
+    """value as a field's type: numbers, tuples, booleans as python writes them. ValueError says
+    where."""
     if kind in (str, Folder) and isinstance(value, str):
         return value
     try:
@@ -72,7 +75,8 @@ def read_settings(file):
 def parse(config_class, argv, default=None):
     """[file.py] --name=value ... -> config; later wins. default: the file where argv names none.
 
-    ValueError for unknown names (the nearest one is suggested), wrong types, or a file of anything else.
+    ValueError for unknown names (the nearest one is suggested), wrong types, or a file of anything
+    else.
     """
     fields = {f.name: f.type for f in dataclasses.fields(config_class)}
     files = [a for a in argv if not a.startswith("--")] or ([default] if default else [])
@@ -157,11 +161,12 @@ def help_text(doc, settings):
 
 
 def choose_command(commands, argv):
-    """([command name] ... of argv, its settings): (settings, function). ValueError for an unknown name.
+    """([command name] ... of argv, its settings): (settings, function). ValueError for an unknown
+    name.
 
-    commands: name -> (dataclass of settings, function of them, the setting that may be given plainly: as an
-    argument without --name=, or None). The first is meant where argv names none. A dataclass's FILE is the
-    file of settings that is read where none is named.
+    commands: name -> (dataclass of settings, function of them, the setting that may be given
+    plainly: as an argument without --name=, or None). The first is meant where argv names none. A
+    dataclass's FILE is the file of settings that is read where none is named.
     """
     named = bool(argv) and argv[0] in commands
     name = argv[0] if named else next(iter(commands))
@@ -181,7 +186,8 @@ def choose_command(commands, argv):
 
 
 def run_command(program, doc, commands, argv):
-    """Run what argv asks for. Whatever fails ends with one line and exit code 1; --help shows the settings.
+    """Run what argv asks for. Whatever fails ends with one line and exit code 1; --help shows the
+    settings.
 
     DEBUG set: with the traceback before it.
     """
