@@ -18,7 +18,7 @@ from evaluation.report import finish
 from evaluation.scores import checkpoint_digest, keep_settings, pose_scores, save_poses
 from model import load_dit
 from plumbing.files import lock_folder, read_json, write_json
-from plumbing.settings import at_least_1
+from plumbing.settings import at_least_1, at_most
 from toy.poses import judge
 from toy.rooms import FPS, HEADS
 from toy.world import held_out, open_weights
@@ -88,6 +88,7 @@ def evaluate_toy(config):
 def refuse_what_cannot_be(config, speeds):
     """ValueError, OSError for settings that cannot be."""
     at_least_1(config, "rooms", "steps")
+    at_most(config, rooms=1 << 12, steps=1 << 12)
     if config.estimator not in ("judge", "estimator"):
         raise ValueError(f"estimator: expected judge or estimator, found {config.estimator!r}")
     if not all(0 < speed < math.inf for speed in speeds):

@@ -340,6 +340,7 @@ BAD = [  # command, with {w} the folder above; what its line must say
     ("evaluate.py toy --ckpt={w}/cut.safetensors", "cut.safetensors: not a whole safetensors file"),
     ("evaluate.py toy --ckpt={w}/evil_vae/Wan2.1_VAE.pth", "Wan2.1_VAE.pth: refused"),
     ("evaluate.py toy --ckpt={w}/foreign.safetensors", "unexpected a"),
+    ("evaluate.py toy --rooms=99999999999", "rooms: expected at most 4096"),
     ("evaluate.py toy --rooms=0", "rooms: expected at least 1, found 0"),
     ("evaluate.py compare {w}/results.json",
      "expected two different results.json, or their folders, or more"),
