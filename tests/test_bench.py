@@ -30,9 +30,14 @@ def test_one_iteration_marks_its_phases():
 
 
 def test_a_part_ends_at_its_limit():
+    """Also where what runs then hides exceptions, as the compiler does."""
     with pytest.raises(bench.TimeLimit), bench.limited(0.01):
         while True:
-            pass
+            try:
+                while True:
+                    pass
+            except Exception:
+                pass
 
 
 @pytest.mark.parametrize("wrong, said", [({"lengths": "9,x"}, "lengths"), ({"lengths": "8"}, "lengths"),
