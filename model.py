@@ -57,8 +57,7 @@ def rope_angles(frames, height, width, head_dim, device, dtype):
 
 
 def rotate(x, angle, dtype):
-    """Turn the pairs (2i, 2i+1) of x (B, N, H, 2P) by angle (b or 1, N, H or 1, P), radians ->
-    (B, N, H, 2P) in dtype."""
+    """Pairs (2i, 2i+1) of x (B, N, H, 2P) turned by angle (b or 1, N, H or 1, P) radians."""
     x = upcast(x).unflatten(0, (angle.shape[0], -1)).unflatten(-1, (-1, 2))  # (b, B/b, N, H, P, 2)
     cos = angle.cos()[:, None]  # (b, 1, N, H, P)
     sin = angle.sin()[:, None]
@@ -228,8 +227,7 @@ class Condition(Batch):
 
 @dataclass
 class Prepared(Batch):
-    """The part of a forward pass that depends on neither x nor t, nor on what trains. Computed once
-    per condition."""
+    """What of a forward pass depends on neither x nor t, nor on what trains: computed once."""
     text: tuple                  # per block (k, v) of text and, if any, image, (b, H, L, 2P) each
     target: torch.Tensor | None  # (b, N, D) camera tokens, added to the target's tokens
     source: torch.Tensor | None  # (b, N, D) the source video's tokens
@@ -352,8 +350,8 @@ class DiT(nn.Module):
         return e, linear(F.silu(e), self.time_projection[1]).unflatten(1, (6, -1))
 
     def prepare(self, condition):
-        """Condition -> Prepared, which forward takes in its place: same result, same gradients of
-        what trains. ValueError unless the condition fits this model."""
+        """Condition -> Prepared, which forward takes as well: same result, same gradients of what
+        trains. ValueError unless the condition fits this model."""
         check_condition(self, condition)
         c = condition.to(self.patch_embedding.weight.dtype)
         text = self.text_embedding(c.text)
@@ -417,8 +415,7 @@ def config_from(shapes, num_heads=None):
               "freq_dim": size("time_embedding.0.weight", 1)}
     unknown = [name for name, n in needed.items() if n is None]
     if unknown:
-        found = sorted(shapes)[:3]
-        raise ValueError(f"not a Wan DiT: {', '.join(unknown)} cannot be told from {found} ...")
+        raise ValueError(f"not a Wan DiT: no {', '.join(unknown)} in {sorted(shapes)[:3]} ...")
     if not num_heads and needed["dim"] % 128:
         raise ValueError(f"dim {needed['dim']} is not heads of 128: give num_heads")
     needed["out_dim"] //= 4  # a patch has four
