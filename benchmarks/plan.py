@@ -399,7 +399,7 @@ def largest(config, ranks, card):
     Where that alone helps, reward models are parked.
     """
     lines = []
-    if not config.park and not fits(config, ranks, card):
+    if config.world != "toy" and not config.park and not fits(config, ranks, card):
         config = dataclasses.replace(config, park=True)
         if fits(config, ranks, card):
             lines.append("as asked, with --park")
