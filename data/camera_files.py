@@ -173,7 +173,8 @@ def opencv_c2w(cameras, told, name):
         raise ValueError(f"{len(poses)} cameras, expected at most {MOST}")
     if poses.ndim == 3 and poses.shape[1:] == (3, 4):
         poses = np.concatenate([poses, np.tile([0.0, 0, 0, 1], (len(poses), 1, 1))], 1)
-    poses = check_path(unrounded(poses, name), name)
+    exact = unrounded(poses)
+    checked = check_path(exact, name)
     said = {"direction": cameras.direction, "axes": cameras.axes}
     for what, word in told.items():
         if said[what] not in (None, word):
@@ -184,42 +185,41 @@ def opencv_c2w(cameras, told, name):
         raise ValueError("does not say whether it holds camera-to-world or world-to-camera matrices: "
                          "name it, or its folder, as FILE@c2w or FILE@w2c (with OpenGL's axes "
                          "FILE@c2w,opengl)")
-    if said["direction"] == "w2c":
-        poses = np.linalg.inv(poses)
+    warn_of_rounding(poses, exact, name)
+    c2w = np.linalg.inv(checked) if said["direction"] == "w2c" else checked
     if said["axes"] == "opengl":
-        poses = poses * [1, -1, -1, 1]  # the camera's y and z axes, the second and third column
-    return poses
+        c2w = c2w * [1, -1, -1, 1]  # the camera's y and z axes, the second and third column
+    return c2w
 
 
-def unrounded(poses, name):
-    """Rotations of (N, 4, 4) that were rounded, by up to 0.01 in R R^T, made exact, with a warning.
-    ValueError where one is off by more. What is not finite, or of another shape, is left for
-    check."""
+def unrounded(poses):
+    """Rotations of (N, 4, 4) that were rounded, by up to 0.01 in R R^T, made exact. ValueError where one
+    is off by more. What is not finite, or of another shape, is left for check."""
     if poses.ndim != 3 or poses.shape[1:] != (4, 4) or not np.isfinite(poses).all():
         return poses
     R = poses[:, :3, :3]
     off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max((1, 2))
-    worst = off.max(initial=0)
-    if worst > ROUNDING:
+    if off.max(initial=0) > ROUNDING:
         i = (off > ROUNDING).argmax()
         raise ValueError(f"frame {i}: not a rotation (R R^T differs from the identity by {off[i]:.2g}; "
                          f"up to {ROUNDING} would count as rounding)")
-    if worst > 1e-4 and (np.linalg.det(R) > 0).all():
+    if off.max(initial=0) > 1e-4 and (np.linalg.det(R) > 0).all():
         poses = poses.copy()
         poses[:, :3, :3] = Rotation.from_matrix(R).as_matrix()
-        warn_once(split_name(name)[0].parent, f"{name}: its rotations are rounded (R R^T differs from "
-                  f"the identity by up to {worst:.1e}) and are made exact")
     return poses
 
 
 WARNED = set()  # folders
 
 
-def warn_once(folder, message):
-    """One warning a folder: a data set has thousands of such files."""
-    if folder not in WARNED:
+def warn_of_rounding(given, exact, name):
+    """One warning a folder, as a data set has thousands of files, where unrounded changed something."""
+    folder = split_name(name)[0].parent
+    off = np.abs(given[:, :3, :3] - exact[:, :3, :3]).max()
+    if exact is not given and folder not in WARNED:
         WARNED.add(folder)
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {name}: its rotations are rounded, off by up to {off:.1e}, and are made exact",
+              file=sys.stderr)
 
 
 def every_frame(cameras):
@@ -392,7 +392,10 @@ def multicam(file, data, camera, name):
         if numbers.size != 16:
             raise ValueError(f"frame {i}: wrong shape (expected 16 numbers, found {numbers.size})")
         poses.append(numbers.reshape(4, 4).T)
-    poses = check_path(unrounded(np.stack(poses), name), name)
+    given = np.stack(poses)
+    exact = unrounded(given)
+    poses = check_path(exact, name)
+    warn_of_rounding(given, exact, name)
     # Unreal: camera axes forward, right, up in a left-handed world, centimetres. Renaming the axes
     # leaves absolute poses with determinant -1; only relative ones are rotations.
     poses = poses[..., [1, 2, 0, 3]] * [1, -1, 1, 1]
