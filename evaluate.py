@@ -27,13 +27,11 @@ of VBench are means over videos of each video's score, so that intervals and pai
 """
 import plumbing.early  # noqa: F401, before all: a signal during the imports ends this quietly
 
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -54,7 +52,7 @@ from evaluation.toy import Toy, evaluate_toy
 from evaluation.trial import try_reward
 from evaluation.warping import Warp, warp
 from plumbing.files import lock_folder
-from plumbing.ranks import connect, rank_of
+from plumbing.ranks import connect, own_device, rank_of
 from plumbing.settings import run_command
 from pretrained.vae import load_vae
 from pretrained.weights import VAE_FILE
@@ -86,10 +84,7 @@ def evaluate(config):
     """The paper's protocol; writes what the top of this file says, and prints three lines."""
     started = time.time()
     rank, ranks = rank_of()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = own_device()
 
     # Whatever can be refused is refused now: settings, files, a folder made with other settings.
     asked = what_is_asked(config)

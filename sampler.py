@@ -279,9 +279,10 @@ def rollout_together(policy, condition, members, window, *, sigmas, shape, seed,
     levels = None if tail is None else compress(sigmas, stop, tail).to(device)
     sigmas = sigmas.to(device)
     at = torch.tensor(window, dtype=torch.long, device=device)
-    out = Rollout(None, window, sigmas[at], sigmas[at + 1], [], [],
-                  torch.zeros(n, C, G, device=device), condition, negative, guidance, eta, tau,
-                  t_max, 0)
+    out = Rollout(latents=None, steps=window, t=sigmas[at], t_next=sigmas[at + 1], x=[], x_next=[],
+                  log_prob=torch.zeros(n, C, G, device=device), condition=condition,
+                  negative=negative, guidance=guidance, eta=eta, tau=tau, t_max=t_max,
+                  evaluations=0)
 
     def draw(count, what, *shape):  # (C, count, *shape), on the CPU
         return torch.stack([
@@ -291,9 +292,10 @@ def rollout_together(policy, condition, members, window, *, sigmas, shape, seed,
     def evaluate(x, t):  # (C, M, ...) -> velocity (C, M, ...)
         v = torch.empty_like(x, memory_format=torch.contiguous_format)
         for c, m in chunks(*x.shape[:2], micro_batch, out.branches):
-            guide = condition[c], None if negative is None else negative[c], guidance
             rows = x[c, m]
-            v[c, m] = velocity(policy, rows.flatten(0, 1), t, *guide).view(rows.shape)
+            against = None if negative is None else negative[c]
+            found = velocity(policy, rows.flatten(0, 1), t, condition[c], against, guidance)
+            v[c, m] = found.view(rows.shape)
         out.evaluations += out.branches * x.shape[0] * x.shape[1]
         return v
 
@@ -318,7 +320,7 @@ def rollout_together(policy, condition, members, window, *, sigmas, shape, seed,
         x = x_next.view(eps.shape)
         out.x_next.append(x)
         out.log_prob[k] = log_prob.view(C, G)
-    if tail is not None:
+    if tail is not None:  # the rest in fewer, faster steps
         x0_before = None
         for i in range(len(levels) - 1):
             x0 = x - levels[i] * evaluate(x, levels[i])

@@ -317,13 +317,8 @@ def main(argv):
         run.finish()
         if config.validate and start < config.iterations:
             run.note({"iteration": run.done, **validate()})  # of the final weights
-        if rank == 0 and config.world == "toy" and config.rooms:
-            evaluate_toy(Toy(ckpt=config.out, weights=config.weights,
-                             out=str(run.out / "evaluation"), rooms=config.rooms,
-                             steps=config.steps, shift=config.shift,
-                             log=str(run.out / "log.jsonl")))
-        elif rank == 0:
-            finish_run(run.out)  # the log's three lines, and a report of curves and samples
+        if rank == 0:
+            report(run, config)
     except BaseException:
         deafen()
         run.save_rest(interrupts.held)  # within an update the weights are of no iteration
@@ -384,6 +379,15 @@ def gradients(policy, base, sampled, A, config):
             loss.backward()
         found.append(stats)
     return summary(found)
+
+
+def report(run, config):
+    """What became of a run: the toy's test rooms, judged; else three lines and its curves."""
+    if config.world != "toy" or not config.rooms:
+        return finish_run(run.out)
+    evaluate_toy(Toy(ckpt=config.out, weights=config.weights, out=str(run.out / "evaluation"),
+                     rooms=config.rooms, steps=config.steps, shift=config.shift,
+                     log=str(run.out / "log.jsonl")))
 
 
 def frozen_copy(dit, trained):

@@ -94,12 +94,18 @@ def rank_of():
     return rank, ranks
 
 
+def own_device():
+    """This rank's GPU, which it uses from now on; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
 def launch(on_gpu, threads, timeout):
     """This rank's device, and the meeting of all ranks; threads: of the CPU (0: torch's choice)."""
-    device = torch.device("cpu")
-    if on_gpu and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = own_device() if on_gpu else torch.device("cpu")
     if threads:
         torch.set_num_threads(threads)
     if rank_of()[1] > 1:
