@@ -115,7 +115,8 @@ def html_table(t):
     """A table (report.table) -> HTML, all text escaped; words to the left, numbers to the right
     with their intervals below. It scrolls sideways by itself, by keyboard too."""
     columns = [[cell for cell in column if cell] for column in zip(*t["rows"])]
-    words = [bool(column) and all(re.match(r"[^-+\d\[–]", cell) for cell in column) for column in columns]
+    is_word = lambda cell: re.match(r"[^-+\d\[–]", cell) or re.search(r"[^\W\d_]{3}", cell)
+    words = [bool(column) and all(map(is_word, column)) for column in columns]
 
     def row(tag, cells):
         kinds = (' class="words"' if word else "" for word in words)

@@ -13,7 +13,7 @@ from browser import CHROMIUM, Browser
 import trajectories
 from data.video import read_video, write_video
 from evaluation import page
-from evaluation.compare import finish_run, lines_of_run
+from evaluation.compare import Curves, draw_curves, finish_run, lines_of_run
 from evaluation.report import table
 
 
@@ -320,6 +320,21 @@ def test_the_end_of_a_run_without_an_evaluation(tmp_path, capsys):
     finish_run(tmp_path)
     assert capsys.readouterr().out.splitlines() == [*lines, str(tmp_path / "report.html")]
     assert lines[0] in (tmp_path / "report.html").read_text().replace("&gt;", ">")
+
+
+def test_curves_of_runs_tell_what_differs_between_them(tmp_path, capsys):
+    for run, lr in (("a", 1e-4), ("b", 2e-4)):
+        (tmp_path / run / "iteration_000010").mkdir(parents=True)
+        (tmp_path / run / "log.jsonl").write_text('{"iteration": 0, "reward/trans": -1}\n{"iteration": 1, "rew')
+        state = {"config": {"lr": lr, "members": 8}}
+        (tmp_path / run / "iteration_000010/state.json").write_text(json.dumps(state))
+    draw_curves(Curves(f"{tmp_path / 'a'},{tmp_path / 'b'}", str(tmp_path / "page.html")))
+    assert capsys.readouterr().out.splitlines() == ["a: 1 iterations", "b: 1 iterations",
+                                                    str(tmp_path / "page.html")]
+    text = (tmp_path / "page.html").read_text()
+    assert "<td>0.0001</td><td>0.0002</td>" in text and "members" not in text
+    with pytest.raises(ValueError, match="expected a log.jsonl"):
+        draw_curves(Curves())
 
 
 @pytest.mark.parametrize("paths, names", [
