@@ -180,7 +180,7 @@ def test_all_cases_play_in_one_video(tmp_path):
 
 def test_large_videos_are_scaled_down(tmp_path):
     write_video(tmp_path / "v.mp4", np.zeros((2, 480, 640, 3), np.uint8), 24)
-    assert page.read_panel(tmp_path / "v.mp4")[0].shape == (2, 240, 320, 3)
+    assert page.read_panel(tmp_path / "v.mp4", 240)[0].shape == (2, 240, 320, 3)
 
 
 def test_samples_become_a_strip_over_iterations(tmp_path):
