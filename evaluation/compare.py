@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evaluation import page
 from evaluation.cases import items
-from evaluation.report import facts, short, write_report
+from evaluation.report import facts, short, table, trained_with, write_report
 from evaluation.scores import read_results
 
 
@@ -127,8 +127,28 @@ def draw_curves(config):
             for records in logs.values()]  # the last validation is a line of its own
     lines = [f"{name}: {count} iterations" for name, count in zip(names, done)]
     page.write(config.out, f"Training: {', '.join(names)}", [
-        page.html_lines(lines), page.training(config.logs), page.html_facts(facts(config, started))])
+        page.html_lines(lines), page.training(config.logs),
+        settings_that_differ(dict(zip(names, logs))), page.html_facts(facts(config, started))])
     print("\n".join([*lines, config.out]))
+
+
+def settings_that_differ(logs):
+    """{name: log} of runs -> HTML of a table of the settings that are not the same in all of them, as their
+    newest checkpoints say; "" where there is no such setting."""
+    made = {}
+    for name, log in logs.items():
+        states = sorted(log.parent.glob("iteration_??????/state.json"))
+        if states and trained_with(states[-1]):
+            made[name] = trained_with(states[-1])
+    rows = []
+    for setting in dict.fromkeys(key for settings in made.values() for key in settings):
+        values = [repr(settings.get(setting)) for settings in made.values()]
+        if len(set(values)) > 1:
+            rows.append([setting, *values])
+    if not rows:
+        return ""
+    found = table("Settings that differ", ["Setting", *made], rows)
+    return page.section("Runs", page.html_table(found))
 
 
 # ---- the end of a run that has no evaluation ----

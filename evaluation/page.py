@@ -115,7 +115,8 @@ def html_table(t):
     """A table (report.table) -> HTML, all text escaped; words to the left, numbers to the right
     with their intervals below. It scrolls sideways by itself, by keyboard too."""
     columns = [[cell for cell in column if cell] for column in zip(*t["rows"])]
-    words = [bool(column) and all(re.match(r"[^-+\d\[–]", cell) for cell in column) for column in columns]
+    is_word = lambda cell: re.match(r"[^-+\d\[–]", cell) or re.search(r"[^\W\d_]{3}", cell)
+    words = [bool(column) and all(map(is_word, column)) for column in columns]
 
     def row(tag, cells):
         kinds = (' class="words"' if word else "" for word in words)
@@ -285,10 +286,10 @@ def below(rows):
     return np.concatenate(padded, 1)
 
 
-def read_panel(path):
-    """A video, 240 lines at most -> uint8 (T, H, W, 3), fps."""
+def read_panel(path, most):
+    """A video, `most` lines at most -> uint8 (T, H, W, 3), fps."""
     h, w = read_video(path, frames=1)[0].shape[1:3]
-    size = None if h <= 240 else (240, 2 * round(w * 240 / h / 2))
+    size = None if h <= most else (most, 2 * round(w * most / h / 2))
     return read_video(path, size=size)
 
 
@@ -296,20 +297,21 @@ def panels(case):
     """One case's videos side by side, each method's with its own path (in its colour) and the
     target's (white) drawn in -> uint8 (T, H, W, 3) or None, fps, and a note on each that cannot be
     read."""
-    paths = dict(case["paths"])
-    methods = [name for name, _ in case["paths"] if name != "target"]
+    paths = dict(case["paths"][1:])  # the first is the target's
+    methods = list(paths)
+    most = 240 if len(case["videos"]) < 10 else 120  # wider than 4,096 pixels plays on few devices
     shown = []
     labels = []
     notes = []
     fps = 24.0
     for label, file in case["videos"]:
         try:
-            frames, fps = read_panel(file)
+            frames, fps = read_panel(file, most)
         except (ValueError, OSError) as error:
             notes.append(note(str(error)))
             continue
         if label in methods:
-            drawn = [paths["target"], paths[label]]
+            drawn = [case["paths"][0][1], paths[label]]
             colours = ((255, 255, 255), rgb(COLOURS[methods.index(label) % len(COLOURS)][1]))
             frames = draw_paths(frames, drawn, colours)
         shown.append(frames)

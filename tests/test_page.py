@@ -13,7 +13,7 @@ from browser import CHROMIUM, Browser
 import trajectories
 from data.video import read_video, write_video
 from evaluation import page
-from evaluation.compare import finish_run, lines_of_run
+from evaluation.compare import Curves, draw_curves, finish_run, lines_of_run
 from evaluation.report import table
 
 
@@ -180,7 +180,7 @@ def test_all_cases_play_in_one_video(tmp_path):
 
 def test_large_videos_are_scaled_down(tmp_path):
     write_video(tmp_path / "v.mp4", np.zeros((2, 480, 640, 3), np.uint8), 24)
-    assert page.read_panel(tmp_path / "v.mp4")[0].shape == (2, 240, 320, 3)
+    assert page.read_panel(tmp_path / "v.mp4", 240)[0].shape == (2, 240, 320, 3)
 
 
 def test_samples_become_a_strip_over_iterations(tmp_path):
@@ -320,6 +320,21 @@ def test_the_end_of_a_run_without_an_evaluation(tmp_path, capsys):
     finish_run(tmp_path)
     assert capsys.readouterr().out.splitlines() == [*lines, str(tmp_path / "report.html")]
     assert lines[0] in (tmp_path / "report.html").read_text().replace("&gt;", ">")
+
+
+def test_curves_of_runs_tell_what_differs_between_them(tmp_path, capsys):
+    for run, lr in (("a", 1e-4), ("b", 2e-4)):
+        (tmp_path / run / "iteration_000010").mkdir(parents=True)
+        (tmp_path / run / "log.jsonl").write_text('{"iteration": 0, "reward/trans": -1}\n{"iteration": 1, "rew')
+        state = {"config": {"lr": lr, "members": 8}}
+        (tmp_path / run / "iteration_000010/state.json").write_text(json.dumps(state))
+    draw_curves(Curves(f"{tmp_path / 'a'},{tmp_path / 'b'}", str(tmp_path / "page.html")))
+    assert capsys.readouterr().out.splitlines() == ["a: 1 iterations", "b: 1 iterations",
+                                                    str(tmp_path / "page.html")]
+    text = (tmp_path / "page.html").read_text()
+    assert "<td>0.0001</td><td>0.0002</td>" in text and "members" not in text
+    with pytest.raises(ValueError, match="expected a log.jsonl"):
+        draw_curves(Curves())
 
 
 @pytest.mark.parametrize("paths, names", [
