@@ -1,0 +1,120 @@
+"""The README's pictures, from an evaluation and from training logs: `python -m benchmarks.figures`.
+
+    python -m benchmarks.figures cases out/toy/evaluation    last frames: source, map, true view, base, after
+    python -m benchmarks.figures curves out/seed0,out/seed1  validation rewards of several runs
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+from data.camera_files import read_path
+from data.draw import draw_paths, grid
+from data.video import read_video
+from evaluation.page import read_log
+from evaluation.report import short
+from plumbing.files import read_json, write_file
+from plumbing.settings import run_command
+
+RANKS = (0.1, 0.5, 0.9)  # of the cases that move, by their position error's change: most, median, least
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+
+
+@dataclass
+class Cases:
+    """`python -m benchmarks.figures cases EVALUATION`"""
+    evaluation: str = "out/toy/evaluation"  # folder that an evaluation of the toy wrote
+    out: str = "assets/toy.png"             # the picture
+
+
+@dataclass
+class Curves:
+    """`python -m benchmarks.figures curves RUN,RUN`"""
+    runs: str = "out/toy"                   # folders of runs, comma-separated
+    rewards: str = "trans,rot"              # a chart for each, side by side
+    out: str = "assets/curves.svg"          # the picture
+
+
+def chosen_cases(results):
+    """Names of the base's and the tuned method, and cases at speed 1 that move, at RANKS of how much their
+    position error changed."""
+    base, tuned = list(results["methods"])[:2]
+    before = results["methods"][base]["cases"]
+    after = results["methods"][tuned]["cases"]
+    moving = [case for case, scores in before.items() if scores["speed"] == 1 and scores["scale"] is not None]
+    moving.sort(key=lambda case: after[case]["position"] / before[case]["position"])
+    return base, tuned, [moving[int(rank * (len(moving) - 1))] for rank in RANKS]
+
+
+def draw_cases(config):
+    """Rows of last frames: source, the asked path on a map, true view, base, after."""
+    folder = Path(config.evaluation)
+    results = read_json(folder / "results.json")
+    base, tuned, cases = chosen_cases(results)
+    rows = []
+    for case in cases:
+        scores = [results["methods"][method]["cases"][case] for method in (base, tuned)]
+        target = read_path(folder / "targets" / f"{case}.npz")
+        source = read_video(folder / "sources" / f"{scores[0]['clip']}.mp4")[0][-1:]
+        black = np.zeros_like(source[:, :min(source.shape[1:3]), :min(source.shape[1:3])]).repeat(3, 1).repeat(3, 2)
+        map_of_path = draw_paths(black, [target[-1:], target])[:, -source.shape[1]:, -source.shape[1]:]
+        panels = [source, map_of_path, read_video(folder / "truth" / f"{case}.mp4")[0][-1:]]
+        panels += [read_video(folder / method / "videos" / f"{case}.mp4")[0][-1:] for method in (base, tuned)]
+        off = [f"{s['position']:.2f} m, {s['rotation']:.1f} deg off" for s in scores]
+        labels = ["source", scores[0]["path"].replace("_", " "), "true view", f"base: {off[0]}", f"after: {off[1]}"]
+        rows.append(grid(panels, labels)[0])
+    write_png(config.out, np.concatenate(rows))
+    print(f"{config.out}: {', '.join(cases)} of {short(tuned)}")
+
+
+def write_png(path, picture):
+    """uint8 (H, W, 3) -> a PNG file."""
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width = picture.shape[:2]
+    encoder.pix_fmt = "rgb24"
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+    write_file(path, b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode()]))
+
+
+def draw_curves(config):
+    """Charts of validation rewards against iterations, a line for each run."""
+    logs = [read_log(run) for run in config.runs.split(",")]
+    names = config.rewards.split(",")
+    parts = []
+    for column, name in enumerate(names):
+        series = []
+        for log in logs:
+            found = [(r["iteration"], r[f"valid/{name}"]) for r in log if f"valid/{name}" in r]
+            series.append(np.array(found).T)
+        parts.append(chart(f"valid/{name}", series, 20 + 380 * column))
+    size = f'viewBox="0 0 {380 * len(names) + 20} 240" font-family="sans-serif" font-size="12"'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="100%" height="100%" fill="white"/>'
+    write_file(config.out, (svg + "".join(parts) + "</svg>\n").encode())
+    print(config.out)
+
+
+def chart(title, series, left):
+    """One chart, 340 wide, as SVG elements; series: [(x, y)]."""
+    x_end = max(x.max() for x, _ in series)
+    low = min(y.min() for _, y in series)
+    high = max(y.max() for _, y in series)
+    px = lambda x: left + 45 + 295 * x / x_end
+    py = lambda y: 200 - 165 * (y - low) / (high - low)
+    out = [f'<text x="{left + 45}" y="18" font-weight="bold">{title}</text>']
+    for y in (low, high):
+        out.append(f'<text x="{left + 40}" y="{py(y) + 4:.0f}" text-anchor="end">{y:.3f}</text>')
+        out.append(f'<path d="M{px(0)},{py(y):.1f}H{px(x_end)}" stroke="#ddd"/>')
+    for k, (x, y) in enumerate(series):
+        points = " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in zip(x, y))
+        colour = COLOURS[k % len(COLOURS)]
+        out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    out.append(f'<text x="{px(0):.0f}" y="220">0</text>')
+    out.append(f'<text x="{px(x_end):.0f}" y="220" text-anchor="end">iteration {x_end:.0f}</text>')
+    return "".join(out)
+
+
+if __name__ == "__main__":
+    commands = {"cases": (Cases, draw_cases, "evaluation"), "curves": (Curves, draw_curves, "runs")}
+    run_command("benchmarks.figures", __doc__, commands, sys.argv[1:])
