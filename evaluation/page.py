@@ -66,7 +66,7 @@ svg polyline, svg path { fill: none; stroke-width: 1.8 }
 dl { display: grid; grid-template-columns: minmax(110px, max-content) 1fr; gap: 4px 16px; font-size: 14px }
 dt { color: var(--faint) }
 dd { margin: 0; min-width: 0 }
-@media (max-width: 600px) { dl { grid-template-columns: 1fr } .lines { font-size: 12px; white-space: pre-wrap } }
+@media (max-width: 600px) { dl { grid-template-columns: 1fr } .lines { font-size: 10.5px; white-space: pre-wrap } }
 """)
 POLICY = "default-src 'none'; media-src data:; img-src data:; style-src 'unsafe-inline'"
 esc = html.escape
