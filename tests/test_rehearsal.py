@@ -1,4 +1,4 @@
-"""The real run, rehearsed: pretrained/README.md's commands, unchanged, on tiny weights, two ranks, and again to resume."""
+"""The real run, rehearsed: pretrained/README.md's own lines, on tiny weights, two ranks, and again to resume."""
 import json
 import os
 import re
@@ -6,16 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import tiny_weights
 from conftest import ROOT
 from safetensors.torch import load_file
 
 from pretrained.weights import DIT
 
 SCRIPT = ROOT / "tests/real_run.sh"
-SMALL = {"SIZE": "--frames=9 --height=64 --width=112", "CARDS": "2", "CONFIG": "config/eight_cards_80gb.py",
-         "FEW": "--conditions=2 --members=2 --steps=7 --iterations=1 --validate=2 --compile=False --park=False"}
+
+
+def readme_blocks():
+    text = (ROOT / "pretrained/README.md").read_text(encoding="utf-8")
+    return re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S)
 
 
 def commands(text):
@@ -25,33 +26,31 @@ def commands(text):
 
 
 def test_the_readme_has_the_scripts_commands():
-    readme = (ROOT / "pretrained/README.md").read_text(encoding="utf-8")
-    blocks = [commands(block) for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", readme, re.S)]
-    assert commands(SCRIPT.read_text()) in blocks
+    assert commands(SCRIPT.read_text()) in [commands(block) for block in readme_blocks()]
 
 
-def test_the_real_run_on_tiny_weights(tmp_path):
-    w = tiny_weights.write(tmp_path / "W")
-    out = tmp_path / "out"
-    python = Path(sys.executable).parent
-    env = os.environ | SMALL | {
-        "PATH": os.pathsep.join([str(w / "bin"), str(python), os.environ["PATH"]]),
-        "PYTHONPATH": str(w / "packages"), "OUT": str(out), "WEIGHTS": str(w), "CACHE": str(tmp_path / "C"),
-        "VIDEOS": str(w / "videos"), "CAPTIONS": str(w / "videos/captions.csv"), "PATHS": str(w / "paths"),
-        "DAVIS": str(w / "videos"), "CLIP": str(w / "videos/clip0.mp4"),
-        "SHORT": f"--captions={w}/videos/captions.csv --clips=clip0 --paths=1,9 --steps=2"}
-    done = subprocess.run(["bash", SCRIPT], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for phrase in ("train:            all there", "clips made", "verdict     fits 2 card(s)", "on-policy ratio 1 + ",
-                   "report.html", "side_by_side.mp4", "whole.safetensors: "):
-        assert phrase in done.stdout, phrase
+def test_the_readmes_rehearsal(tmp_path):
+    """Word for word, but for the folder `out`."""
+    lines = next(block for block in readme_blocks() if "tests/tiny_weights.py" in block)
+    lines = lines.replace("$PWD/out/", "out/").replace("out/", f"{tmp_path}/")
+    env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+
+    def run(script):
+        done = subprocess.run(["bash", "-euc", script], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    said = run(lines)
+    for phrase in ("train:            all there", "clips made", "verdict     fits 2 card(s)",
+                   "on-policy ratio 1 + ", "report.html", "side_by_side.mp4", "whole.safetensors: "):
+        assert phrase in said, phrase
+    out = tmp_path / "rehearsal"
     record = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     for name in ("trans", "rot", "vq", "mq", "hpsv3"):
         assert type(record[f"reward/{name}"]) is float and record[f"spread/{name}"] > 0
-    assert set(load_file(out / "whole.safetensors")) > set(load_file(w / DIT))
+    assert set(load_file(out / "whole.safetensors")) > set(load_file(tmp_path / "W" / DIT))
 
     # The same training command again goes on from there.
+    settings = lines.replace("bash tests/real_run.sh", "").replace("python tests/tiny_weights.py", "true")
     train = next(line for line in commands(SCRIPT.read_text()) if " train.py " in line)
-    env["FEW"] = SMALL["FEW"].replace("--iterations=1", "--iterations=2")
-    done = subprocess.run(["bash", "-c", train], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 of 2 iterations done" in done.stdout, done.stderr[-4000:]
+    assert "2 of 3 iterations done" in run(settings.replace("--iterations=2", "--iterations=3") + train)
