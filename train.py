@@ -386,7 +386,7 @@ def report(run, config):
     if config.world != "toy" or not config.rooms:
         return finish_run(run.out)
     evaluate_toy(Toy(ckpt=config.out, weights=config.weights, out=str(run.out / "evaluation"),
-                     rooms=config.rooms, steps=config.steps, shift=config.shift,
+                     rooms=config.rooms, speeds="1", steps=config.steps, shift=config.shift,
                      log=str(run.out / "log.jsonl")))
 
 
