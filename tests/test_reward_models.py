@@ -339,7 +339,7 @@ def test_a_checkpoint_of_another_layout(folder):
     renamed = {key.replace("self_attn", "attention"): x for key, x in state.items()}
     half = {key: x for key, x in state.items() if "layers.1." not in key}
     for wrong, message in ((body, "found 0 head layers"), (head, "0 embeddings"),
-                           (renamed, "attention.k_proj"), (half, "missing language_model.layers.1")):
+                           (renamed, "attention.k_pro"), (half, "missing language_model.layers.1")):
         save_file(wrong, folder / "HPSv3/HPSv3.safetensors")
         with pytest.raises(ValueError, match=f"HPSv3.safetensors: .*{message}"):
             rewards.load("hpsv3=1", folder)
