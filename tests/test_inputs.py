@@ -59,27 +59,6 @@ def audio_only(path):
         container.mux(stream.encode())
 
 
-def clip(frames, height=48, width=64):
-    """A grey ramp in time with a white square in the top left corner: every frame is recognisable."""
-    grey = 10 * np.arange(1, frames + 1, dtype=np.uint8)
-    video = np.tile(grey[:, None, None, None], (1, height, width, 3))
-    video[:, :height // 4, :width // 4] = 255
-    return video
-
-
-def path_of(frames, i):
-    return trajectories.resample(trajectories.recammaster(i + 7, 81), frames)
-
-
-def audio_only(path):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=44100)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 44100
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder of inputs: good ones to start from, and everything that can be wrong with them."""

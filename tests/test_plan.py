@@ -1,6 +1,5 @@
 """Plan: rows against the real rollout's count, memory against the real loop's, and what the command says."""
 import json
-import re
 
 import pytest
 import torch
