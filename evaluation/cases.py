@@ -137,6 +137,18 @@ def find_policies(config):
     return policies
 
 
+def check_source_cameras(config, policies):
+    """ValueError where a policy takes the sources' cameras and nothing could tell them: a folder of poses found
+    before, as estimator, has neither those of the sources nor focal lengths."""
+    if config.cameras or config.estimator in ("vipe", "mapanything"):
+        return
+    is_model = (Path(config.estimator) / "model.safetensors").exists()
+    needs = [name for name, (weights, *_) in policies.items() if "c2w" in find_policy(weights).parts]
+    if needs and not is_model:
+        raise ValueError(f"cameras: {needs[0]} takes the sources' cameras, which the poses in "
+                         f"{config.estimator} do not tell; give --cameras=FOLDER")
+
+
 def what_is_asked(config):
     """Settings -> Asked. ValueError, OSError for what cannot be."""
     numbers = listed(config.paths, "paths", path_number)
@@ -177,6 +189,7 @@ def what_is_asked(config):
     for method, videos in elsewhere.items():
         files[method] = {case: videos.get(case, Path(method) / f"{case}.mp4") for case in cases}
     checkpoints = find_checkpoints(config.ckpt) if config.weights else {}
+    check_source_cameras(config, policies)
     return Asked(clips, cases, checkpoints, policies, files)
 
 

@@ -297,6 +297,8 @@ BAD = [  # command, with {w} the folder above; what its line must say
     (PREPARE + SOURCES + " --stride=0", "stride: expected at least 1, found 0"),
     ("evaluate.py compre", "no command 'compre'; did you mean compare?"),
     (PROTOCOL + " --videos={w}/videos", "give --weights=FOLDER"),
+    (PROTOCOL + " --videos={w}/videos --weights={w}/weights --out={w}/no_cameras",
+     "base takes the sources' cameras, which the poses in"),
     (PROTOCOL + " --generated={w}/made --path=3", "did you mean paths?"),
     (PROTOCOL + " --generated={w}/made", "expected <clip>_camera_<1-10>_speed_<s>.mp4, found anything.mp4"),
     (PROTOCOL + " --generated={w}/nowhere", "nowhere: no such folder of videos"),
