@@ -257,13 +257,12 @@ def rollout(policy, condition, members, window, *, condition_ids, negative=None,
 @torch.no_grad()
 def rollout_together(policy, condition, members, window, *, sigmas, shape, seed, condition_ids,
                      iteration=0, eta=1.0, tau=0.45, t_max=None, negative=None, guidance=1.0,
-                     micro_batch=None, share_noise=True, share_prefix=True, tail=None, device="cpu",
-                     noise_of=normal):
+                     micro_batch=None, share_noise=True, share_prefix=True, tail=None, device="cpu"):
     """A `rollout` of C conditions with one window.
 
     sigmas: a `schedule`; shape: of one latent; eta, tau, t_max: see sde_step.
-    noise_of: noise of a key (seed, iteration, condition id, member, what): neither ranks, nor
-      device, nor micro-batch matter.
+    Noise depends on (seed, iteration, condition id, member) alone: not on ranks, device or
+      micro-batch.
     micro_batch: rows per network call at most, both branches of guidance counted (None: all).
     share_noise: groups start from one noise (LongCat-Video, MixGRPO).
     share_prefix: then it is one latent up to the first window step, and needs one velocity there
@@ -286,7 +285,7 @@ def rollout_together(policy, condition, members, window, *, sigmas, shape, seed,
 
     def draw(count, what, *shape):  # (C, count, *shape), on the CPU
         return torch.stack([
-            torch.stack([noise_of(shape, seed, iteration, i, g, what) for g in range(count)])
+            torch.stack([normal(shape, seed, iteration, i, g, what) for g in range(count)])
             for i in condition_ids])
 
     def evaluate(x, t):  # (C, M, ...) -> velocity (C, M, ...)
