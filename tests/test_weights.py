@@ -1,46 +1,171 @@
-"""A folder of published weights is checked, and a checkpoint leaves the project as a file that others can load."""
+"""Published files: each is read alike in every form or refused by name; a folder of them is checked; merging."""
+import io
 import json
+import os
+import pickle
+import re
 import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
 import tiny_weights
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
+from data.world import open_policy
 from model import load_dit, trainable
 from plumbing.checkpoint import METADATA, save_checkpoint
 from plumbing.settings import run_command
 from pretrained import weights
-from pretrained.weights import DIT, REDIRECTOR
+from pretrained.encoders import load_image_encoder, load_text_encoder
+from pretrained.vae import load_vae
+from pretrained.weights import DIT, IMAGE_FILE, RECAMMASTER, REDIRECTOR, TEXT_FILE, VAE_FILE
 
 COMMANDS = {"check": (weights.Check, weights.check, "folder"), "merge": (weights.Merge, weights.merge, "files")}
+VAE_TENSORS = "vae.safetensors"  # a codec's keys in the other form
+LOAD = {DIT: load_dit, REDIRECTOR: lambda file: load_dit(file.with_name(DIT), file), RECAMMASTER: load_dit,
+        VAE_FILE: load_vae, VAE_TENSORS: load_vae, TEXT_FILE: load_text_encoder, IMAGE_FILE: load_image_encoder}
+
+
+def read(file):
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file)
+
+
+def to_bytes(state, name, zipped=True):
+    if name.endswith(".safetensors"):
+        return save(state)
+    torch.save(state, out := io.BytesIO(), _use_new_zipfile_serialization=zipped)
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return tiny_weights.write(tmp_path_factory.mktemp("weights"))
+    """One of every kind of file: ReDirector's folder, with ReCamMaster's DiT in it."""
+    folder = tiny_weights.write(tmp_path_factory.mktemp("weights"))
+    other = tiny_weights.write(tmp_path_factory.mktemp("other"), policy="ReCamMaster")
+    shutil.copy(other / RECAMMASTER, folder)
+    save_file(torch.load(folder / VAE_FILE), folder / VAE_TENSORS)
+    return folder
 
 
-@pytest.fixture
-def folder(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "W")
-    return tmp_path / "W"
+# ---- one file ----
+
+def put(folder, whole, name, content):
+    """The file of this name, with this content, in a folder of links to the others."""
+    for file in whole.iterdir():
+        if not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file)
+    (folder / name).unlink()
+    (folder / name).write_bytes(content)
+    return folder / name
 
 
-@pytest.fixture
-def run(folder, tmp_path):
-    """A run's folder with one checkpoint of the tiny policy, one number of which was trained."""
-    dit = load_dit(folder / DIT, folder / REDIRECTOR, trained_dtype=torch.float32, dtype=torch.bfloat16)
-    optimizer = torch.optim.AdamW(trainable(dit))
-    trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        next(iter(trained.values())).view(-1)[0] = 3.0
-    made = {"seed": 5, "weights": str(folder), "keep": 1, "out": "elsewhere", "iterations": 9}
-    save_checkpoint(tmp_path / "run", 7, trained, optimizer, made)
-    return tmp_path / "run"
+def some(state):
+    return [key for key, x in state.items() if x.ndim > 1 and ".1." in key and "rope" not in key]
 
+
+def full(value):
+    return lambda state: state | {key: torch.full_like(state[key], value) for key in some(state)[-1:]}
+
+
+def misfit(state):
+    """One key too many, one gone, one of another shape."""
+    more = {"blocks.1.extra": torch.zeros(1), "visual.transformer.1.extra": torch.zeros(1)}
+    return more | {key: x for key, x in state.items() if key != some(state)[-2]} | {
+        some(state)[-1]: torch.zeros(5, 7)}
+
+
+@pytest.mark.parametrize("change, words", [
+    (full(torch.nan), ["holds NaN or infinity"]), (full(-torch.inf), ["holds NaN or infinity"]),
+    (lambda s: s | {key: s[key].int() for key in some(s)[-1:]}, ["32"]),
+    (misfit, ["keys do not fit", "unexpected"]),
+    (lambda s: {"module." + key: x for key, x in s.items()}, ["keys begin with 'module.'"]),
+    (lambda s: {"model.diffusion_model." + key: x for key, x in s.items()}, ["keys begin with 'model.diffusion_"]),
+    (lambda s: {key.replace("o", "oo"): x for key, x in s.items()}, ["oo"]),
+    (lambda s: {"conv.weight": torch.zeros(3)}, ["conv.weight"])])
+@pytest.mark.parametrize("name", LOAD)
+def test_wrong_tensors_are_refused_by_name(whole, tmp_path, name, change, words):
+    file = put(tmp_path, whole, name, to_bytes(change(read(whole / name)), name))
+    message = refused(lambda: LOAD[name](file), *words)
+    assert message.startswith(f"{file}: ") and len(message) <= 300
+    if change is misfit:
+        assert "missing" in message or name == REDIRECTOR  # what it lacks, the base has
+        assert " is (5" in message or name == TEXT_FILE  # whose names are long, and cut
+
+
+@pytest.mark.parametrize("name", LOAD)
+def test_bytes_that_are_no_checkpoint_are_refused(whole, tmp_path, name):
+    """Cut off at any length, empty, noise, a pointer in place of the file, another archive, no file at all."""
+    zipfile.ZipFile(archive := io.BytesIO(), "w").close()
+    contents = [b"\x80\x02x" * 99, b"version https://git-lfs.github.com/spec/v1\n", archive.getvalue()]
+    for data in ((whole / name).read_bytes(), to_bytes(read(whole / name), name, zipped=False)):
+        contents += [data[:length] for length in (0, 3, 100, 5000, len(data) // 2, len(data) - 10)]
+    for content in contents:
+        file = put(tmp_path, whole, name, content)
+        assert refused(lambda: LOAD[name](file)).startswith(f"{file}: ")
+    file.unlink()
+    refused(lambda: LOAD[name](file), name, error=FileNotFoundError)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain"])
+@pytest.mark.parametrize("name", [VAE_FILE, RECAMMASTER])
+def test_pickled_code_is_refused_and_not_run(tmp_path, name, form):
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    content, file = {"conv1.weight": torch.zeros(1), "bad": Malicious()}, tmp_path / name
+    file.write_bytes(pickle.dumps(content, 2) if form == "plain" else to_bytes(content, name, form == "zip"))
+    refused(lambda: LOAD[name](file), str(file), "refused")
+    assert not (tmp_path / "executed").exists()
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, file)
+    refused(lambda: LOAD[name](file), str(file), "holds other things than tensors")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_form_of_a_file_holds_the_same(whole, tmp_path, zipped):
+    file = put(tmp_path, whole, VAE_FILE, to_bytes(read(whole / VAE_FILE), VAE_FILE, zipped))
+    expected = load_vae(whole / VAE_TENSORS).state_dict()
+    assert all(torch.equal(x, expected[key]) for key, x in load_vae(str(file)).state_dict().items())
+    refused(lambda: load_vae(file, dtype=torch.int8), "torch.int8")
+
+
+@pytest.mark.parametrize("load, name, shapes", [
+    (load_text_encoder, "umt5.pth", tiny_weights.text_shapes(80_000, 512)),
+    (load_dit, "dit.safetensors", tiny_weights.dit_shapes(heads=6))])
+def test_loading_takes_little_more_memory_than_the_file(tmp_path, load, name, shapes):
+    def memory(what):
+        return 1024 * int(re.search(what + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    file = tmp_path / name
+    file.write_bytes(to_bytes({key: torch.ones(shape).bfloat16() for key, shape in shapes.items()}, name))
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # restarts the peak, VmHWM, from the present VmRSS
+    except OSError:
+        pytest.skip("peak memory is read from Linux's /proc")
+    before = memory("VmRSS")
+    load(file, dtype=torch.bfloat16)
+    assert memory("VmHWM") - before < 1.3 * file.stat().st_size
+
+
+@pytest.mark.parametrize("change, why", [
+    (lambda state, toy: {f"_orig_mod.{key}": x for key, x in state.items()}, "begin with '_orig_mod.'"),
+    (lambda state, toy: full(torch.nan)(state), "holds NaN"),
+    (lambda state, toy: {key: x for key, x in toy.items() if ".self_attn." in key}, "do not fit a DiT of")])
+def test_a_checkpoint_over_a_policy_is_blamed_itself(whole, tmp_path, change, why):
+    toy, file = load_file(ROOT / "toy/weights/toy_base.safetensors"), tmp_path / "ours.safetensors"
+    (tmp_path / "W").mkdir()
+    for name in (DIT, REDIRECTOR):
+        (tmp_path / "W" / name).symlink_to(whole / name)
+    save_file(change(load_file(whole / REDIRECTOR), toy), file)
+    message = refused(lambda: open_policy(tmp_path / "W", file, torch.device("cpu")), why)
+    assert message.startswith(f"{file}: ") and len(message) < 300 + len(str(tmp_path))
+
+
+# ---- a folder ----
 
 def call(capsys, *argv):
     """(output, exit code or the error's text)"""
@@ -52,103 +177,104 @@ def call(capsys, *argv):
     return capsys.readouterr().out, code
 
 
-# ---- a folder ----
+WHOLE = {"ReDirector": (
+    "Wan DiT with camera control, 2 blocks of width 128, {:,} parameters".format(sum(
+        shape.numel() for name, shape in tiny_weights.dit_shapes().items() if "rope_phase" not in name)),
+    "HPSv3, ", "VideoReward, ", "ReDirector's self-attention", "CLIP image tower"),
+    "ReCamMaster": ("ReCamMaster's DiT, 2 blocks",), "Wan": ("Wan DiT, plain, 2 blocks",)}
 
-def test_a_whole_folder(folder, capsys, monkeypatch):
+
+@pytest.mark.parametrize("policy", WHOLE)
+def test_a_whole_folder_is_there_for_every_command(policy, whole, tmp_path, capsys, monkeypatch):
+    folder = tiny_weights.write(tmp_path, policy=policy)
     monkeypatch.syspath_prepend(str(folder / "packages"))
     out, code = call(capsys, folder)
     assert code == 0 and "missing" not in out and "damaged" not in out
-    shapes = tiny_weights.dit_shapes()
-    count = sum(shape.numel() for name, shape in shapes.items() if "rope_phase" not in name)
-    for phrase in (f"Wan DiT with camera control, 2 blocks of width 128, {count:,} parameters", "HPSv3, ",
-                   "VideoReward, ", "ReDirector's self-attention", "data.prepare:     all there"):
-        assert phrase in out
+    assert all(phrase in out for phrase in (*WHOLE[policy], "data.prepare:     all there"))
+    assert ("CLIP" in out) == (policy == "ReDirector")
+    if policy != "ReDirector":
+        shutil.copy(whole / REDIRECTOR, folder)  # which cannot lie over it
+        assert call(capsys, folder)[1] == 1
+    assert "no such folder of published weights" in call(capsys, folder / "nowhere")[1]
 
 
-@pytest.mark.parametrize("name, spoil, said, code", [
+@pytest.fixture
+def folder(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "W", ignore=lambda folder, names: {RECAMMASTER})
+    return tmp_path / "W"
+
+
+@pytest.mark.parametrize("name, change, said, code", [
     (DIT, "remove", "missing  diffusion_pytorch_model.safetensors", 1),
     (DIT, "cut", "damaged  diffusion_pytorch_model.safetensors", 1),
-    ("models_t5_umt5-xxl-enc-bf16.pth", "cut", "damaged  models_t5", 1),
-    ("models_t5_umt5-xxl-enc-bf16.pth", "remove", "evaluate:         lacks models_t5", 0),
+    (TEXT_FILE, "cut", "damaged  models_t5", 1), (TEXT_FILE, "remove", "evaluate:         lacks models_t5", 0),
     ("HPSv3/HPSv3.safetensors", "cut", "damaged  HPSv3", 1),
     ("Qwen2-VL-2B-Instruct/tokenizer.json", "cut", "damaged  Qwen2-VL-2B-Instruct/tokenizer.json", 1),
     ("VideoReward/checkpoint-1/model.pth", "remove", "missing  VideoReward/checkpoint-*/model.pth", 1),
-    (REDIRECTOR, "other", "expected ReDirector's self-attention, found Wan DiT", 1)])
-def test_what_is_wrong_is_named(folder, capsys, monkeypatch, name, spoil, said, code):
+    (REDIRECTOR, DIT, "expected ReDirector's self-attention, found Wan DiT", 1)])
+def test_what_is_wrong_is_named(folder, capsys, monkeypatch, name, change, said, code):
     monkeypatch.syspath_prepend(str(folder / "packages"))
-    file = folder / name
-    if spoil == "other":
-        shutil.copy(folder / DIT, file)
-    elif spoil == "cut":
-        file.write_bytes(file.read_bytes()[:-50])
-    else:
-        file.unlink()
+    content = (folder / (change if change == DIT else name)).read_bytes()
+    (folder / name).unlink()
+    if change != "remove":
+        (folder / name).write_bytes(content[:-50] if change == "cut" else content)
     out, found = call(capsys, folder)
     assert said in out and found == code
-    if "Reward" in name or "HPS" in name or "Qwen" in name:  # which cameras alone do not need
-        assert call(capsys, folder, "--rewards=trans=1")[1] == (1 if spoil == "cut" else 0)
-
-
-@pytest.mark.parametrize("policy, name", [("ReCamMaster", "ReCamMaster's DiT, 2 blocks"), ("Wan", "Wan DiT, plain")])
-def test_other_policies(policy, name, tmp_path, capsys, monkeypatch):
-    folder = tiny_weights.write(tmp_path / "W", policy=policy)
-    monkeypatch.syspath_prepend(str(folder / "packages"))
-    out, code = call(capsys, folder)
-    assert code == 0 and name in out and "clip" not in out and "data.prepare:     all there" in out
-    shutil.copy(tiny_weights.write(tmp_path / "other") / REDIRECTOR, folder / REDIRECTOR)
-    out, code = call(capsys, folder)
-    assert code == 1
-
-
-def test_no_folder(tmp_path, capsys):
-    assert "no such folder of published weights" in call(capsys, tmp_path / "nowhere")[1]
+    if "/" in name:  # a reward model, which cameras alone do not need
+        assert call(capsys, folder, "--rewards=trans=1")[1] == (1 if change == "cut" else 0)
 
 
 # ---- out of the door ----
 
+@pytest.fixture
+def run(folder, tmp_path):
+    """A run's folder with one checkpoint of the tiny policy, one number of which was trained."""
+    dit = load_dit(folder / DIT, folder / REDIRECTOR, trained_dtype=torch.float32, dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(trainable(dit))
+    trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        next(iter(trained.values())).view(-1)[0] = 3.0
+    made = {"seed": 5, "weights": str(folder), "keep": 1, "out": "elsewhere", "iterations": 9}
+    save_checkpoint(tmp_path / "run", 7, trained, optimizer, made)
+    return tmp_path / "run/iteration_000007/self_attn.safetensors"
+
+
+def metadata(file):
+    with safe_open(file, "pt") as file:
+        return json.loads(file.metadata()[METADATA])
+
+
 def test_a_checkpoint_is_a_drop_in_for_redirectors_file(folder, run):
     """ReDirector's code casts a file to bfloat16, loads it over the base and refuses unexpected keys."""
-    ours = load_file(run / "iteration_000007/self_attn.safetensors")
-    theirs = load_file(folder / REDIRECTOR)
+    ours, theirs = load_file(run), load_file(folder / REDIRECTOR)
     assert {k: x.shape for k, x in ours.items()} == {k: x.shape for k, x in theirs.items()}
     assert {x.dtype for x in ours.values()} == {torch.float32}  # masters: what a resumed run needs
-    assert {x.dtype for x in theirs.values()} == {torch.bfloat16}
-    changed = [k for k in ours if not torch.equal(ours[k].bfloat16(), theirs[k])]
-    assert len(changed) == 1
-    with safe_open(run / "iteration_000007/self_attn.safetensors", "pt") as file:
-        about = json.loads(file.metadata()[METADATA])
+    assert sum(not torch.equal(ours[k].bfloat16(), theirs[k]) for k in ours) == 1
+    about = metadata(run)
     assert about["iteration"] == 7 and about["settings"]["seed"] == 5
     assert about["settings"]["weights"] == str(folder) and "out" not in about["settings"]
 
 
-def test_merge(folder, run, tmp_path, capsys):
+def test_merge_makes_one_file_of_base_and_checkpoint(folder, run, tmp_path, capsys):
     out = tmp_path / "made/whole.safetensors"
-    said, code = call(capsys, "merge", folder, run, out)
+    said, code = call(capsys, "merge", folder, tmp_path / "run", out)
+    merged, base, ours = map(load_file, (out, folder / DIT, run))
     assert code == 0 and "bfloat16" in said
-    merged, base = load_file(out), load_file(folder / DIT)
-    ours = load_file(run / "iteration_000007/self_attn.safetensors")
     assert set(merged) == {*base, *ours} and {x.dtype for x in merged.values()} == {torch.bfloat16}
-    for key, x in merged.items():
-        assert torch.equal(x, ours[key].bfloat16() if key in ours else base[key]), key
-    one = load_dit(out).state_dict()
-    three = load_dit(folder / DIT, folder / REDIRECTOR, run / "iteration_000007/self_attn.safetensors").state_dict()
-    assert all(torch.equal(one[key], three[key].bfloat16().float()) for key in three)
-    with safe_open(out, "pt") as file:
-        about = json.loads(file.metadata()[METADATA])
+    assert all(torch.equal(x, ours[k].bfloat16() if k in ours else base[k]) for k, x in merged.items())
+    one, three = load_dit(out), load_dit(folder / DIT, folder / REDIRECTOR, run)
+    assert all(torch.equal(x, three.state_dict()[k].bfloat16().float()) for k, x in one.state_dict().items())
+    about = metadata(out)
     assert DIT in about["base"][0] and "iteration_000007, digest" in about["checkpoint"]
     assert "expected the name of a new" in call(capsys, "merge", folder, run, out)[1]
 
-
-def test_merge_refuses(folder, run, tmp_path, capsys):
-    file = run / "iteration_000007/self_attn.safetensors"
-    good = load_file(file)
-    key = next(iter(good))
-    (run / "iteration_000007/state.json").unlink()  # whose checksum would speak first
+    good, key = ours, next(iter(ours))
+    (run.parent / "state.json").unlink()  # whose checksum would speak first
+    new = tmp_path / "x.safetensors"
     for wrong, said in (({"blocks.9.self_attn.q.weight": torch.ones(2, 2)}, "no such tensor in the base"),
                         ({key: torch.ones(3)}, f"{key} is (3,), expected"),
                         ({key: torch.full_like(good[key], torch.nan)}, "not finite")):
-        save_file({**good, **wrong}, file)
-        error = call(capsys, "merge", folder, file, tmp_path / "x.safetensors")[1]
-        assert said in error and not (tmp_path / "x.safetensors").exists()
-    assert "expected BASE CKPT OUT" in call(capsys, "merge", folder, file)[1]
-    assert "no such file, expected the base" in call(capsys, "merge", ROOT / "no.safetensors", file, "x.safetensors")[1]
+        save_file({**good, **wrong}, run)
+        assert said in call(capsys, "merge", folder, run, new)[1] and not new.exists()
+    assert "expected BASE CKPT OUT" in call(capsys, "merge", folder, run)[1]
+    assert "no such file, expected the base" in call(capsys, "merge", ROOT / "no.safetensors", run, new)[1]
