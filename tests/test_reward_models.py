@@ -15,9 +15,9 @@ import tiny_weights
 import torch
 from conftest import ROOT, refused
 from safetensors.torch import load_file, save
+from scenes import camera_path
 
 import rewards
-import trajectories
 from pretrained import reward_models
 from pretrained.reward_models import smart_size
 from rewards import Scene
@@ -36,8 +36,7 @@ def close(found, expected, tolerance=1e-4):
 @pytest.mark.parametrize("stride", [1, 2, 3, 5, 20])
 def test_skipped_frames_are_interpolated(stride):
     """Exactly on a straight path that turns evenly; first and last frame are kept; a failed video stays NaN."""
-    path = torch.from_numpy(trajectories.recammaster("pan_right", 13))[None]
-    path[0, :, 2, 3] = 0.1 * torch.arange(13)
+    path = camera_path(13, yaw=0.05)
     kept = reward_models.spread(math.ceil(12 / stride) + 1, 13)
     assert kept[0] == 0 and kept[-1] == 12 and kept.diff().max() <= stride + 0.5
     out = reward_models.fill_in(torch.cat([path, path * torch.nan])[:, kept], kept.numpy(), 13)
