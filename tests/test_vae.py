@@ -9,7 +9,7 @@ from conftest import refused
 from safetensors.torch import load_file, save_file
 from tiny_weights import random_state, shapes_of, vae_shapes
 
-from pretrained.vae import MEAN, STD, VAE, load_vae
+from pretrained.vae import MEAN, STD, load_vae
 
 GOLDEN = Path(__file__).parent / "golden"
 

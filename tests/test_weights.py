@@ -25,8 +25,9 @@ from pretrained.vae import load_vae
 from pretrained.weights import DIT, IMAGE_FILE, RECAMMASTER, REDIRECTOR, TEXT_FILE, VAE_FILE
 
 COMMANDS = {"check": (weights.Check, weights.check, "folder"), "merge": (weights.Merge, weights.merge, "files")}
-VAE_TENSORS = "vae.safetensors"  # a codec's keys in the other form
-LOAD = {DIT: load_dit, REDIRECTOR: lambda file: load_dit(file.with_name(DIT), file), RECAMMASTER: load_dit,
+OURS, RECAM, VAE_TENSORS = "ours.safetensors", "recam.ckpt", "vae.safetensors"
+LOAD = {DIT: load_dit, REDIRECTOR: lambda file: load_dit(file.with_name(DIT), file), RECAM: load_dit,
+        OURS: lambda file: open_policy(file.parent, file, torch.device("cpu")),  # a checkpoint over a policy
         VAE_FILE: load_vae, VAE_TENSORS: load_vae, TEXT_FILE: load_text_encoder, IMAGE_FILE: load_image_encoder}
 
 
@@ -42,11 +43,19 @@ def to_bytes(state, name, zipped=True):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """One of every kind of file: ReDirector's folder, with ReCamMaster's DiT in it."""
-    folder = tiny_weights.write(tmp_path_factory.mktemp("weights"))
-    other = tiny_weights.write(tmp_path_factory.mktemp("other"), policy="ReCamMaster")
-    shutil.copy(other / RECAMMASTER, folder)
+def folders(tmp_path_factory):
+    return {policy: tiny_weights.write(tmp_path_factory.mktemp(policy), policy=policy)
+            for policy in ("ReDirector", "ReCamMaster", "Wan")}
+
+
+@pytest.fixture(scope="module")
+def whole(folders, tmp_path_factory):
+    """One of every kind of file."""
+    folder = tmp_path_factory.mktemp("whole")
+    for file in (DIT, REDIRECTOR, VAE_FILE, TEXT_FILE, IMAGE_FILE):
+        shutil.copy(folders["ReDirector"] / file, folder)
+    shutil.copy(folders["ReDirector"] / REDIRECTOR, folder / OURS)
+    shutil.copy(folders["ReCamMaster"] / RECAMMASTER, folder / RECAM)
     save_file(torch.load(folder / VAE_FILE), folder / VAE_TENSORS)
     return folder
 
@@ -92,7 +101,7 @@ def test_wrong_tensors_are_refused_by_name(whole, tmp_path, name, change, words)
     message = refused(lambda: LOAD[name](file), *words)
     assert message.startswith(f"{file}: ") and len(message) <= 300
     if change is misfit:
-        assert "missing" in message or name == REDIRECTOR  # what it lacks, the base has
+        assert "missing" in message or name in (REDIRECTOR, OURS)  # what these lack, the base has
         assert " is (5" in message or name == TEXT_FILE  # whose names are long, and cut
 
 
@@ -103,6 +112,7 @@ def test_bytes_that_are_no_checkpoint_are_refused(whole, tmp_path, name):
     contents = [b"\x80\x02x" * 99, b"version https://git-lfs.github.com/spec/v1\n", archive.getvalue()]
     for data in ((whole / name).read_bytes(), to_bytes(read(whole / name), name, zipped=False)):
         contents += [data[:length] for length in (0, 3, 100, 5000, len(data) // 2, len(data) - 10)]
+    LOAD[name](put(tmp_path, whole, name, data))  # whole, in the old form of .pth too
     for content in contents:
         file = put(tmp_path, whole, name, content)
         assert refused(lambda: LOAD[name](file)).startswith(f"{file}: ")
@@ -111,7 +121,7 @@ def test_bytes_that_are_no_checkpoint_are_refused(whole, tmp_path, name):
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain"])
-@pytest.mark.parametrize("name", [VAE_FILE, RECAMMASTER])
+@pytest.mark.parametrize("name", [VAE_FILE, RECAM])
 def test_pickled_code_is_refused_and_not_run(tmp_path, name, form):
     class Malicious:
         def __reduce__(self):
@@ -123,14 +133,6 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, name, form):
     assert not (tmp_path / "executed").exists()
     torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, file)
     refused(lambda: LOAD[name](file), str(file), "holds other things than tensors")
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_every_form_of_a_file_holds_the_same(whole, tmp_path, zipped):
-    file = put(tmp_path, whole, VAE_FILE, to_bytes(read(whole / VAE_FILE), VAE_FILE, zipped))
-    expected = load_vae(whole / VAE_TENSORS).state_dict()
-    assert all(torch.equal(x, expected[key]) for key, x in load_vae(str(file)).state_dict().items())
-    refused(lambda: load_vae(file, dtype=torch.int8), "torch.int8")
 
 
 @pytest.mark.parametrize("load, name, shapes", [
@@ -151,21 +153,17 @@ def test_loading_takes_little_more_memory_than_the_file(tmp_path, load, name, sh
     assert memory("VmHWM") - before < 1.3 * file.stat().st_size
 
 
-@pytest.mark.parametrize("change, why", [
-    (lambda state, toy: {f"_orig_mod.{key}": x for key, x in state.items()}, "begin with '_orig_mod.'"),
-    (lambda state, toy: full(torch.nan)(state), "holds NaN"),
-    (lambda state, toy: {key: x for key, x in toy.items() if ".self_attn." in key}, "do not fit a DiT of")])
-def test_a_checkpoint_over_a_policy_is_blamed_itself(whole, tmp_path, change, why):
-    toy, file = load_file(ROOT / "toy/weights/toy_base.safetensors"), tmp_path / "ours.safetensors"
-    (tmp_path / "W").mkdir()
-    for name in (DIT, REDIRECTOR):
-        (tmp_path / "W" / name).symlink_to(whole / name)
-    save_file(change(load_file(whole / REDIRECTOR), toy), file)
-    message = refused(lambda: open_policy(tmp_path / "W", file, torch.device("cpu")), why)
-    assert message.startswith(f"{file}: ") and len(message) < 300 + len(str(tmp_path))
-
-
 # ---- a folder ----
+
+@pytest.fixture
+def policy():
+    return "ReDirector"
+
+
+@pytest.fixture
+def folder(folders, policy, tmp_path):
+    return shutil.copytree(folders[policy], tmp_path / "W")
+
 
 def call(capsys, *argv):
     """(output, exit code or the error's text)"""
@@ -177,51 +175,37 @@ def call(capsys, *argv):
     return capsys.readouterr().out, code
 
 
-WHOLE = {"ReDirector": (
-    "Wan DiT with camera control, 2 blocks of width 128, {:,} parameters".format(sum(
-        shape.numel() for name, shape in tiny_weights.dit_shapes().items() if "rope_phase" not in name)),
-    "HPSv3, ", "VideoReward, ", "ReDirector's self-attention", "CLIP image tower"),
-    "ReCamMaster": ("ReCamMaster's DiT, 2 blocks",), "Wan": ("Wan DiT, plain, 2 blocks",)}
+BASE_SIZE = sum(shape.numel() for name, shape in tiny_weights.dit_shapes().items() if "rope_phase" not in name)
 
 
-@pytest.mark.parametrize("policy", WHOLE)
-def test_a_whole_folder_is_there_for_every_command(policy, whole, tmp_path, capsys, monkeypatch):
-    folder = tiny_weights.write(tmp_path, policy=policy)
+@pytest.mark.parametrize("policy, name, change, said, code", [
+    ("ReDirector", "", "", f"Wan DiT with camera control, 2 blocks of width 128, {BASE_SIZE:,} parameters", 0),
+    *(("ReDirector", "", "", said, 0) for said in ("HPSv3, ", "VideoReward, ", "ReDirector's self-attention", "CLIP")),
+    ("ReCamMaster", "", "", "ReCamMaster's DiT, 2 blocks", 0), ("Wan", "", "", "Wan DiT, plain", 0),
+    ("ReDirector", DIT, "remove", "missing  diffusion_pytorch_model.safetensors", 1),
+    ("ReDirector", DIT, "cut", "damaged  diffusion_pytorch_model.safetensors", 1),
+    ("ReDirector", TEXT_FILE, "cut", "damaged  models_t5", 1),
+    ("ReDirector", TEXT_FILE, "remove", "evaluate:         lacks models_t5", 0),
+    ("ReDirector", "HPSv3/HPSv3.safetensors", "cut", "damaged  HPSv3", 1),
+    ("ReDirector", "Qwen2-VL-2B-Instruct/tokenizer.json", "cut", "damaged  Qwen2-VL-2B-Instruct/tokenizer.json", 1),
+    ("ReDirector", "VideoReward/checkpoint-1/model.pth", "remove", "missing  VideoReward/checkpoint-*/model.pth", 1),
+    ("ReDirector", REDIRECTOR, DIT, "expected ReDirector's self-attention, found Wan DiT", 1),
+    ("ReCamMaster", REDIRECTOR, REDIRECTOR, "expected one policy, found step20000.ckpt", 1),
+    ("Wan", REDIRECTOR, REDIRECTOR, "expected Wan DiT with camera control, found Wan DiT, plain", 1)])
+def test_a_folder_is_told_with_what_is_wrong_in_it(folder, whole, capsys, monkeypatch, name, change, said, code):
     monkeypatch.syspath_prepend(str(folder / "packages"))
-    out, code = call(capsys, folder)
-    assert code == 0 and "missing" not in out and "damaged" not in out
-    assert all(phrase in out for phrase in (*WHOLE[policy], "data.prepare:     all there"))
-    assert ("CLIP" in out) == (policy == "ReDirector")
-    if policy != "ReDirector":
-        shutil.copy(whole / REDIRECTOR, folder)  # which cannot lie over it
-        assert call(capsys, folder)[1] == 1
-    assert "no such folder of published weights" in call(capsys, folder / "nowhere")[1]
-
-
-@pytest.fixture
-def folder(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "W", ignore=lambda folder, names: {RECAMMASTER})
-    return tmp_path / "W"
-
-
-@pytest.mark.parametrize("name, change, said, code", [
-    (DIT, "remove", "missing  diffusion_pytorch_model.safetensors", 1),
-    (DIT, "cut", "damaged  diffusion_pytorch_model.safetensors", 1),
-    (TEXT_FILE, "cut", "damaged  models_t5", 1), (TEXT_FILE, "remove", "evaluate:         lacks models_t5", 0),
-    ("HPSv3/HPSv3.safetensors", "cut", "damaged  HPSv3", 1),
-    ("Qwen2-VL-2B-Instruct/tokenizer.json", "cut", "damaged  Qwen2-VL-2B-Instruct/tokenizer.json", 1),
-    ("VideoReward/checkpoint-1/model.pth", "remove", "missing  VideoReward/checkpoint-*/model.pth", 1),
-    (REDIRECTOR, DIT, "expected ReDirector's self-attention, found Wan DiT", 1)])
-def test_what_is_wrong_is_named(folder, capsys, monkeypatch, name, change, said, code):
-    monkeypatch.syspath_prepend(str(folder / "packages"))
-    content = (folder / (change if change == DIT else name)).read_bytes()
-    (folder / name).unlink()
-    if change != "remove":
-        (folder / name).write_bytes(content[:-50] if change == "cut" else content)
+    if change == "cut":
+        (folder / name).write_bytes((folder / name).read_bytes()[:-50])
+    elif change == "remove":
+        (folder / name).unlink()
+    elif name:
+        shutil.copy(whole / change, folder / name)
     out, found = call(capsys, folder)
     assert said in out and found == code
+    assert name or "missing" not in out and "damaged" not in out and "data.prepare:     all there" in out
     if "/" in name:  # a reward model, which cameras alone do not need
         assert call(capsys, folder, "--rewards=trans=1")[1] == (1 if change == "cut" else 0)
+    assert "no such folder of published weights" in call(capsys, folder / "nowhere")[1]
 
 
 # ---- out of the door ----
@@ -268,13 +252,12 @@ def test_merge_makes_one_file_of_base_and_checkpoint(folder, run, tmp_path, caps
     assert DIT in about["base"][0] and "iteration_000007, digest" in about["checkpoint"]
     assert "expected the name of a new" in call(capsys, "merge", folder, run, out)[1]
 
-    good, key = ours, next(iter(ours))
+    key, new = next(iter(ours)), tmp_path / "x.safetensors"
     (run.parent / "state.json").unlink()  # whose checksum would speak first
-    new = tmp_path / "x.safetensors"
     for wrong, said in (({"blocks.9.self_attn.q.weight": torch.ones(2, 2)}, "no such tensor in the base"),
                         ({key: torch.ones(3)}, f"{key} is (3,), expected"),
-                        ({key: torch.full_like(good[key], torch.nan)}, "not finite")):
-        save_file({**good, **wrong}, run)
+                        ({key: torch.full_like(ours[key], torch.nan)}, "not finite")):
+        save_file({**ours, **wrong}, run)
         assert said in call(capsys, "merge", folder, run, new)[1] and not new.exists()
     assert "expected BASE CKPT OUT" in call(capsys, "merge", folder, run)[1]
     assert "no such file, expected the base" in call(capsys, "merge", ROOT / "no.safetensors", run, new)[1]

@@ -124,12 +124,15 @@ def save_qwen_base(folder):
     return len(fast)
 
 
-def qwen_shapes(base, tokens, head):
-    """The official checkpoint's names: the body's under "model.", a reward's head."""
+def qwen_shapes(base, added, heads):
+    """The official checkpoint's names: the body's, with `added` tokens, under "model."; the reward's head."""
+    tokens = save_qwen_base(base) + added
     config = AutoConfig.from_pretrained(base)
     config.text_config.vocab_size = tokens
-    body = shapes_of(Qwen2VLModel, config)
-    return {name.replace("language_model.", "model."): shape for name, shape in body.items()} | head
+    shapes = {name.replace("language_model.", "model."): x for name, x in shapes_of(Qwen2VLModel, config).items()}
+    for name, shape in heads.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
 
 
 VIDEO_REWARD = {  # what is read of the published model_config.json
@@ -142,27 +145,25 @@ VIDEO_REWARD = {  # what is read of the published model_config.json
 
 
 def write_reward_models(folder, seed):
-    """VideoReward and HPSv3, random, in the official layout."""
-    for name in ("VideoReward/checkpoint-1", "HPSv3"):
+    """VideoReward and HPSv3, random, in the official layout; weights of a stand-in for MapAnything."""
+    for name in ("VideoReward/checkpoint-1", "HPSv3", "map-anything"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "VideoReward/model_config.json").write_text(json.dumps(VIDEO_REWARD))
-    base = folder / "Qwen2-VL-2B-Instruct"
-    shapes = qwen_shapes(base, save_qwen_base(base) + 3, {"rm_head.weight": (1, 32)})
+    shapes = qwen_shapes(folder / "Qwen2-VL-2B-Instruct", 3, {"rm_head": (1, 32)})
     state = {f"base_model.model.{name}": x for name, x in random_state(shapes, seed).items()}
+    del state["base_model.model.rm_head.bias"]
     torch.save(state, folder / "VideoReward/checkpoint-1/model.pth")
-    base = folder / "Qwen2-VL-7B-Instruct"
-    sizes = {0: (32, 32), 3: (16, 32), 5: (2, 16)}
-    head = {f"rm_head.{i}.weight": size for i, size in sizes.items()}
-    head |= {f"rm_head.{i}.bias": size[:1] for i, size in sizes.items()}
-    shapes = qwen_shapes(base, save_qwen_base(base) + 1, head)
-    save_file(random_state(shapes, seed + 1), folder / "HPSv3/HPSv3.safetensors")
+    heads = {"rm_head.0": (32, 32), "rm_head.3": (16, 32), "rm_head.5": (2, 16)}
+    state = random_state(qwen_shapes(folder / "Qwen2-VL-7B-Instruct", 1, heads), seed + 1)
+    save_file(state, folder / "HPSv3/HPSv3.safetensors")
+    (folder / "map-anything/config.json").write_text(json.dumps({"torch_hub_pretrained": False}))
+    save_file(random_state({"info_sharing.weight": (6, 48)}, seed + 2), folder / "map-anything/model.safetensors")
 
 
-# ---- programs of others ----
+# ---- programs of others, and videos ----
 
 MAPANYTHING = '''"""Stands in for MapAnything: cameras that depend on the pixels, and mean nothing."""
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 
@@ -176,8 +177,8 @@ class MapAnything(torch.nn.Module):
 
     def infer(self, views, **options):
         """A view's thumbnail through a matrix, less the first view's: its rotation vector and position."""
-        seen = [0.1 * torch.tanh(F.adaptive_avg_pool2d(view["img"].float(), 4).flatten(1) @ self.weight.T)
-                for view in views]
+        seen = [0.1 * torch.tanh(torch.nn.functional.adaptive_avg_pool2d(view["img"].float(), 4).flatten(1)
+                                 @ self.weight.T) for view in views]
         height, width = views[0]["img"].shape[-2:]
         focal = torch.tensor([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])
         out = []
@@ -198,40 +199,33 @@ import av
 import numpy as np
 
 video, out = Path(sys.argv[2]), Path(sys.argv[4])
-with av.open(str(video)) as file:
-    sizes = [(frame.width, frame.height) for frame in file.decode(video=0)]
+sizes = [(frame.width, frame.height) for frame in av.open(str(video)).decode(video=0)]
 c2w = np.tile(np.eye(4), (len(sizes), 1, 1))
 c2w[:, 2, 3] = 0.01 * np.arange(len(sizes))
-intrinsics = np.array([(width, width, width / 2, height / 2) for width, height in sizes])
+intrinsics = [(width, width, width / 2, height / 2) for width, height in sizes]
 for kind, data in (("pose", c2w), ("intrinsics", intrinsics)):
     (out / kind).mkdir(parents=True)
     np.savez(out / kind / f"{video.stem}.npz", data=data, inds=np.arange(len(sizes)))
 '''
 
 
-def write_stand_ins(folder, seed):
-    """Weights and package of a stand-in for MapAnything, and a program for ViPE."""
-    for name in ("map-anything", "packages/mapanything", "bin"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "map-anything/config.json").write_text(json.dumps({"torch_hub_pretrained": False}))
-    save_file(random_state({"info_sharing.weight": (6, 48)}, seed), folder / "map-anything/model.safetensors")
-    (folder / "packages/mapanything/__init__.py").touch()
-    (folder / "packages/mapanything/models.py").write_text(MAPANYTHING)
-    program = folder / "bin/vipe"
-    program.write_text(VIPE.replace("{python}", sys.executable))
-    program.chmod(0o755)
+def write_programs(folder):
+    for name, text in (("packages/mapanything/__init__.py", ""), ("packages/mapanything/models.py", MAPANYTHING),
+                       ("bin/vipe", VIPE.replace("{python}", sys.executable))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "bin/vipe").chmod(0o755)
 
 
 def write_videos(folder, frames=13, height=72, width=128):
     """Two videos of a pattern that wanders, and captions."""
     folder.mkdir(exist_ok=True)
-    y, x = np.mgrid[:height, :width] / height
+    t, y, x = np.ogrid[:frames, :height, :width]
     for i in range(2):
-        waves = [np.sin(9 * (x + 0.02 * t) + 3 * i) * np.cos(7 * (y - 0.01 * t)) for t in range(frames)]
-        video = np.stack([np.stack([wave, wave ** 2, -wave], -1) for wave in waves])
+        wave = np.sin(9 * (x / height + 0.02 * t) + 3 * i) * np.cos(7 * (y / height - 0.01 * t))
+        video = np.stack([wave, wave ** 2, -wave], -1)
         write_video(folder / f"clip{i}.mp4", (127.5 * (video + 1)).clip(0, 255).astype(np.uint8), 24)
-    (folder / "captions.csv").write_text(
-        "file_name,text\nclip0.mp4,a street at night\nclip1.mp4,a bear walks\n")
+    (folder / "captions.csv").write_text("file_name,text\nclip0.mp4,a street at night\nclip1.mp4,a bear walks\n")
 
 
 def write(folder, seed=0, policy="ReDirector"):
@@ -253,7 +247,7 @@ def write(folder, seed=0, policy="ReDirector"):
     torch.save(random_state(text_shapes(), seed + 3), folder / TEXT_FILE)
     save_tokenizer(folder / TOKENIZER)
     write_reward_models(folder, seed + 5)
-    write_stand_ins(folder, seed + 7)
+    write_programs(folder)
     write_videos(folder / "videos")
     (folder / "paths").mkdir(exist_ok=True)
     for name in ("static", *trajectories.PATHS):
