@@ -65,6 +65,8 @@ def test_sizes_and_frames():
     assert reward_models.mapanything_size(500, 304)[0] == (518, 294)  # a tie: the smaller aspect ratio
     for n, seen in ((81, [0, 16, 32, 48, 64, 80]), (5, [0, 1, 3, 4]), (3, [0, 2])):
         assert reward_models.spread(reward_models.frame_count(n, 24, 2.0), n).tolist() == seen
+    refused(lambda: reward_models.frame_count(1, 24, 2.0), "at least 2 frames")
+    refused(lambda: reward_models.merge_lora({"q.lora_A.weight": torch.ones(1, 1)}, 1, "file"), "lacks its lora_B")
 
 
 @pytest.mark.parametrize("name, digest", [

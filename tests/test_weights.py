@@ -88,7 +88,7 @@ def misfit(state):
 
 
 @pytest.mark.parametrize("change, words", [
-    (full(torch.nan), ["holds NaN or infinity"]), (full(-torch.inf), ["holds NaN or infinity"]),
+    *((full(value), ["holds NaN or infinity"]) for value in (torch.nan, torch.inf, -torch.inf)),
     (lambda s: s | {key: s[key].int() for key in some(s)[-1:]}, ["32"]),
     (misfit, ["keys do not fit", "unexpected"]),
     (lambda s: {"module." + key: x for key, x in s.items()}, ["keys begin with 'module.'"]),
