@@ -1,5 +1,5 @@
-"""What all tests share: one thread in every process, since sums are rounded alike then only; the repository root
-on the path; signals as they were; how a refusal is read."""
+"""What all tests share: one thread in every process, since sums are rounded alike then only; the
+repository root on the path; signals as they were; how a refusal is read."""
 import os
 import signal
 import sys

@@ -33,8 +33,8 @@ def test_phases_stay_on_the_device_and_read_no_value(monkeypatch, tail, guidance
         torch.set_default_dtype(torch.bfloat16)
         try:
             with CUDA:
-                dit = DiT(Config(dim=256, num_heads=2, num_layers=2, ffn_dim=512, image_dim=1280, camera_dim=24,
-                                 roce=True)).eval()
+                dit = DiT(Config(dim=256, num_heads=2, num_layers=2, ffn_dim=512, image_dim=1280,
+                                 camera_dim=24, roce=True)).eval()
                 codec = VAE(16, [32, 32, 64, 64, 64], 1, [False, True, True]).eval()
         finally:
             torch.set_default_dtype(torch.float32)
@@ -46,8 +46,9 @@ def test_phases_stay_on_the_device_and_read_no_value(monkeypatch, tail, guidance
         maps = trajectories.camera_maps(c2w, intrinsics, height, width)
         condition = Condition(text, image, source, maps, maps.clone())
         prepared, negative = prepare(dit, condition, torch.empty(1, 512, 4096), guidance)
-        sampled = sampler.rollout(dit, prepared, G, (2, 3), sigmas=sigmas, shape=shape, seed=0, tail=tail, device=CUDA,
-                                  condition_ids=[0, 1], negative=negative, guidance=guidance, micro_batch=2)
+        sampled = sampler.rollout(dit, prepared, G, (2, 3), sigmas=sigmas, shape=shape, seed=0, tail=tail,
+                                  condition_ids=[0, 1], negative=negative, guidance=guidance,
+                                  micro_batch=2, device=CUDA)
         videos = decode(codec, sampled.latents.flatten(0, 1), 2)
         assert videos.shape == (C * G, frames, height, width, 3) and videos.device == CUDA
         c2w = c2w.repeat_interleave(G, 0)
@@ -65,8 +66,8 @@ def test_phases_stay_on_the_device_and_read_no_value(monkeypatch, tail, guidance
 def test_bench_measures_a_network_on_the_device(monkeypatch):
     """No value is read: the tables' seconds are python's own, and nothing else is asked of the tensors."""
     monkeypatch.setattr(bench, "DEVICE", CUDA)
-    config = bench.Network(dim=256, layers=2, ffn=512, frames=9, height=32, width=48, dtype="bfloat16", repeat=1,
-                           backward=False, compile=False)
+    config = bench.Network(dim=256, layers=2, ffn=512, frames=9, height=32, width=48, dtype="bfloat16",
+                           repeat=1, backward=False, compile=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         facts, rows = bench.measure_network(config)
     assert facts["tokens"] == 2 * 3 * 2 * 3 and {"ours, prepared", "ours, nothing prepared"} <= set(rows)

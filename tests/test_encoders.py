@@ -1,4 +1,4 @@
-"""umT5, CLIP and the captioner: recorded numbers of the official ones, invariants, published sizes, wrong input.
+"""umT5, CLIP and the captioner: recorded numbers, invariants, published sizes, wrong input.
 
 The networks are transformers' own, so what is checked is how they are built, filled and fed.
 """
@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tiny_weights import image_shapes, random_state, save_tokenizer, text_shapes
 
 from pretrained import encoders
-from pretrained.encoders import NEGATIVE_PROMPT, clean, describe_frame, load_image_encoder, load_text_encoder
+from pretrained.encoders import (
+    NEGATIVE_PROMPT, clean, describe_frame, load_image_encoder, load_text_encoder)
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXT_WEIGHTS, IMAGE_WEIGHTS = GOLDEN / "umt5_weights.safetensors", GOLDEN / "clip_weights.safetensors"
@@ -34,7 +35,8 @@ def test_recorded_numbers():
     recorded = load_file(GOLDEN / "umt5_io.safetensors")
     out = load_text_encoder(TEXT_WEIGHTS)(recorded["ids"], recorded["mask"])
     assert out.shape == recorded["embedding"].shape and far(out, recorded["embedding"]) < 1e-4
-    recorded, encoder = load_file(GOLDEN / "clip_io.safetensors"), load_image_encoder(IMAGE_WEIGHTS, num_heads=4)
+    recorded = load_file(GOLDEN / "clip_io.safetensors")
+    encoder = load_image_encoder(IMAGE_WEIGHTS, num_heads=4)
     assert far(encoder.preprocess(recorded["image"]), recorded["pixel_values"]) < 1e-4
     assert far(encoder(recorded["image"]), recorded["features"]) < 1e-4
 
@@ -58,7 +60,8 @@ def test_bfloat16_stays_near_float32():
 
 
 def test_the_published_sizes_are_read_off_the_weights(monkeypatch):
-    shapes = {"umt5": text_shapes(256384, 4096, 4096, 10240, 64, 24), "clip": image_shapes(1280, 32, mlp=5120)}
+    shapes = {"umt5": text_shapes(256384, 4096, 4096, 10240, 64, 24),
+              "clip": image_shapes(1280, 32, mlp=5120)}
     monkeypatch.setattr(encoders, "read_weights", lambda path: {
         key: torch.empty(shape, device="meta") for key, shape in shapes[path.split("/")[-1]].items()})
     model = load_text_encoder("no/umt5", device="meta", dtype=torch.bfloat16).model
@@ -67,7 +70,8 @@ def test_the_published_sizes_are_read_off_the_weights(monkeypatch):
     assert model.config.d_kv == 64 and model.encoder.embed_tokens.weight is model.shared.weight
     encoder = load_image_encoder("no/clip", device="meta")
     model = encoder.model
-    assert encoder.size == 224 and len(model.encoder.layers) == 31 and model.config.num_attention_heads == 16
+    assert encoder.size == 224 and len(model.encoder.layers) == 31
+    assert model.config.num_attention_heads == 16
     assert model.embeddings.position_embedding.weight.shape == (257, 1280)
 
 
@@ -88,9 +92,10 @@ def test_embed(text):
     ("  two\t\nwords &amp;lt;b&amp;gt; &quot;x&quot;  ", 'two words <b> "x"'),
     ("A man\u2019s dog \u201cbarks\u201d \u2014 loud\u2026", 'A man\'s dog "barks" \u2014 loud\u2026'),
     ("caf\u00c3\u00a9 &amp;amp; it\u00e2\u20ac\u2122s", "caf\u00e9 & it's"),
-    ("\u00e2\u20ac\u0153quoted\u00e2\u20ac\x9d", '"quoted"'), ("caf\u00e9, Z\u00fcrich", "caf\u00e9, Z\u00fcrich"),
+    ("\u00e2\u20ac\u0153quoted\u00e2\u20ac\x9d", '"quoted"'),
+    ("caf\u00e9, Z\u00fcrich \U0001f600", "caf\u00e9, Z\u00fcrich \U0001f600"),
     ("re\u0301sume\u0301", "r\u00e9sum\u00e9"), ("\ufb01rst \ufeffa\x00b", "first ab"),
-    ("\uff21\uff22\u3000\uff11", "AB 1"), ("\u8857\uff0c\u9053", "\u8857,\u9053"), ("\U0001f600", "\U0001f600"),
+    ("\uff21\uff22\u3000\uff11", "AB 1"), ("\u8857\uff0c\u9053", "\u8857,\u9053"),
     (NEGATIVE_PROMPT, NEGATIVE_PROMPT.replace("\uff0c", ","))])  # the official pipeline encodes it so
 def test_clean(text, cleaned):
     assert clean(text) == cleaned
@@ -99,23 +104,25 @@ def test_clean(text, cleaned):
 
 # ---- wrong input; files are in test_weights.py ----
 
-IDS, IMAGE, FRAME = torch.ones(1, 4, dtype=torch.long), torch.zeros(1, 3, 8, 8), torch.zeros(4, 4, 3).byte()
+IDS, IMAGE = torch.ones(1, 4, dtype=torch.long), torch.zeros(1, 3, 8, 8)
+FRAME = torch.zeros(4, 4, 3, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("call, word", [
     (lambda text: text(IDS.float(), IDS), "ids: "), (lambda text: text(IDS, IDS.float()), "mask: "),
     (lambda text: text(IDS, IDS[:, :2]), "mask: "), (lambda text: text(IDS[0], IDS[0]), "ids: "),
     (lambda text: text(IDS + 149, IDS), "has 150"), (lambda text: text(-IDS, IDS), "has 150"),
-    (lambda text: text.embed("a cat"), "list of strings"), (lambda text: text.embed([]), "list of strings"),
-    (lambda text: text.embed([1]), "list of strings"),
+    *((lambda text, prompts=prompts: text.embed(prompts), "list of strings")
+      for prompts in ("a cat", [], [1])),
     (lambda text: load_text_encoder(TEXT_WEIGHTS).embed(["a cat"]), "no tokenizer"),
     (lambda text: load_text_encoder(TEXT_WEIGHTS, GOLDEN), "golden: no tokenizer"),
-    (lambda text: load_text_encoder(TEXT_WEIGHTS, GOLDEN / "none"), "none: no such folder (the tokenizer's)"),
+    (lambda text: load_text_encoder(TEXT_WEIGHTS, GOLDEN / "none"), "none: no such folder"),
     (lambda text: load_image_encoder(IMAGE_WEIGHTS), "give num_heads"),
     (lambda text: load_image_encoder(IMAGE_WEIGHTS, num_heads=5), "5 heads"),
     (lambda text: load_image_encoder(IMAGE_WEIGHTS, num_heads=4, dtype=torch.int8), "torch.int8"),
     *((lambda text, x=x: load_image_encoder(IMAGE_WEIGHTS, num_heads=4)(x), word) for x, word in (
-        (IMAGE[0], "(B, 3, H, W)"), (IMAGE[:, :2], "(B, 3, H, W)"), (IMAGE.byte(), "uint8"), (IMAGE + 2, "[-1, 1]"))),
+        (IMAGE[0], "(B, 3, H, W)"), (IMAGE[:, :2], "(B, 3, H, W)"), (IMAGE.byte(), "uint8"),
+        (IMAGE + 2, "[-1, 1]"))),
     (lambda text: describe_frame(FRAME.permute(2, 0, 1)), "frame: "),
     (lambda text: describe_frame(FRAME.float()), "frame: ")])
 def test_wrong_input_is_refused(text, call, word):
@@ -125,7 +132,7 @@ def test_wrong_input_is_refused(text, call, word):
 # ---- captions ----
 
 def test_a_frame_is_described_by_blip2(tmp_path):
-    """By a tiny one whose last norm always gives the direction of one word, so that it says nothing else."""
+    """By one whose last norm always gives the direction of one word, so that it says nothing else."""
     pytest.importorskip("PIL")
     import transformers as t
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -139,8 +146,9 @@ def test_a_frame_is_described_by_blip2(tmp_path):
     model = t.Blip2ForConditionalGeneration(t.Blip2Config(
         vision_config=t.Blip2VisionConfig(**small, image_size=28, patch_size=14).to_dict(),
         qformer_config=t.Blip2QFormerConfig(**small, encoder_hidden_size=16, vocab_size=9).to_dict(),
-        text_config=t.OPTConfig(**small, ffn_dim=32, vocab_size=9, max_position_embeddings=128, pad_token_id=0,
-                                word_embed_proj_dim=16, bos_token_id=1, eos_token_id=2).to_dict(),
+        text_config=t.OPTConfig(
+            **small, ffn_dim=32, vocab_size=9, max_position_embeddings=128, word_embed_proj_dim=16,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2).to_dict(),
         num_query_tokens=4, image_token_index=8))
     norm = model.language_model.model.decoder.final_layer_norm
     with torch.no_grad():
@@ -149,7 +157,8 @@ def test_a_frame_is_described_by_blip2(tmp_path):
     model.save_pretrained(tmp_path)
     resize = t.BlipImageProcessor(size={"height": 28, "width": 28})
     t.Blip2Processor(resize, tokenizer, num_query_tokens=4).save_pretrained(tmp_path)
-    assert {*describe_frame(FRAME, tmp_path).split(), *describe_frame(FRAME.numpy(), str(tmp_path)).split()} == {"cat"}
+    for frame, folder in (FRAME, tmp_path), (FRAME.numpy(), str(tmp_path)):
+        assert set(describe_frame(frame, folder).split()) == {"cat"}
     encoders.load_captioner.cache_clear()
 
 

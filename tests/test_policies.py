@@ -31,18 +31,19 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Weights of the three policies (with two videos and captions in each), a camera file, prompts, a reward."""
+    """Weights of the three policies, with videos and captions; cameras, prompts, a reward."""
     w = tmp_path_factory.mktemp("policies")
     for policy in tiny_weights.PARTS:
         tiny_weights.write(w / policy, policy=policy)
-    np.savez(w / "cameras.npz", c2w=trajectories.recammaster(9, 9))
+    np.savez(w / "cameras.npz", c2w=trajectories.recammaster(9, 13))
     (w / "prompts.txt").write_text("a bear walks\n\na man dances\n")
     (w / "bright.py").write_text("def bright(videos, scene):\n    return videos.float().mean((1, 2, 3, 4))\n")
     return w
 
 
 def videos(world):
-    return dict(videos=f"{world}/ReDirector/videos", captions=f"{world}/ReDirector/videos/captions.csv", **SIZE)
+    folder = f"{world}/ReDirector/videos"
+    return dict(videos=folder, captions=f"{folder}/captions.csv", **SIZE)
 
 
 def cache(world, out, policy, **options):
@@ -87,11 +88,11 @@ def test_policies_are_told_by_their_files(world, tmp_path):
 def test_plan_is_of_the_policy(world):
     for policy in tiny_weights.PARTS:
         config = plan.Plan(world="captions" if policy == "Wan" else "clips", weights=f"{world}/{policy}",
-                           conditions=1, members=2, steps=4, **SIZE)
+                           conditions=1, members=2, steps=4, size=2, **SIZE)
         lines, dit = plan.describe(config, 1), open_policy(world / policy, None, CPU)
         assert lines["parameters"].startswith(f"{sum(p.numel() for p in dit.parameters()):,}, of which")
-        halves = ", as many of the source" if dit.takes_source else ""
-        assert lines["tokens"] == f"{18 * (1 + dit.takes_source)} a network row: 18 of the target video{halves}"
+        said = "36 a network row: 18 of the target video, as many of the source"
+        assert lines["tokens"] == (said if dit.takes_source else "18 a network row: 18 of the target video")
         if policy == "ReCamMaster":
             stay, peaks = plan.memory(config)
             assert stay["masters"] == sum(p.nbytes for p in model.trainable(dit))
@@ -122,7 +123,7 @@ def test_clips_of_one_policy_serve_the_other(world, tmp_path):
 
 def test_a_clip_that_cannot_be_completed_leaves_the_index(world, tmp_path):
     cache(world, tmp_path, "ReCamMaster")
-    np.savez(tmp_path / "clip0.npz", c2w=trajectories.recammaster(9, 9))
+    np.savez(tmp_path / "clip0.npz", c2w=trajectories.recammaster(9, 13))
     index = cache(world, tmp_path, "ReDirector", cameras=str(tmp_path), fov=60.0)
     assert index["clips"] == ["clip0.mp4"] and list(index["skipped"]) == ["clip1.mp4"]
     assert len(ClipCache(tmp_path, find_policy(world / "ReDirector").parts)) == 1
@@ -130,7 +131,7 @@ def test_a_clip_that_cannot_be_completed_leaves_the_index(world, tmp_path):
 
 
 def test_recammaster_trains_and_goes_on(world, tmp_path):
-    """All that trains moves and is saved; a checkpoint lies over the published file; half a run goes on alike."""
+    """All that trains moves and is saved; a checkpoint lies over the file; half a run goes on alike."""
     given = cache(world, tmp_path / "clips", "ReCamMaster", cameras=f"{world}/cameras.npz", fov=60.0)
     assert given["settings"]["without"] == ["image"]  # what is given is kept
     trained = run(world, tmp_path / "run", "ReCamMaster", tmp_path / "clips")
@@ -155,8 +156,8 @@ def test_wan_trains_on_captions(world, tmp_path):
 # ---- retake and the evaluation ----
 
 def test_recammaster_is_a_row_beside_redirector(world, tmp_path, monkeypatch):
-    """The same noise and captions: alone, as base, it makes the videos that it makes as a baseline. No cameras are
-    needed for it, nor for a retake."""
+    """The same noise and captions: alone, as base, it makes the videos that it makes as a baseline.
+    No cameras are needed for it, nor for a retake."""
     monkeypatch.setattr(outside, "vbench", lambda *a: ({}, "not installed: VBench (x)"))
     for method in ("base", "ReCamMaster"):
         for i in range(2):
@@ -174,9 +175,10 @@ def test_recammaster_is_a_row_beside_redirector(world, tmp_path, monkeypatch):
                                           out=f"{tmp_path}/alone"))
     base, beside, alone = (read_video(tmp_path / f"{run}/videos/clip0_camera_9_speed_1.mp4")[0]
                            for run in ("out/base", "out/ReCamMaster", "alone/base"))
-    assert np.array_equal(alone, beside) and base.shape == beside.shape and not np.array_equal(base, beside)
-    file, _ = retake(Retake(clip=f"{world}/Wan/videos/clip0.mp4", weights=f"{world}/ReCamMaster", prompt="a bear",
-                            steps=1, out=f"{tmp_path}/retake", **SIZE))
+    assert np.array_equal(alone, beside)
+    assert base.shape == beside.shape and not np.array_equal(base, beside)
+    file, _ = retake(Retake(clip=f"{world}/Wan/videos/clip0.mp4", weights=f"{world}/ReCamMaster",
+                            prompt="a bear", steps=1, out=f"{tmp_path}/retake", **SIZE))
     assert read_video(file)[0].shape == (9, 32, 48, 3)
 
 

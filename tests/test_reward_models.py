@@ -1,4 +1,4 @@
-"""The published reward models: pixels as Pillow has them, recorded numbers, one video as in a batch, foreign files."""
+"""The published reward models: Pillow's pixels, recorded numbers, batches, foreign files."""
 import functools
 import hashlib
 import json
@@ -24,18 +24,20 @@ from rewards import Scene
 
 SHARED = ROOT.parent / "shared" / "golden"
 VLM, VIDEO, IMAGE = SHARED / "vlm", SHARED / "vlm/videoreward_tiny", SHARED / "vlm/hpsv3_tiny"
-golden_vlm = pytest.mark.skipif(not VLM.is_dir(), reason="golden numbers not beside the checkout (../shared/golden)")
+VIDEO_LEAST, MOST = 128 * 28 * 28, 448 * 448  # pixels
+golden_vlm = pytest.mark.skipif(not VLM.is_dir(), reason="../shared/golden is not there")
 
 
 def close(found, expected, tolerance=1e-4):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=0, atol=tolerance)
+    expected = torch.as_tensor(expected, dtype=found.dtype)
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 # ---- pixels and frames ----
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 5, 20])
 def test_skipped_frames_are_interpolated(stride):
-    """Exactly on a straight path that turns evenly; first and last frame are kept; a failed video stays NaN."""
+    """Exactly on a straight path that turns evenly, ends included; a failed video stays NaN."""
     path = camera_path(13, yaw=0.05)
     kept = reward_models.spread(math.ceil(12 / stride) + 1, 13)
     assert kept[0] == 0 and kept[-1] == 12 and kept.diff().max() <= stride + 0.5
@@ -52,21 +54,24 @@ def test_resize_is_pillows(kernel, size, new):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (2, *size, 3), generator=generator, dtype=torch.uint8)
     x[1] = (x[1] > 127).byte() * 255  # overshoots are clipped between the two passes
+    resampling = getattr(Image.Resampling, kernel.upper())
     for frame, ours in zip(x, reward_models.resize(x, *new, kernel)):
-        theirs = Image.fromarray(frame.numpy()).resize(new[::-1], getattr(Image.Resampling, kernel.upper()))
+        theirs = Image.fromarray(frame.numpy()).resize(new[::-1], resampling)
         assert np.array_equal(np.asarray(theirs), ours.numpy())
 
 
 def test_sizes_and_frames():
-    video, image = (functools.partial(smart_size, least=n, most=448 * 448) for n in (128 * 28 * 28, 448 * 448))
-    assert video(480, 832) == image(480, 832) == (336, 588) and video(64, 96) == (280, 392)
-    assert image(600, 338) == (616, 364) and image(100, 1000) == (168, 1428)
+    for size, least, seen in (((480, 832), VIDEO_LEAST, (336, 588)), ((480, 832), MOST, (336, 588)),
+                              ((64, 96), VIDEO_LEAST, (280, 392)), ((600, 338), MOST, (616, 364)),
+                              ((100, 1000), MOST, (168, 1428))):
+        assert smart_size(*size, least, MOST) == seen
     assert reward_models.mapanything_size(480, 832) == ((294, 518), (298, 518))
     assert reward_models.mapanything_size(500, 304)[0] == (518, 294)  # a tie: the smaller aspect ratio
     for n, seen in ((81, [0, 16, 32, 48, 64, 80]), (5, [0, 1, 3, 4]), (3, [0, 2])):
         assert reward_models.spread(reward_models.frame_count(n, 24, 2.0), n).tolist() == seen
     refused(lambda: reward_models.frame_count(1, 24, 2.0), "at least 2 frames")
-    refused(lambda: reward_models.merge_lora({"q.lora_A.weight": torch.ones(1, 1)}, 1, "file"), "lacks its lora_B")
+    half = {"q.lora_A.weight": torch.ones(1, 1)}
+    refused(lambda: reward_models.merge_lora(half, 1, "file"), "lacks its lora_B")
 
 
 @pytest.mark.parametrize("name, digest", [
@@ -96,19 +101,22 @@ def hpsv3(prompt=None):
 
 
 def golden_video(i):
-    """The i-th recorded video (T, H, W, 3); frames that were not recorded are black, and never looked at."""
-    case, frames = golden("videoreward")[0]["cases"][i], golden("videoreward")[1][f"case{i}.frames_u8"]
+    """The i-th recorded video (T, H, W, 3); frames that were not recorded are never looked at."""
+    facts, tensors = golden("videoreward")
+    case, frames = facts["cases"][i], tensors[f"case{i}.frames_u8"]
     video = torch.zeros(case["total_frames"], *frames.shape[2:], 3, dtype=torch.uint8)
     video[case["frame_indices"] if len(frames) < len(video) else slice(None)] = frames.permute(0, 2, 3, 1)
     return video
 
 
 def scene_of(prompts, fps=16.0, frames=1):
-    return Scene(torch.eye(4).repeat(len(prompts), frames, 1, 1), torch.ones(len(prompts), 4), prompts, fps)
+    c2w = torch.eye(4).repeat(len(prompts), frames, 1, 1)
+    return Scene(c2w, torch.ones(len(prompts), 4), prompts, fps)
 
 
 def noise(*shape):
-    return torch.randint(0, 256, (*shape, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (*shape, 3), generator=generator, dtype=torch.uint8)
 
 
 @golden_vlm
@@ -120,8 +128,9 @@ def test_videoalign_agrees_with_the_official_code(layout):
     for i, case in enumerate(facts["cases"]):
         video = golden_video(i)
         clips.append(reward_models.videoalign_frames(video, case["mp4_fps"]))
-        off = (reward_models.patchify(clips[i])[0].int() - tensors[f"case{i}.pixel_values_videos_u8"].int()).abs()
-        assert off.max() <= 1 and off.float().mean() < 1e-3  # CPUs without vectors round a few the other way
+        pixels, same = reward_models.patchify(clips[i])[0], tensors[f"case{i}.pixel_values_videos_u8"]
+        off = (pixels.int() - same.int()).abs()  # CPUs without vectors round a few the other way
+        assert off.max() <= 1 and off.float().mean() < 1e-3
         scores = reward(video[None], scene_of(prompts[i:i + 1], case["mp4_fps"], len(video)))
         found = torch.stack([scores[name] for name in ("vq", "mq", "ta")], 1)
         if layout == "ckpt_full_dim3":  # three outputs, and no normalisation
@@ -147,9 +156,9 @@ def test_videoalign_other_recorded_runs():
         if row["ele"] == {"fps": 2.0} and n > 1:
             count = reward_models.frame_count(n, row["video_fps"], 2.0)
             assert reward_models.spread(count, n).tolist() == row["indices"]
-    for table, least in ((facts["video_smart_resize_table"], 128 * 28 * 28),
-                         (golden("hpsv3")[0]["image_smart_resize_table"], 448 * 448)):
-        assert all(list(smart_size(*row["hw"], least, 448 * 448)) == row["resized"] for row in table)
+    for table, least in ((facts["video_smart_resize_table"], VIDEO_LEAST),
+                         (golden("hpsv3")[0]["image_smart_resize_table"], MOST)):
+        assert all(list(smart_size(*row["hw"], least, MOST)) == row["resized"] for row in table)
 
 
 @golden_vlm
@@ -160,11 +169,13 @@ def test_hpsv3_agrees_with_the_official_code():
     for i, case in enumerate(facts["cases"]):
         with av.open(str(VLM / "inputs" / Path(case["png"]).name)) as file:
             image = torch.from_numpy(next(file.decode(video=0)).to_ndarray(format="rgb24"))[None]
-        images.append(reward_models.resize(image, *smart_size(*image.shape[1:3], 448 * 448, 448 * 448), "bicubic"))
+        size = smart_size(*image.shape[1:3], MOST, MOST)
+        images.append(reward_models.resize(image, *size, "bicubic"))
         patches, grid = reward_models.patchify(images[i])
         assert torch.equal(patches, tensors[f"case{i}.pixel_values_u8"])
-        assert torch.equal(reward_models.normalise(patches)[::16], tensors[f"case{i}.pixel_values_rows"])
-        assert torch.equal(hpsv3().read.tokenize(prompts[i:i + 1], [grid])[0], tensors[f"case{i}.input_ids"])
+        rows, ids = tensors[f"case{i}.pixel_values_rows"], tensors[f"case{i}.input_ids"]
+        assert torch.equal(reward_models.normalise(patches)[::16], rows)
+        assert torch.equal(hpsv3().read.tokenize(prompts[i:i + 1], [grid])[0], ids)
         close(hpsv3()(image[None], scene_of(prompts[i:i + 1]))["hpsv3"], [case["mu"]])
     close(hpsv3().read(images, prompts)[:, 0], tensors["batch.logits"])
 
@@ -193,10 +204,11 @@ def stand_in(monkeypatch):
 
 
 def test_a_video_scores_in_a_batch_as_alone(weights, stand_in):
-    """However a batch is shared out among ranks, whatever the others' rate. A reward token in a caption costs that
-    member alone."""
+    """However a batch is shared out among ranks, whatever the others' rate. A reward token in a
+    caption costs that member alone."""
     s = scene_of(["a", "b <|VQ_reward|> for free", "c"], torch.tensor([24.0, 8.0, 60.0]), 81)
-    for spec, video in (("vq=1,mq=1", noise(3, 81, 28, 56)), ("trans=1,rot=1,hpsv3=1", noise(3, 2, 28, 56))):
+    for spec, frames in (("vq=1,mq=1", 81), ("trans=1,rot=1,hpsv3=1", 2)):
+        video = noise(3, frames, 28, 56)
         s.c2w, (loaded, _) = s.c2w[:, :video.shape[1]], rewards.load(spec, weights)
         whole, failures = rewards.score(loaded, video, s)
         for i in (0, 2):
@@ -205,17 +217,19 @@ def test_a_video_scores_in_a_batch_as_alone(weights, stand_in):
             for name, score in alone.items():
                 close(score, whole[name][i:i + 1], 1e-3)
         if "vq" in whole:
-            assert torch.isnan(whole["vq"]).tolist() == [False, True, False] and "special token" in failures["vq"][1]
+            assert torch.isnan(whole["vq"]).tolist() == [False, True, False]
+            assert "special token" in failures["vq"][1]
             slower, _ = rewards.score(loaded, video[:1], scene_of(["a"], 60.0, 81))
             assert abs(slower["vq"] - whole["vq"][0]) > 1e-3
 
 
 def test_motion_may_be_judged_without_colour(weights):
     video, s = noise(2, 6, 56, 84), scene_of(["a", "b"], frames=6)
-    grey = (video.float() @ torch.tensor([0.299, 0.587, 0.114])).round().byte()[..., None].expand(video.shape)
+    grey = (video.float() @ torch.tensor([0.299, 0.587, 0.114])).round().byte()
+    grey = grey[..., None].expand(video.shape).contiguous()
     plain, spared = (rewards.load("vq=1,mq=1,ta=0", weights, **options)[0]
                      for options in ({}, {"grey_mq": True, "park": True}))
-    of_colour, of_grey = rewards.score(plain, video, s)[0], rewards.score(plain, grey.contiguous(), s)[0]
+    of_colour, of_grey = (rewards.score(plain, videos, s)[0] for videos in (video, grey))
     found, _ = rewards.score(spared, video, s)
     assert (of_colour["mq"] - of_grey["mq"]).abs().max() > 1e-3
     for name, expected in (("vq", of_colour), ("mq", of_grey), ("ta", of_colour)):
@@ -239,19 +253,20 @@ def rewritten(keep):
 
 
 def config(**changes):
-    parts = tiny_weights.VIDEO_REWARD
-    return lambda _: json.dumps({name: part | changes.get(name, {}) for name, part in parts.items()}).encode()
+    parts = tiny_weights.VIDEO_REWARD.items()
+    changed = {name: part | changes.get(name, {}) for name, part in parts}
+    return lambda _: json.dumps(changed).encode()
 
 
-CONFIG, STEP, HEAD = "VideoReward/model_config.json", "VideoReward/checkpoint-1", "HPSv3/HPSv3.safetensors"
-MAP = "map-anything/model.safetensors"
+CONFIG, STEP = "VideoReward/model_config.json", "VideoReward/checkpoint-1"
+HEAD, MAP = "HPSv3/HPSv3.safetensors", "map-anything/model.safetensors"
 
 
 @pytest.mark.parametrize("name, change, message", [
-    (MAP, None, f"{MAP}: not found"), (CONFIG, None, f"{CONFIG}: not found"), (HEAD, None, f"{HEAD}: not found"),
+    *((file, None, f"{file}: not found") for file in (MAP, CONFIG, HEAD)),
     ("Qwen2-VL-2B-Instruct/tokenizer.json", None, "tokenizer.json: not found"),
     (STEP, None, "VideoReward/checkpoint-<step>: not found"),
-    (f"{STEP}/model.pth", None, f"{STEP}/adapter_model.safetensors: not found; expected for VideoAlign (or model.pth"),
+    (f"{STEP}/model.pth", None, f"{STEP}/adapter_model.safetensors: not found"),
     (f"{STEP}/model.pth", lambda file: file.read_bytes()[:9999], f"{STEP}/model.pth: truncated"),
     (CONFIG, lambda _: b"{", "JSONDecodeError"), (CONFIG, lambda _: b"{}", "data_config"),
     (CONFIG, config(data_config={"num_frames": 8}), "found ('detailed_special', 8"),
@@ -271,7 +286,8 @@ def test_files_that_are_missing_or_foreign(weights, stand_in, tmp_path, name, ch
     if change:
         file.write_bytes(content)
     reward = {"m": "trans=1", "H": "hpsv3=1"}.get(name[0], "vq=1")
-    refused(lambda: rewards.load(reward, tmp_path / "W"), message, error=ValueError if change else FileNotFoundError)
+    error = ValueError if change else FileNotFoundError
+    refused(lambda: rewards.load(reward, tmp_path / "W"), message, error=error)
 
 
 def test_mapanything_not_installed(weights, monkeypatch):
@@ -285,10 +301,11 @@ def test_mapanything_agrees_with_the_official_code():
     """Pixels and recorded cameras; its own preprocessing at sizes that shrink, grow and are cropped."""
     file = SHARED / "mapanything/golden.safetensors"
     if not file.is_file():
-        pytest.skip("golden numbers not beside the checkout (../shared/golden)")
+        pytest.skip("../shared/golden is not there")
     golden = load_file(file)
-    assert torch.equal(reward_models.mapanything_views(golden["frames_uint8"])[0], golden["preprocessed_view0"])
-    image = pytest.importorskip("mapanything.utils.image", reason="the mapanything package is not installed")
+    views = reward_models.mapanything_views(golden["frames_uint8"])
+    assert torch.equal(views[0], golden["preprocessed_view0"])
+    image = pytest.importorskip("mapanything.utils.image", reason="mapanything is not installed")
     estimator = reward_models.mapanything(SHARED / "mapanything/mapanything_tiny")
     c2w, intrinsics = estimator.cameras(golden["frames_uint8"][None])
     close(c2w[0], golden["camera_poses"])

@@ -1,4 +1,4 @@
-"""Published files: each is read alike in every form or refused by name; a folder of them is checked; merging."""
+"""Published files: each is read or refused by name; a folder of them is checked; merging."""
 import io
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_weights
 import torch
-from conftest import ROOT, refused
+from conftest import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
@@ -24,11 +24,13 @@ from pretrained.encoders import load_image_encoder, load_text_encoder
 from pretrained.vae import load_vae
 from pretrained.weights import DIT, IMAGE_FILE, RECAMMASTER, REDIRECTOR, TEXT_FILE, VAE_FILE
 
-COMMANDS = {"check": (weights.Check, weights.check, "folder"), "merge": (weights.Merge, weights.merge, "files")}
+COMMANDS = {"check": (weights.Check, weights.check, "folder"),
+            "merge": (weights.Merge, weights.merge, "files")}
 OURS, RECAM, VAE_TENSORS = "ours.safetensors", "recam.ckpt", "vae.safetensors"
 LOAD = {DIT: load_dit, REDIRECTOR: lambda file: load_dit(file.with_name(DIT), file), RECAM: load_dit,
-        OURS: lambda file: open_policy(file.parent, file, torch.device("cpu")),  # a checkpoint over a policy
-        VAE_FILE: load_vae, VAE_TENSORS: load_vae, TEXT_FILE: load_text_encoder, IMAGE_FILE: load_image_encoder}
+        OURS: lambda file: open_policy(file.parent, file, torch.device("cpu")),  # over a policy
+        VAE_FILE: load_vae, VAE_TENSORS: load_vae, TEXT_FILE: load_text_encoder,
+        IMAGE_FILE: load_image_encoder}
 
 
 def read(file):
@@ -80,6 +82,10 @@ def full(value):
     return lambda state: state | {key: torch.full_like(state[key], value) for key in some(state)[-1:]}
 
 
+def renamed(prefix):
+    return lambda state: {prefix + key: x for key, x in state.items()}
+
+
 def misfit(state):
     """One key too many, one gone, one of another shape."""
     more = {"blocks.1.extra": torch.zeros(1), "visual.transformer.1.extra": torch.zeros(1)}
@@ -91,8 +97,8 @@ def misfit(state):
     *((full(value), ["holds NaN or infinity"]) for value in (torch.nan, torch.inf, -torch.inf)),
     (lambda s: s | {key: s[key].int() for key in some(s)[-1:]}, ["32"]),
     (misfit, ["keys do not fit", "unexpected"]),
-    (lambda s: {"module." + key: x for key, x in s.items()}, ["keys begin with 'module.'"]),
-    (lambda s: {"model.diffusion_model." + key: x for key, x in s.items()}, ["keys begin with 'model.diffusion_"]),
+    (renamed("module."), ["keys begin with 'module.'"]),
+    (renamed("model.diffusion_model."), ["keys begin with 'model.diffusion_"]),
     (lambda s: {key.replace("o", "oo"): x for key, x in s.items()}, ["oo"]),
     (lambda s: {"conv.weight": torch.zeros(3)}, ["conv.weight"])])
 @pytest.mark.parametrize("name", LOAD)
@@ -107,7 +113,7 @@ def test_wrong_tensors_are_refused_by_name(whole, tmp_path, name, change, words)
 
 @pytest.mark.parametrize("name", LOAD)
 def test_bytes_that_are_no_checkpoint_are_refused(whole, tmp_path, name):
-    """Cut off at any length, empty, noise, a pointer in place of the file, another archive, no file at all."""
+    """Cut off at any length, empty, noise, a pointer in its place, another archive, no file at all."""
     zipfile.ZipFile(archive := io.BytesIO(), "w").close()
     contents = [b"\x80\x02x" * 99, b"version https://git-lfs.github.com/spec/v1\n", archive.getvalue()]
     for data in ((whole / name).read_bytes(), to_bytes(read(whole / name), name, zipped=False)):
@@ -128,7 +134,9 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, name, form):
             return os.system, (f"touch {tmp_path / 'executed'}",)
 
     content, file = {"conv1.weight": torch.zeros(1), "bad": Malicious()}, tmp_path / name
-    file.write_bytes(pickle.dumps(content, 2) if form == "plain" else to_bytes(content, name, form == "zip"))
+    file.write_bytes(to_bytes(content, name, form == "zip"))
+    if form == "plain":
+        file.write_bytes(pickle.dumps(content, 2))
     refused(lambda: LOAD[name](file), str(file), "refused")
     assert not (tmp_path / "executed").exists()
     torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, file)
@@ -175,24 +183,27 @@ def call(capsys, *argv):
     return capsys.readouterr().out, code
 
 
-BASE_SIZE = sum(shape.numel() for name, shape in tiny_weights.dit_shapes().items() if "rope_phase" not in name)
+BASE = {key: x for key, x in tiny_weights.dit_shapes().items() if "rope_phase" not in key}
+GRADES, QWEN = "VideoReward/checkpoint-1/model.pth", "Qwen2-VL-2B-Instruct/tokenizer.json"
 
 
 @pytest.mark.parametrize("policy, name, change, said, code", [
-    ("ReDirector", "", "", f"Wan DiT with camera control, 2 blocks of width 128, {BASE_SIZE:,} parameters", 0),
-    *(("ReDirector", "", "", said, 0) for said in ("HPSv3, ", "VideoReward, ", "ReDirector's self-attention", "CLIP")),
+    *(("ReDirector", "", "", said, 0) for said in (
+        f"DiT with camera control, 2 blocks of width 128, {sum(x.numel() for x in BASE.values()):,} par",
+        "HPSv3, ", "VideoReward, ", "ReDirector's self-attention", "CLIP image tower")),
     ("ReCamMaster", "", "", "ReCamMaster's DiT, 2 blocks", 0), ("Wan", "", "", "Wan DiT, plain", 0),
     ("ReDirector", DIT, "remove", "missing  diffusion_pytorch_model.safetensors", 1),
     ("ReDirector", DIT, "cut", "damaged  diffusion_pytorch_model.safetensors", 1),
     ("ReDirector", TEXT_FILE, "cut", "damaged  models_t5", 1),
     ("ReDirector", TEXT_FILE, "remove", "evaluate:         lacks models_t5", 0),
     ("ReDirector", "HPSv3/HPSv3.safetensors", "cut", "damaged  HPSv3", 1),
-    ("ReDirector", "Qwen2-VL-2B-Instruct/tokenizer.json", "cut", "damaged  Qwen2-VL-2B-Instruct/tokenizer.json", 1),
-    ("ReDirector", "VideoReward/checkpoint-1/model.pth", "remove", "missing  VideoReward/checkpoint-*/model.pth", 1),
+    ("ReDirector", QWEN, "cut", f"damaged  {QWEN}", 1),
+    ("ReDirector", GRADES, "remove", "missing  VideoReward/checkpoint-*/model.pth", 1),
     ("ReDirector", REDIRECTOR, DIT, "expected ReDirector's self-attention, found Wan DiT", 1),
     ("ReCamMaster", REDIRECTOR, REDIRECTOR, "expected one policy, found step20000.ckpt", 1),
     ("Wan", REDIRECTOR, REDIRECTOR, "expected Wan DiT with camera control, found Wan DiT, plain", 1)])
-def test_a_folder_is_told_with_what_is_wrong_in_it(folder, whole, capsys, monkeypatch, name, change, said, code):
+def test_a_folder_is_described(folder, whole, capsys, monkeypatch, name, change, said, code):
+    """What is there, what is missing, damaged or of another policy, and which commands can run."""
     monkeypatch.syspath_prepend(str(folder / "packages"))
     if change == "cut":
         (folder / name).write_bytes((folder / name).read_bytes()[:-50])
@@ -246,8 +257,9 @@ def test_merge_makes_one_file_of_base_and_checkpoint(folder, run, tmp_path, caps
     assert code == 0 and "bfloat16" in said
     assert set(merged) == {*base, *ours} and {x.dtype for x in merged.values()} == {torch.bfloat16}
     assert all(torch.equal(x, ours[k].bfloat16() if k in ours else base[k]) for k, x in merged.items())
-    one, three = load_dit(out), load_dit(folder / DIT, folder / REDIRECTOR, run)
-    assert all(torch.equal(x, three.state_dict()[k].bfloat16().float()) for k, x in one.state_dict().items())
+    one = load_dit(out).state_dict()
+    three = load_dit(folder / DIT, folder / REDIRECTOR, run).state_dict()
+    assert all(torch.equal(x, three[key].bfloat16().float()) for key, x in one.items())
     about = metadata(out)
     assert DIT in about["base"][0] and "iteration_000007, digest" in about["checkpoint"]
     assert "expected the name of a new" in call(capsys, "merge", folder, run, out)[1]
@@ -260,4 +272,5 @@ def test_merge_makes_one_file_of_base_and_checkpoint(folder, run, tmp_path, caps
         save_file({**ours, **wrong}, run)
         assert said in call(capsys, "merge", folder, run, new)[1] and not new.exists()
     assert "expected BASE CKPT OUT" in call(capsys, "merge", folder, run)[1]
-    assert "no such file, expected the base" in call(capsys, "merge", ROOT / "no.safetensors", run, new)[1]
+    said = call(capsys, "merge", folder / "no.safetensors", run, new)[1]
+    assert "no such file, expected the base" in said

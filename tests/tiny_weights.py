@@ -2,8 +2,8 @@
 
     python tests/tiny_weights.py FOLDER [ReDirector | ReCamMaster | Wan]
 
-Names, keys, layouts and the parts of each network are the published files'; only widths and depths are small.
-The pictures made with it are noise, and so are their scores. Beside the weights, for a rehearsal:
+Names, keys, layouts and the parts of each network are the published files'; only widths and depths
+are small. Pictures made with it are noise, and so are their scores. Beside it, for a rehearsal:
     FOLDER/paths     camera files: the ten evaluation paths, and "static"
     FOLDER/videos    two short videos, with their captions in captions.csv
     FOLDER/packages  a package `mapanything` that stands in for the real one (for PYTHONPATH)
@@ -59,7 +59,8 @@ PARTS = {"ReDirector": dict(image_dim=IMAGE_DIM, camera_dim=24, roce=True),
 def dit_shapes(policy="ReDirector", heads=1, layers=2):
     """A DiT with every part of a policy's, heads of 128 as published."""
     return shapes_of(model.DiT, model.Config(
-        dim=128 * heads, num_heads=heads, num_layers=layers, ffn_dim=256, freq_dim=64, text_dim=TEXT_DIM, **PARTS[policy]))
+        dim=128 * heads, num_heads=heads, num_layers=layers, ffn_dim=256, freq_dim=64,
+        text_dim=TEXT_DIM, **PARTS[policy]))
 
 
 def vae_shapes(widths=(4, 4, 8, 16, 16), blocks=2, temporal=(False, True, True), z=16):
@@ -71,7 +72,8 @@ def text_shapes(vocabulary=VOCABULARY, width=TEXT_DIM, attention=64, ffn=64, hea
     block = {"norm1": (width,), "norm2": (width,), "pos_embedding.embedding": (32, heads),
              **{f"attn.{x}": (attention, width) for x in "qkv"}, "attn.o": (width, attention),
              "ffn.gate.0": (ffn, width), "ffn.fc1": (ffn, width), "ffn.fc2": (width, ffn)}
-    return shapes | {f"blocks.{i}.{name}.weight": shape for i in range(layers) for name, shape in block.items()}
+    return shapes | {f"blocks.{i}.{name}.weight": shape
+                     for i in range(layers) for name, shape in block.items()}
 
 
 def image_shapes(width=IMAGE_DIM, layers=3, pixels=224, patch=14, mlp=320):
@@ -89,16 +91,18 @@ def image_shapes(width=IMAGE_DIM, layers=3, pixels=224, patch=14, mlp=320):
 
 def save_tokenizer(folder):
     """A small unigram tokenizer of umT5's kind: <pad> 0, </s> 1, <unk> 2, </s> added at the end."""
-    words = "a cat dog walks camera moves slowly through street at night bear on rocks man dances".split()
-    pieces = ["<pad>", "</s>", "<unk>", *("\u2581" + word for word in words), "\u2581", *map(chr, range(33, 127))]
-    tokenizer = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2))
+    pieces = ["<pad>", "</s>", "<unk>", *"\u2581a \u2581cat \u2581dog \u2581walks \u2581".split(" "),
+              *map(chr, range(33, 127))]
+    pieces = [(piece, -float(i)) for i, piece in enumerate(pieces)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
                             unk_token="<unk>").save_pretrained(folder)
 
 
-QWEN_TOKENS = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+QWEN_TOKENS = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad",
+               "image_pad", "video_pad")
 
 
 def save_qwen_base(folder):
@@ -109,27 +113,30 @@ def save_qwen_base(folder):
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=1000, special_tokens=[f"<|{token}|>" for token in QWEN_TOKENS], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>",
+                                   eos_token="<|im_end|>")
     fast.save_pretrained(folder)
     ids = {token.removesuffix("_pad") + "_token_id": tokenizer.token_to_id(f"<|{token}|>")
            for token in QWEN_TOKENS[3:]}
-    config = {"model_type": "qwen2_vl", "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 1,
-              "num_hidden_layers": 2, "num_key_value_heads": 1, "vocab_size": len(fast), "rms_norm_eps": 1e-6,
-              "max_position_embeddings": 32768, "tie_word_embeddings": True, **ids, "bos_token_id": 0, "eos_token_id": 2,
-              "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-              "vision_config": {"depth": 1, "embed_dim": 16, "mlp_ratio": 2, "num_heads": 1, "in_chans": 3,
-                                "hidden_size": 32, "patch_size": 14, "spatial_merge_size": 2,
-                                "spatial_patch_size": 14, "temporal_patch_size": 2}}
+    vision = {"depth": 1, "embed_dim": 16, "mlp_ratio": 2, "num_heads": 1, "in_chans": 3,
+              "hidden_size": 32, "patch_size": 14, "spatial_merge_size": 2,
+              "spatial_patch_size": 14, "temporal_patch_size": 2}
+    config = {"model_type": "qwen2_vl", "hidden_size": 32, "intermediate_size": 48,
+              "num_attention_heads": 1, "num_hidden_layers": 2, "num_key_value_heads": 1,
+              "vocab_size": len(fast), "rms_norm_eps": 1e-6, "max_position_embeddings": 32768,
+              "tie_word_embeddings": True, **ids, "bos_token_id": 0, "eos_token_id": 2,
+              "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "vision_config": vision}
     (folder / "config.json").write_text(json.dumps(config))
     return len(fast)
 
 
 def qwen_shapes(base, added, heads):
-    """The official checkpoint's names: the body's, with `added` tokens, under "model."; the reward's head."""
+    """The official checkpoint's: the body's under "model.", with `added` tokens; the reward's head."""
     tokens = save_qwen_base(base) + added
     config = AutoConfig.from_pretrained(base)
     config.text_config.vocab_size = tokens
-    shapes = {name.replace("language_model.", "model."): x for name, x in shapes_of(Qwen2VLModel, config).items()}
+    body = shapes_of(Qwen2VLModel, config)
+    shapes = {name.replace("language_model.", "model."): shape for name, shape in body.items()}
     for name, shape in heads.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes
@@ -157,7 +164,8 @@ def write_reward_models(folder, seed):
     state = random_state(qwen_shapes(folder / "Qwen2-VL-7B-Instruct", 1, heads), seed + 1)
     save_file(state, folder / "HPSv3/HPSv3.safetensors")
     (folder / "map-anything/config.json").write_text(json.dumps({"torch_hub_pretrained": False}))
-    save_file(random_state({"info_sharing.weight": (6, 48)}, seed + 2), folder / "map-anything/model.safetensors")
+    state = random_state({"info_sharing.weight": (6, 48)}, seed + 2)
+    save_file(state, folder / "map-anything/model.safetensors")
 
 
 # ---- programs of others, and videos ----
@@ -176,9 +184,10 @@ class MapAnything(torch.nn.Module):
         return model
 
     def infer(self, views, **options):
-        """A view's thumbnail through a matrix, less the first view's: its rotation vector and position."""
-        seen = [0.1 * torch.tanh(torch.nn.functional.adaptive_avg_pool2d(view["img"].float(), 4).flatten(1)
-                                 @ self.weight.T) for view in views]
+        """A view's thumbnail through a matrix, less the first's: its rotation vector and position."""
+        thumbnail = torch.nn.AdaptiveAvgPool2d(4)
+        seen = [0.1 * torch.tanh(thumbnail(view["img"].float()).flatten(1) @ self.weight.T)
+                for view in views]
         height, width = views[0]["img"].shape[-2:]
         focal = torch.tensor([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])
         out = []
@@ -210,7 +219,8 @@ for kind, data in (("pose", c2w), ("intrinsics", intrinsics)):
 
 
 def write_programs(folder):
-    for name, text in (("packages/mapanything/__init__.py", ""), ("packages/mapanything/models.py", MAPANYTHING),
+    for name, text in (("packages/mapanything/__init__.py", ""),
+                       ("packages/mapanything/models.py", MAPANYTHING),
                        ("bin/vipe", VIPE.replace("{python}", sys.executable))):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -225,7 +235,8 @@ def write_videos(folder, frames=13, height=72, width=128):
         wave = np.sin(9 * (x / height + 0.02 * t) + 3 * i) * np.cos(7 * (y / height - 0.01 * t))
         video = np.stack([wave, wave ** 2, -wave], -1)
         write_video(folder / f"clip{i}.mp4", (127.5 * (video + 1)).clip(0, 255).astype(np.uint8), 24)
-    (folder / "captions.csv").write_text("file_name,text\nclip0.mp4,a street at night\nclip1.mp4,a bear walks\n")
+    (folder / "captions.csv").write_text(
+        "file_name,text\nclip0.mp4,a street at night\nclip1.mp4,a bear walks\n")
 
 
 def write(folder, seed=0, policy="ReDirector"):
