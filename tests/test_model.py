@@ -177,11 +177,14 @@ def plain(dit, x, t, c, dtype):
 
 @pytest.mark.parametrize("changes", [{}, RECAM, {"roce": False}, T2V | {"image_dim": 24},
                                      {"image_dim": None, "dim": 64, "num_heads": 1}])
-def test_equals_the_equations_in_float64(changes):
+def test_equals_the_equations_in_float64(monkeypatch, changes):
     dit = random_dit(**changes).double()
     x, t, condition = random_inputs(dit, 1, dtype=torch.float64)
     with torch.no_grad():
-        assert_close(dit(x, t, condition), plain(dit, x, t, condition, torch.float64), 1e-11)
+        expected = plain(dit, x, t, condition, torch.float64)
+        assert_close(dit(x, t, condition), expected, 1e-11)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # rotations in real numbers
+        assert_close(dit(x, t, condition), expected, 1e-11)
 
 
 @BOTH
@@ -390,29 +393,24 @@ X = torch.zeros(2, 16, 3, 4, 6)
 @pytest.mark.parametrize("dit, changes, message", [
     (DIRECTOR, dict(x=X[0]), "expected (B, C, F, h, w)"),
     (DIRECTOR, dict(x=X[..., :3, :]), "h and w even"),
-    (DIRECTOR, dict(x=X.repeat(2, 1, 1, 1, 1)[:3]), "3 rows of x, 2 conditions"),
+    (DIRECTOR, dict(x=torch.cat([X, X])[:3]), "3 rows of x, 2 conditions"),
     (DIRECTOR, dict(t=torch.rand(3)), "3 noise levels"),
     (DIRECTOR, dict(x=X[:, :, :2]), "expected (16, 3, 4, 6)"),
-    (DIRECTOR, dict(x=X[:, :8]), "expected (16, 3, 4, 6)"),
     (DIRECTOR, dict(text=C.text[..., :9]), "text is (2, 7, 9), expected (2, any, 40)"),
-    (DIRECTOR, dict(image=None), "condition.image: this model needs it"),
-    (DIRECTOR, dict(image=C.image[:1]), "condition.image is"),
+    (DIRECTOR, dict(image=C.image[:1]), "condition.image is (1, 5, 24), expected (2, any, 24)"),
     (DIRECTOR, dict(source=C.source[0]), "condition.source is"),
     (DIRECTOR, dict(source=C.source[:, :, :2]), "condition.camera is"),
     (DIRECTOR, dict(camera=None), "condition.camera: this model needs it"),
-    (DIRECTOR, dict(source_camera=None), "condition.source_camera: this model needs it"),
     (DIRECTOR, dict(source_camera=C.camera[:, :, :2]), "condition.source_camera is"),
     (DIRECTOR, dict(source=None), "condition.source_camera: this model takes none"),
-    (DIRECTOR, dict(source=None, source_camera=None, camera=C.camera[..., :-8, :]), "no multiple of 16"),
-    (MASTER, dict(camera=C.camera), "expected (2, 3, 12)"),
+    (DIRECTOR, dict(source=None, source_camera=None, camera=C.camera[..., 8:, :]), "no multiple of 16"),
     (MASTER, dict(camera=M.camera[:, :2]), "camera is (2, 2, 12), expected (2, 3, 12)"),
-    (MASTER, dict(camera=None), "condition.camera: this model needs it"),
     (MASTER, dict(source=None), "condition.source: this model needs it"),
     (MASTER, dict(source=M.source[..., :5]), "no multiple of 2"),
     (MASTER, dict(image=C.image), "condition.image: this model takes none"),
     (PLAIN, dict(camera=None), "condition.source: this model takes none")])
 def test_wrong_input_is_refused(dit, changes, message):
     given = {"x": X, "t": torch.tensor(0.5)} | changes
-    condition = C if dit is DIRECTOR else M
     changes = {key: value for key, value in changes.items() if key not in "xt"}
-    refused(lambda: dit(given["x"], given["t"], dataclasses.replace(condition, **changes)), message)
+    condition = dataclasses.replace(C if dit is DIRECTOR else M, **changes)
+    refused(lambda: dit(given["x"], given["t"], condition), message)

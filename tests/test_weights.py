@@ -240,7 +240,7 @@ def metadata(file):
 
 
 def test_a_checkpoint_is_a_drop_in_for_redirectors_file(folder, run):
-    """ReDirector's code casts a file to bfloat16, loads it over the base and refuses unexpected keys."""
+    """Whose code casts it to bfloat16, loads it over the base and refuses unexpected keys."""
     ours, theirs = load_file(run), load_file(folder / REDIRECTOR)
     assert {k: x.shape for k, x in ours.items()} == {k: x.shape for k, x in theirs.items()}
     assert {x.dtype for x in ours.values()} == {torch.float32}  # masters: what a resumed run needs
