@@ -25,7 +25,7 @@ from evaluation.retake import Retake, retake
 from evaluation.scores import save_poses
 from pretrained.weights import find_policy, weights_sizes
 
-SIZE = dict(frames=9, height=32, width=48)
+SIZE = dict(frames=5, height=32, width=48)
 CPU = torch.device("cpu")
 
 
@@ -91,8 +91,8 @@ def test_plan_is_of_the_policy(world):
                            conditions=1, members=2, steps=4, size=2, **SIZE)
         lines, dit = plan.describe(config, 1), open_policy(world / policy, None, CPU)
         assert lines["parameters"].startswith(f"{sum(p.numel() for p in dit.parameters()):,}, of which")
-        said = "36 a network row: 18 of the target video, as many of the source"
-        assert lines["tokens"] == (said if dit.takes_source else "18 a network row: 18 of the target video")
+        said = "24 a network row: 12 of the target video, as many of the source"
+        assert lines["tokens"] == (said if dit.takes_source else "12 a network row: 12 of the target video")
         if policy == "ReCamMaster":
             stay, peaks = plan.memory(config)
             assert stay["masters"] == sum(p.nbytes for p in model.trainable(dit))
@@ -150,7 +150,7 @@ def test_wan_trains_on_captions(world, tmp_path):
     trained = run(world, tmp_path / "run", "Wan", world / "prompts.txt")
     assert {name.split(".")[2] for name in trained} == {"self_attn"}
     shown, fps = read_video(tmp_path / "run/samples/iteration_000002.mp4")
-    assert fps == 16 and len(shown) == 9
+    assert fps == 16 and len(shown) == 5
 
 
 # ---- retake and the evaluation ----
@@ -161,8 +161,8 @@ def test_recammaster_is_a_row_beside_redirector(world, tmp_path, monkeypatch):
     monkeypatch.setattr(outside, "vbench", lambda *a: ({}, "not installed: VBench (x)"))
     for method in ("base", "ReCamMaster"):
         for i in range(2):
-            path = trajectories.recammaster(9, 9)
-            path[:, 0, 3] += 0.01 * np.arange(9)
+            path = trajectories.recammaster(9, 5)
+            path[:, 0, 3] += 0.01 * np.arange(5)
             save_poses(tmp_path / f"poses/{method}/clip{i}_camera_9_speed_1.npz", path)
     config = evaluate.Evaluate(
         weights=f"{world}/ReDirector", baselines=f"{world}/ReCamMaster", paths="9", steps=1, fov=60.0,
@@ -179,7 +179,7 @@ def test_recammaster_is_a_row_beside_redirector(world, tmp_path, monkeypatch):
     assert base.shape == beside.shape and not np.array_equal(base, beside)
     file, _ = retake(Retake(clip=f"{world}/Wan/videos/clip0.mp4", weights=f"{world}/ReCamMaster",
                             prompt="a bear", steps=1, out=f"{tmp_path}/retake", **SIZE))
-    assert read_video(file)[0].shape == (9, 32, 48, 3)
+    assert read_video(file)[0].shape == (5, 32, 48, 3)
 
 
 # ---- what does not fit ----

@@ -193,8 +193,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def stand_in(monkeypatch):
     """In place of the package mapanything: cameras that depend on the pixels."""
-    package = types.ModuleType("mapanything.models")
-    exec(tiny_weights.MAPANYTHING, package.__dict__)
+    package = types.SimpleNamespace(MapAnything=tiny_weights.MapAnything)
     monkeypatch.setitem(sys.modules, "mapanything", types.ModuleType("mapanything"))
     monkeypatch.setitem(sys.modules, "mapanything.models", package)
 

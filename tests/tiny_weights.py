@@ -9,13 +9,15 @@ are small. Pictures made with it are noise, and so are their scores. Beside it, 
     FOLDER/packages  a package `mapanything` that stands in for the real one (for PYTHONPATH)
     FOLDER/bin       a program `vipe` that stands in for the real one (for PATH)
 """
+import inspect
 import json
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2VLModel
 
@@ -170,12 +172,8 @@ def write_reward_models(folder, seed):
 
 # ---- programs of others, and videos ----
 
-MAPANYTHING = '''"""Stands in for MapAnything: cameras that depend on the pixels, and mean nothing."""
-import torch
-from safetensors.torch import load_file
-
-
 class MapAnything(torch.nn.Module):
+    """Stands in for MapAnything: cameras that depend on the pixels, and mean nothing."""
     @classmethod
     def from_pretrained(cls, folder, strict=True):
         model = cls()
@@ -194,34 +192,31 @@ class MapAnything(torch.nn.Module):
         for x in seen:
             turn, position = (x - seen[0]).split(3, 1)
             c2w = torch.eye(4).to(x).repeat(len(x), 1, 1)
-            c2w[:, :3, :3] = torch.matrix_exp(torch.linalg.cross(turn[:, None], torch.eye(3).to(x)[None]))
+            skew = torch.linalg.cross(turn[:, None], torch.eye(3).to(x)[None])
+            c2w[:, :3, :3] = torch.matrix_exp(skew)
             c2w[:, :3, 3] = position
             out.append({"camera_poses": c2w, "intrinsics": focal.to(x).expand(len(x), 3, 3)})
         return out
-'''
-VIPE = '''#!{python}
-"""Stands in for ViPE: vipe infer VIDEO -o OUT -p PRESET writes a straight path for any video."""
-import sys
-from pathlib import Path
 
-import av
-import numpy as np
 
-video, out = Path(sys.argv[2]), Path(sys.argv[4])
-sizes = [(frame.width, frame.height) for frame in av.open(str(video)).decode(video=0)]
-c2w = np.tile(np.eye(4), (len(sizes), 1, 1))
-c2w[:, 2, 3] = 0.01 * np.arange(len(sizes))
-intrinsics = [(width, width, width / 2, height / 2) for width, height in sizes]
-for kind, data in (("pose", c2w), ("intrinsics", intrinsics)):
-    (out / kind).mkdir(parents=True)
-    np.savez(out / kind / f"{video.stem}.npz", data=data, inds=np.arange(len(sizes)))
-'''
+def vipe(video, out):
+    """Stands in for ViPE, `vipe infer VIDEO -o OUT -p PRESET`: a straight path for any video."""
+    with av.open(video) as file:
+        sizes = [(frame.width, frame.height) for frame in file.decode(video=0)]
+    c2w = np.tile(np.eye(4), (len(sizes), 1, 1))
+    c2w[:, 2, 3] = 0.01 * np.arange(len(sizes))
+    intrinsics = [(width, width, width / 2, height / 2) for width, height in sizes]
+    for kind, data in (("pose", c2w), ("intrinsics", intrinsics)):
+        (Path(out) / kind).mkdir(parents=True)
+        np.savez(Path(out) / kind / f"{Path(video).stem}.npz", data=data, inds=np.arange(len(sizes)))
 
 
 def write_programs(folder):
-    for name, text in (("packages/mapanything/__init__.py", ""),
-                       ("packages/mapanything/models.py", MAPANYTHING),
-                       ("bin/vipe", VIPE.replace("{python}", sys.executable))):
+    package = "import torch\nfrom safetensors.torch import load_file\n\n\n" + inspect.getsource(MapAnything)
+    program = (f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n\nimport av\nimport numpy as np\n\n\n"
+               f"{inspect.getsource(vipe)}\n\nvipe(sys.argv[2], sys.argv[4])\n")
+    for name, text in (("packages/mapanything/__init__.py", ""), ("bin/vipe", program),
+                       ("packages/mapanything/models.py", package)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "bin/vipe").chmod(0o755)
