@@ -125,7 +125,7 @@ def tell(bar, records, eps, warned):
             if len(line) + len(word) + 36 < width:  # 36: percentage, counts and times
                 line += word + " "
         bar.set_postfix_str(line.strip())
-    elif done % 10 == 0 or done == bar.total:
+    elif rank_of()[0] == 0 and (done % 10 == 0 or done == bar.total):
         rewards = " ".join(word for word in words if "(" in word)
         print(f"iteration {done} of {bar.total}: {rewards}; {sum(seconds.values()):.1f} s an iteration",
               flush=True)
