@@ -188,22 +188,19 @@ class GaussianPolicy(nn.Module):
         return a * x + b
 
 
-@pytest.mark.parametrize("seed, strategy, size", [(0, "progressive", 4), (1, "progressive", 4), (2, "random", 1)])
+@pytest.mark.parametrize("seed, strategy, size", [(0, "progressive", 4), (1, "random", 1)])
 def test_policy_improvement(seed, strategy, size):
     """The reward -|x - target|^2 (best: 0): each of four conditions reaches 90 % of the possible in 200 iterations."""
-    C, policy = 4, GaussianPolicy(4)
-    targets, condition = 2 * normal(C, 2, seed=seed), torch.arange(C)
+    policy, condition, targets = GaussianPolicy(4), torch.arange(4), 2 * normal(4, 1, 2, seed=seed)
     optimizer = torch.optim.Adam(policy.parameters(), 0.05)
-    given = {"sigmas": schedule(10, 3), "shape": (2,), "seed": seed, "condition_ids": range(C)}
-    reward = lambda x: -(x - targets[:, None]).square().sum(-1)
-    judge = lambda: reward(rollout(policy, condition, 500, (), share_noise=False, **given).latents).mean(1)
+    given = {"sigmas": schedule(10, 3), "shape": (2,), "seed": seed, "condition_ids": range(4)}
+    reward = lambda out: -(out.latents - targets).square().sum(-1)
+    judge = lambda: reward(rollout(policy, condition, 500, (), share_noise=False, **given)).mean(1)
     before = judge()
     for i in range(200):
         out = rollout(policy, condition, 8, window(i, 10, size, strategy, seed=seed), iteration=i, **given)
-        a = advantages({"r": reward(out.latents)}, {"r": 1.0})
-        optimizer.zero_grad()
-        for k in range(size):
-            policy_loss(policy, out, k, a)[0].backward()
+        a = advantages({"r": reward(out)}, {"r": 1.0})
+        gradient(policy, out, a)
         optimizer.step()
     assert (1 - judge() / before).min() > 0.9
 
