@@ -4,6 +4,7 @@
     bench      `python -m benchmarks.bench COMMAND`: measurements, a table each
     gradients  how small gradients are, so what eps must be
     official   ReDirector's own network, timed by bench inside its checkout
+    learning   whether it learns: recipes, KL and updates in the toy
 
 The figures are in README.md here. The method does not need this folder.
 """
