@@ -18,8 +18,8 @@ from plumbing import checkpoint, ranks
 from plumbing.settings import parse
 from toy import world as toy_world
 
-SMALL = ["--conditions=2", "--members=4", "--sample_every=1000", "--save_every=1", "--rooms=0", "--validate=0",
-         "--keep=9", "--rewards=trans=1,rot=1,sharpness=0.1", f"--weights={ROOT / 'toy/weights'}"]
+SMALL = ["--conditions=2", "--members=4", "--size=1", "--sample_every=1000", "--save_every=1", "--rooms=0",
+         "--validate=0", "--keep=9", "--rewards=trans=1,rot=1,sharpness=0.1", f"--weights={ROOT / 'toy/weights'}"]
 
 
 def main(out, *args, program=train.main):
@@ -88,7 +88,7 @@ def test_two_ranks_equal_one_process(tmp_path):
         gradients.append(torch.cat([x.flatten() for name, x in moments.items() if name.startswith("exp_avg.")]))
         logs += log_of(out)
     assert (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[0].norm()
-    assert logs[0]["window"] == logs[1]["window"] and len(set(map(tuple, logs[0]["window"]))) == 2
+    assert logs[0]["window"] == logs[1]["window"] and len(set(map(tuple, logs[0]["window"]))) > 1
     assert logs[1] == {name: pytest.approx(x, rel=1e-6, abs=1e-9) if isinstance(x, float) else x
                        for name, x in logs[0].items()}
 
