@@ -122,9 +122,9 @@ def test_validation_is_of_fixed_conditions_and_kl_against_the_base(tmp_path):
 # ---- a run goes on as if nothing had happened ----
 
 @pytest.mark.parametrize("how", ["killed", "damaged"])
-def test_resume_is_bitwise(straight, tmp_path, capsys, how):
-    """From the last whole checkpoint, after a kill and after damage; a run that is complete says so, and only makes the
-    sample that a kill may have cost it."""
+def test_resume_is_bitwise(straight, tmp_path, capsys, monkeypatch, how):
+    """From the last whole checkpoint, after a kill and after damage; a run that is complete says so, makes the sample
+    that a kill may have cost it, and is judged."""
     out = shutil.copytree(straight, tmp_path / "out")
     shutil.rmtree(out / "iteration_000003")
     if how == "killed":
@@ -137,8 +137,11 @@ def test_resume_is_bitwise(straight, tmp_path, capsys, how):
     assert "1 of 3 iterations done" in said.out and ("going on from iteration_000001" in said.err) == (how == "damaged")
     sample = out / "samples/iteration_000003.mp4"
     sample.unlink()
-    main(out, "--iterations=3")
+    judged = []
+    monkeypatch.setattr(train, "evaluate_toy", judged.append)
+    main(out, "--iterations=3", "--rooms=1")
     assert "3 of 3 iterations done" in capsys.readouterr().out and log_of(out) == log_of(straight) and sample.exists()
+    assert [(toy.ckpt, toy.rooms, toy.log) for toy in judged] == [(str(out), 1, str(out / "log.jsonl"))]
 
 
 def test_a_signal_never_saves_half_an_update(straight, tmp_path, monkeypatch, capsys):
