@@ -69,6 +69,7 @@ class Config:
     stride: int = 1                    # progressive: steps advanced ...
     iters_per_window: int = 25         # ... every so many iterations (MixGRPO)
     first: int = 0                     # window among the first so many steps; 0: all (LongCat: 6)
+    skip: int = 0                      # but not among the first so many of these (ours)
     window_per_condition: bool = False  # random: each condition has its own (Flash-GRPO)
     eta: float = 1.0                   # SDE noise (LongCat)
     tau: float = 0.45                  # cap of a step's std (LongCat); 0: Flow-GRPO's cure instead
@@ -135,7 +136,8 @@ class Config:
         need(len(self.v) == 4 and len(self.omega) == 4,
              "v and omega: expected (lowest, highest, mean, sd)")
         trajectories.draw_speeds(np.random.default_rng(0), self.v, self.omega)  # refuses bad bounds
-        may_be_0 = ("first", "micro_batch", "reward_batch", "seed", "rooms", "threads", "validate")
+        may_be_0 = ("first", "skip", "micro_batch", "reward_batch", "seed", "rooms", "threads",
+                    "validate")
         for name, x in vars(self).items():
             if type(x) is int:
                 least = 0 if name in may_be_0 else 1
@@ -187,7 +189,7 @@ class Config:
         """The stochastic steps of an iteration, which are trained on: C tuples of indices."""
         return [window(iteration, self.steps, self.size, self.strategy, self.stride,
                        self.iters_per_window, self.first or None, self.seed,
-                       j if self.window_per_condition else None)
+                       j if self.window_per_condition else None, self.skip)
                 for j in range(self.conditions)]
 
     def sampling(self, shape, device):

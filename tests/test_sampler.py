@@ -193,18 +193,18 @@ def test_window_golden():
 
 
 @pytest.mark.parametrize("strategy", ["progressive", "random", "all"])
-@pytest.mark.parametrize("steps, size, stride, iters, first", [
-    (25, 4, 1, 1, None), (25, 4, 3, 5, None), (24, 4, 4, 2, None), (16, 1, 1, 1, 6), (9, 8, 2, 3, None),
-    (16, 5, 7, 1, 11), (2, 1, 1, 1, None), (6, 2, 1, 1, 6)])
-def test_window_is_always_full_width(strategy, steps, size, stride, iters, first):
+@pytest.mark.parametrize("steps, size, stride, iters, first, skip", [
+    (25, 4, 1, 1, None, 0), (25, 4, 3, 5, None, 2), (24, 4, 4, 2, None, 0), (16, 1, 1, 1, 6, 1),
+    (9, 8, 2, 3, None, 0), (16, 5, 7, 1, 11, 6), (2, 1, 1, 1, None, 0), (6, 2, 1, 1, 6, 1)])
+def test_window_is_always_full_width(strategy, steps, size, stride, iters, first, skip):
     usable = min(steps - 1, first or steps)
-    size = usable if strategy == "all" else size
+    size = usable - skip if strategy == "all" else size
     seen = set()
     for i in range(10_000):
-        w = window(i, steps, size, strategy, stride, iters, first, seed=3)
-        assert w == tuple(range(w[0], w[0] + size)) and w[0] >= 0 and w[-1] < usable
+        w = window(i, steps, size, strategy, stride, iters, first, seed=3, skip=skip)
+        assert w == tuple(range(w[0], w[0] + size)) and w[0] >= skip and w[-1] < usable
         seen.add(w[0])
-    expected = range(0, usable - size + 1, stride if strategy == "progressive" else 1)
+    expected = range(skip, usable - size + 1, stride if strategy == "progressive" else 1)
     assert seen == set(expected)
 
 
@@ -225,9 +225,9 @@ def test_random_windows_are_uniform():
 
 
 def test_window_refusals():
-    for size, steps, first in (4, 4, None), (0, 10, None), (3, 10, 2):
+    for size, steps, first, skip in (4, 4, None, 0), (0, 10, None, 0), (3, 10, 2, 0), (1, 10, 2, 2):
         with pytest.raises(ValueError, match="window size"):
-            window(0, steps, size, "progressive", first=first)
+            window(0, steps, size, "progressive", first=first, skip=skip)
     with pytest.raises(ValueError, match="strategy"):
         window(0, 10, 2, "decay")
     policy, condition, given = setting()
