@@ -1,4 +1,6 @@
-"""evaluate.py: scores with known answers, then each command from beginning to end, and bad input."""
+"""evaluate.py: scores with known answers, then each command from beginning to end.
+
+Bad input is in test_inputs.py; here is only what needs an evaluation to be made first."""
 import dataclasses
 import json
 import os
@@ -13,6 +15,7 @@ import tiny_weights
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from scenes import pose
 from scipy.spatial.transform import Rotation
 
 import evaluate
@@ -25,13 +28,12 @@ from evaluation import toy as toy_evaluation
 from evaluation.cases import case_name, find_checkpoints, find_clips, find_generated
 from evaluation.scores import pose_scores, save_poses
 from plumbing import files
-from plumbing.settings import choose_command, run_command
+from plumbing.settings import choose_command
 from pretrained import reward_models
 from toy.rooms import HEADS, TEXT
 from trajectories import recammaster, scale_motion
 
-GOLDEN = ROOT / "tests/golden"
-ERRORS = ValueError, OSError
+NO_VBENCH = lambda *args: ({}, "not installed: VBench (x)")
 
 
 def main(*argv):
@@ -40,37 +42,39 @@ def main(*argv):
     return function(settings)
 
 
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def results(out):
+    return json.loads((Path(out) / "results.json").read_text())["methods"]
+
+
 # ---- pose scores ----
 
 def test_pose_scores_agree_with_redirectors():
-    arrays = np.load(GOLDEN / "pose_errors.npz")
-    for k, errors in json.loads((GOLDEN / "pose_errors.json").read_text()).items():
+    arrays = np.load(ROOT / "tests/golden/pose_errors.npz")
+    for k, errors in json.loads((ROOT / "tests/golden/pose_errors.json").read_text()).items():
         found = pose_scores(arrays[f"pred{k}"], arrays[f"gt{k}"])
         assert found["TransErr"] == pytest.approx(errors["TransErr"], abs=1e-6)
         assert found["RotErr"] == pytest.approx(errors["RotErr_deg"], abs=1e-6)
 
 
-def elsewhere_in_the_world(path):
-    world = np.eye(4)
-    world[:3, :3] = Rotation.from_rotvec([0.3, -1, 2]).as_matrix()
-    world[:3, 3] = 5, -6, 7
-    return world @ path
-
-
-def moved(path):
-    """It also walks one metre forward."""
-    path = path.copy()
-    path[:, 2, 3] = np.linspace(0, 1, len(path))
-    return path
+WALKED = np.zeros((41, 4, 4))
+WALKED[:, 2, 3] = np.linspace(0, 1, 41)
 
 
 @pytest.mark.parametrize("numbers, change, wanted", [
-    (range(1, 11), elsewhere_in_the_world, {}), ((5, 8, 9), lambda c2w: scale_motion(c2w, 1.2, 1), {
-        "scale": lambda length, angle: 1.2, "position": lambda length, angle: 0.2 * length.mean()}),
-    ((1, 4), lambda c2w: scale_motion(c2w, 1, 1.5), {
-        "rotation": lambda length, angle: 0.5 * angle.mean(),
-        "RotErr": lambda length, angle: 0.5 * np.abs(angle - angle[:, None]).sum() / (41 * 40)}),
-    ((1,), moved, {"position": lambda length, angle: 0.5})], ids=["right", "far", "turned", "moved"])
+    (range(1, 11), lambda c2w: pose(np.random.default_rng(0)) @ c2w, lambda length, angle: {}),
+    ((5, 8, 9), lambda c2w: scale_motion(c2w, 1.2, 1), lambda length, angle: {
+        "scale": 1.2, "position": 0.2 * length.mean()}),
+    ((1, 4), lambda c2w: scale_motion(c2w, 1, 1.5), lambda length, angle: {
+        "rotation": 0.5 * angle.mean(), "RotErr": 0.5 * np.abs(angle - angle[:, None]).sum() / (41 * 40)}),
+    ((1,), lambda c2w: c2w + WALKED, lambda length, angle: {"position": 0.5})],
+    ids=["right", "too far", "turned too far", "walked on the spot"])
 def test_what_is_off_and_nothing_else_is_scored(numbers, change, wanted):
     """Closed forms: 0 and a scale of 1 where a camera is right, in whatever world frame; a scale and
     TransErr_moving only of paths that move; TransErr aligns, position does not."""
@@ -79,8 +83,7 @@ def test_what_is_off_and_nothing_else_is_scored(numbers, change, wanted):
         angle = np.degrees(Rotation.from_matrix(path[:, :3, :3]).magnitude())
         moves = length.max() > 0
         right = {"TransErr": 0, "TransErr_moving": 0 if moves else None, "RotErr": 0, "position": 0,
-                 "rotation": 0, "scale": 1 if moves else None}
-        right |= {key: f(length, angle) for key, f in wanted.items()}
+                 "rotation": 0, "scale": 1 if moves else None} | wanted(length, angle)
         for key, x in pose_scores(change(path), path).items():
             assert x is right[key] is None or x == pytest.approx(right[key], abs=2e-6), key
 
@@ -88,28 +91,25 @@ def test_what_is_off_and_nothing_else_is_scored(numbers, change, wanted):
 STILL = np.tile(np.eye(4), (21, 1, 1))
 
 
-@pytest.mark.parametrize("convention", ["c2w", "w2c"])
-@pytest.mark.parametrize("change, why", [
-    (lambda c2w: c2w, None), (lambda c2w: STILL, "the estimated camera stands still: 21 equal poses"),
-    (lambda c2w: c2w[[7] * 21], "the estimated camera stands still: 21 equal poses"),
-    (lambda c2w: c2w[:1], "1 poses for 21 frames"), (lambda c2w: c2w[::4], "6 poses for 21 frames"),
-    (lambda c2w: recammaster(9, 25), "25 poses for 21 frames"),
-    (lambda c2w: c2w * np.nan, "frame 0: not finite")],
-    ids=["exact", "identity", "constant", "single", "every fourth", "longer", "nan"])
-def test_estimates_that_are_none_fail(tmp_path, convention, change, why):
+@pytest.mark.parametrize("change, key, told, why", [
+    (lambda c2w: c2w, "c2w", "", None), (lambda c2w: c2w, "pose", "@c2w", None),
+    (np.linalg.inv, "w2c", "", None), (np.linalg.inv, "pose", "@w2c", None),
+    (lambda c2w: STILL, "c2w", "", "the estimated camera stands still: 21 equal poses"),
+    (lambda c2w: c2w[[7] * 21], "c2w", "", "the estimated camera stands still: 21 equal poses"),
+    (lambda c2w: c2w[:1], "c2w", "", "1 poses for 21 frames"),
+    (lambda c2w: c2w[::4], "pose", "@c2w", "6 poses for 21 frames"),
+    (lambda c2w: recammaster(9, 25), "c2w", "", "25 poses for 21 frames"),
+    (lambda c2w: c2w * np.nan, "c2w", "", "frame 0: not finite")])
+def test_estimates_that_are_none_fail(tmp_path, change, key, told, why):
     """Poses from elsewhere: as many as the video has frames, in a convention that their key or the
     folder's name tells."""
     video = tmp_path / "x_camera_9_speed_1.mp4"
     write_video(video, np.full((21, 16, 16, 3), 99, np.uint8), 24)
-    poses = change(recammaster(9, 21))
-    poses = np.linalg.inv(poses) if convention == "w2c" and why is None else poses
-    for name, key in (("told", "pose"), ("said", convention)):
-        (tmp_path / name / "method").mkdir(parents=True)
-        np.savez(tmp_path / name / f"method/{video.stem}.npz", **{key: poses})
-        told = f"@{convention}" if name == "told" else ""
-        found = scores.score_poses(tmp_path / "out" / name / "method", video.stem, video,
-                                   scores.pose_folder(f"{tmp_path / name}{told}"), "")
-        assert why in found["failed"] if why else found["scale"] == pytest.approx(1)
+    (tmp_path / "poses/method").mkdir(parents=True)
+    np.savez(tmp_path / f"poses/method/{video.stem}.npz", **{key: change(recammaster(9, 21))})
+    estimate = scores.pose_folder(f"{tmp_path / 'poses'}{told}")
+    found = scores.score_poses(tmp_path / "method", video.stem, video, estimate, "")
+    assert why in found["failed"] if why else found["scale"] == pytest.approx(1)
     assert "failed" not in pose_scores(STILL, STILL)  # the path asked for stands still
     assert pose_scores(STILL[:1], STILL[:1]) == {"failed": "1 pose, which is no path"}
     assert pose_scores(STILL * np.nan, STILL) == {"failed": "the estimated poses are not finite"}
@@ -117,44 +117,35 @@ def test_estimates_that_are_none_fail(tmp_path, convention, change, why):
 
 # ---- what is to be evaluated ----
 
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    return folder
-
-
 def test_what_is_found_by_name(tmp_path):
     """Clips, those asked for in their order; videos made elsewhere; checkpoints, runs by their last."""
     clips = touch(tmp_path / "clips", "bear.mp4", "b/cat.MOV", "dog/00000.jpg", "dog/00001.jpg")
     assert find_clips(clips) == {"b_cat": "b/cat.MOV", "bear": "bear.mp4", "dog": "dog"}
     (tmp_path / "subset.txt").write_text("dog\n\nbear.mp4\n")
     assert list(find_clips(clips, str(tmp_path / "subset.txt"))) == ["dog", "bear"]
-    assert list(find_clips(clips, "bear, dog")) == ["bear", "dog"]
+    with pytest.raises(ValueError, match="clips: 2 of 3 are not in .*: beer, wolf; did you mean bear?"):
+        find_clips(clips, "dog, beer, wolf")
     made = touch(tmp_path / "made", "x_camera_9_speed_1.0.mp4", "sub/x_camera_1_speed_1.5.mp4")
     assert set(find_generated(made)) == {"x_camera_9_speed_1", "x_camera_1_speed_1.5"}
     run = touch(tmp_path / "run", *(f"iteration_{n:06d}/self_attn.safetensors" for n in (2, 10)))
-    touch(tmp_path, "mine.safetensors")
-    found = find_checkpoints(f"{run},{run / 'iteration_000002'}, {tmp_path / 'mine.safetensors'}")
+    mine = touch(tmp_path, "mine.safetensors") / "mine.safetensors"
+    found = find_checkpoints(f"{run},{run / 'iteration_000002'}, {mine}")
     assert list(found) == ["base", "run-iteration_000010", "run-iteration_000002", "mine"]
-    assert found["base"] is None and found["mine"] == tmp_path / "mine.safetensors"
+    assert found["base"] is None and found["mine"] == mine
+    with pytest.raises(ValueError, match="different names"):
+        find_checkpoints(f"{run},{run}")
 
 
-@pytest.mark.parametrize("find, names, argument, why", [
-    (find_clips, ["dog.mp4", "bear.mp4"], "dog,beer,wolf",
-     "clips: 2 of 3 are not in .*: beer, wolf; did you mean bear?"),
-    (find_clips, ["b/cat.mp4", "b_cat.mp4"], "", "would both be called b_cat"),
-    (find_generated, ["bear.mp4"], None, "expected <clip>_camera_.*found bear.mp4"),
-    *[(find_generated, [f"{x}.mp4" if "." not in x[-4:] else x for x in pair], None,
-       "and .* are both x_camera_1_speed_1; expected one video")
-      for pair in (("seed0/x_camera_1_speed_1", "seed1/x_camera_1_speed_1"),
-                   ("x_camera_01_speed_1", "x_camera_1_speed_1"),
-                   ("x_camera_1_speed_1.mkv", "x_camera_1_speed_1"),
-                   ("x_camera_1_speed_1.0.mp4", "x_camera_1_speed_1"))]])
-def test_names_that_mean_nothing_or_two_things(tmp_path, find, names, argument, why):
-    touch(tmp_path, *names)
-    with pytest.raises(ValueError, match=why):
-        find(tmp_path, *([] if argument is None else [argument]))
+@pytest.mark.parametrize("find, names, both", [
+    (find_clips, ("b/cat.mp4", "b_cat.mp4"), "would both be called b_cat"),
+    *[(find_generated, names, "are both x_camera_1_speed_1; expected one video") for names in (
+        ("seed0/x_camera_1_speed_1.mp4", "seed1/x_camera_1_speed_1.mp4"),
+        ("x_camera_01_speed_1.mp4", "x_camera_1_speed_1.mp4"),
+        ("x_camera_1_speed_1.mkv", "x_camera_1_speed_1.mp4"),
+        ("x_camera_1_speed_1.0.mp4", "x_camera_1_speed_1.mp4"))]])
+def test_two_videos_of_one_name_are_refused(tmp_path, find, names, both):
+    with pytest.raises(ValueError, match=f"{names[0]} and {names[1]} {both}"):
+        find(touch(tmp_path, *names))
 
 
 # ---- videos made elsewhere ----
@@ -167,19 +158,15 @@ def noisy(number, frames, scale=1.0):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """Two methods' videos of two clips and three paths, one of them limited to 9 of 21 frames; no VBench."""
+    """Two methods' videos of two clips and three paths, one limited to 9 of 21 frames; no VBench."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(outside, "vbench", lambda *a: ({}, "not installed: VBench (x)"))
-    for case in [case_name(clip, n, 1.0) for clip in ("bear", "cat") for n in (1, 5, 9)]:
+    monkeypatch.setattr(outside, "vbench", NO_VBENCH)
+    for clip, n in [(clip, n) for clip in ("bear", "cat") for n in (1, 5, 9)]:
         for method, frames, scale in (("A", 21, 1.2), ("B", 9, 1.1)):
-            write_video(Path(method) / f"{case}.mp4", np.full((frames, 16, 16, 3), 99, np.uint8), 24)
-            number = int(case.split("_")[2])
-            save_poses(Path("poses") / method / f"{case}.npz", noisy(number, frames, scale))
+            file = f"{method}/{case_name(clip, n, 1.0)}"
+            write_video(Path(f"{file}.mp4"), np.full((frames, 16, 16, 3), 99, np.uint8), 24)
+            save_poses(Path(f"poses/{file}.npz"), noisy(n, frames, scale))
     return evaluate.Evaluate(generated="A,B", estimator="poses", paths="1,5,9", out="out")
-
-
-def results(out):
-    return json.loads((Path(out) / "results.json").read_text())["methods"]
 
 
 def test_videos_made_elsewhere(elsewhere, monkeypatch, capsys):
@@ -192,18 +179,18 @@ def test_videos_made_elsewhere(elsewhere, monkeypatch, capsys):
     evaluate.evaluate(elsewhere)
     text = Path("out/tables.md").read_text()
     assert "## Failed: 2" in text and "here, 5 of 6 cases" in text and "Geo-Align (paper)" in text
-    assert results("out")["A"]["cases"]["bear_camera_5_speed_1"]["failed"].startswith("missing")
-    assert "cat_camera_9_speed_1.npz" in results("out")["B"]["cases"]["cat_camera_9_speed_1"]["failed"]
+    assert results("out")["A"]["cases"][good.stem]["failed"].startswith("missing")
+    assert bad.name in results("out")["B"]["cases"][bad.stem]["failed"]
     bad.write_bytes(kept)
     Path("elsewhere.mp4").rename(good)
     seen, estimate = [], scores.pose_folder("poses")
     monkeypatch.setattr(scores, "pose_folder", lambda x: lambda *a: seen.append(str(a[0])) or estimate(*a))
     capsys.readouterr()
     evaluate.evaluate(elsewhere)
-    assert seen == [str(good), "B/cat_camera_9_speed_1.mp4"]
+    assert seen == [str(good), f"B/{bad.stem}.mp4"]
     found = results("out")
     assert {name: len(method["cases"]) for name, method in found.items()} == {"A": 6, "B": 6}
-    case = found["B"]["cases"]["cat_camera_9_speed_1"]
+    case = found["B"]["cases"][bad.stem]
     assert case["scale"] == pytest.approx(1.1, abs=0.02)
     assert (case["clip"], case["path"], case["speed"]) == ("cat", "arc_left", 1.0)
     printed = capsys.readouterr().out.splitlines()
@@ -224,17 +211,17 @@ def test_interrupted_or_shared_by_two_ranks_it_comes_to_the_same(elsewhere, monk
         replace(temporary, path)
     with monkeypatch.context() as m:
         m.setattr(files.os, "replace", stop)  # every file is written beside, then renamed
-        for _ in range(40):
+        while not Path("out/report.html").exists():
             try:
                 evaluate.evaluate(elsewhere)
-                break
             except KeyboardInterrupt:
-                pass
+                assert count[0] < 99
     assert count[0] > 9 and results("out") == whole
     flags = [f"--{key}={getattr(elsewhere, key)}" for key in ("generated", "estimator", "paths")]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    code = ("import evaluate; from evaluation import outside; outside.vbench = lambda *a: ({}, "
-            "'not installed: VBench (x)'); evaluate.run_command('', '', evaluate.COMMANDS, __import__('sys').argv[1:])")
+    code = ("import evaluate, sys; from evaluation import outside; from plumbing.settings import run_command; "
+            "outside.vbench = lambda *a: ({}, 'not installed: VBench (x)'); "
+            "run_command('', '', evaluate.COMMANDS, sys.argv[1:])")
     ranks = [subprocess.Popen([sys.executable, "-c", code, *flags, "--out=two"], env=os.environ | place | {
         "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)}) for rank in "01"]
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0] and results("two") == whole
@@ -277,15 +264,11 @@ def test_vbench_and_met3r_in_the_tables(elsewhere, monkeypatch):
 
 
 @pytest.mark.parametrize("options, why", [
-    ({"generated": ""}, "--weights=FOLDER"), ({"clips": "bear"}, "--videos=FOLDER is needed"),
-    ({"paths": "11"}, "paths"), ({"paths": ""}, "paths"), ({"speeds": "1.5"}, "none of its 6 videos"),
-    ({"speeds": "fast"}, "speeds"), ({"speeds": "-1"}, "speeds"), ({"ckpt": "x"}, "--weights=FOLDER is needed"),
-    ({"estimator": "vpie"}, "expected vipe, mapanything or a folder"),
-    ({"estimator": "vipe", "vipe": "no/vipe"}, "not installed: ViPE"),
-    ({"redirector": "nowhere"}, "nowhere/evaluate.py"), ({"generated": "nowhere"}, "nowhere"),
-    ({"log": "nowhere.jsonl"}, "nowhere.jsonl"), ({"show": "bear"}, "show: no case 'bear'")])
+    ({"clips": "bear"}, "--videos=FOLDER is needed"), ({"speeds": "1.5"}, "none of its 6 videos"),
+    ({"ckpt": "x"}, "--weights=FOLDER is needed"), ({"redirector": "nowhere"}, "nowhere/evaluate.py"),
+    ({"estimator": "vipe", "vipe": "no/vipe"}, "not installed: ViPE")])
 def test_settings_that_cannot_be(elsewhere, options, why):
-    with pytest.raises(ERRORS, match=why):
+    with pytest.raises((ValueError, OSError), match=why):
         evaluate.evaluate(dataclasses.replace(elsewhere, **options))
     assert not Path("out").exists()
 
@@ -300,24 +283,18 @@ def test_comparing_evaluations(elsewhere, capsys):
     text = Path("c/tables.md").read_text()
     assert "## B against A, all speeds" in text and "| Position error (m) ↓ | 2 |" in text
     assert printed[-1] == "c/report.html" and "<h3>B against A" in Path("c/report.html").read_text()
-    assert max(map(len, printed)) <= 80
     made = json.loads(Path("b/results.json").read_text())
     cases = made["methods"]["B"]["cases"]
-    other = cases | {"cat_camera_5_speed_1": cases["cat_camera_5_speed_1"] | {"digest": "another"}}
+    cases["cat_camera_5_speed_1"]["digest"] = "another"
     for change, why in (
             ({"settings": made["settings"] | {"estimator": "vipe"}}, "different estimators"),
             ({"methods": {"B": {"cases": {"x_camera_1_speed_1": {"failed": "x"}}}}}, "no case in common"),
-            ({"methods": {"B": {"cases": other}}}, "1 cases of one name .* a and d, cat_camera_5_speed_1 first"),
-            ({"protocol": 0}, "protocol 0, expected"), ({"methods": {}}, "damaged"), ('{"prot', "damaged"),
-            ([], "protocol None")):
-        text = change if isinstance(change, str) else json.dumps(made | change if change else change)
-        touch(Path("d"), "results.json").joinpath("results.json").write_text(text)
+            ({"methods": {"B": {"cases": cases}}}, "1 cases of one name .* a and d, cat_camera_5_speed_1")):
+        touch(Path("d"), "results.json").joinpath("results.json").write_text(json.dumps(made | change))
         with pytest.raises(ValueError, match=why):
             main("compare", "a", "d")
-    for argv, why in ((["a", "a/results.json"], "two different"), (["a", "none"], "none: no results.json"),
-                      (["a", "b", "--show=x"], "show: no case 'x'")):
-        with pytest.raises(ERRORS, match=why):
-            main("compare", *argv)
+    with pytest.raises(ValueError, match="show: no case 'x'"):
+        main("compare", "a", "b", "--show=x")
 
 
 # ---- the whole of it, on tiny random weights in the official layout ----
@@ -333,19 +310,18 @@ def clips(tmp_path_factory):
     video = np.random.default_rng(0).integers(0, 255, (8, 40, 32, 3), np.uint8)
     write_video(folder / "videos/bear.mp4", video, 24)
     (folder / "videos/broken.mp4").write_bytes(b"garbage")
-    touch(folder, "cameras/bear.npz", "empty.mp4")
+    (folder / "cameras").mkdir()
     np.savez(folder / "cameras/bear.npz", c2w=recammaster(5, 8), intrinsics=np.array([1, 1, 0.5, 0.5]))
     (folder / "captions.csv").write_text("file_name,text\nbear.mp4,a bear\nbroken.mp4,nothing\n")
-    for method in ("base", "same", "other"):
-        for n in (1, 9):
-            save_poses(folder / f"poses/{method}/bear_camera_{n}_speed_1.npz", noisy(n, 5))
+    for method, n in [(method, n) for method in ("base", "same", "other") for n in (1, 9)]:
+        save_poses(folder / f"poses/{method}/bear_camera_{n}_speed_1.npz", noisy(n, 5))
     return folder
 
 
 def test_protocol(clips, tmp_path, monkeypatch):
     """Generate, score, go on after an interruption. Noise depends on case and seed alone: equal weights
     make equal videos, also with fewer paths; other weights, paths and seeds do not."""
-    monkeypatch.setattr(outside, "vbench", lambda *a: ({}, "not installed: VBench (x)"))
+    monkeypatch.setattr(outside, "vbench", NO_VBENCH)
     config = evaluate.Evaluate(
         **{name: str(clips / name) for name in ("videos", "weights", "cameras")}, paths="1,9", steps=1,
         ckpt=f"{clips / 'same.safetensors'},{clips / 'other.safetensors'}", height=32, width=32,
@@ -358,10 +334,11 @@ def test_protocol(clips, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         written.append(str(Path(path).relative_to(config.out)))
         write_video(path, *rest)
-    monkeypatch.setattr(evaluate, "write_video", stop_once)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as m:
+        m.setattr(evaluate, "write_video", stop_once)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.evaluate(config)
         evaluate.evaluate(config)
-    evaluate.evaluate(config)
     videos = [f"{m}/videos/bear_camera_{n}_speed_1.mp4" for m in ("base", "same", "other") for n in (1, 9)]
     assert [x for x in written if x != "interrupted"] == videos
     base1, base9, same1, same9, other1, _ = (tmp_path.joinpath("out", x).read_bytes() for x in videos)
@@ -372,10 +349,9 @@ def test_protocol(clips, tmp_path, monkeypatch):
     assert "failed" not in found["other"]["cases"]["bear_camera_9_speed_1"]
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("<video") == 1 and page.count(">From above <") == 2  # two good cases, one control
-    monkeypatch.setattr(evaluate, "write_video", write_video)
+    alone = dataclasses.replace(config, paths="9", ckpt="", clips="bear")
     for seed in (0, 1):
-        evaluate.evaluate(dataclasses.replace(
-            config, paths="9", ckpt="", clips="bear", seed=seed, out=str(tmp_path / f"seed{seed}")))
+        evaluate.evaluate(dataclasses.replace(alone, seed=seed, out=str(tmp_path / f"seed{seed}")))
         assert ((tmp_path / f"seed{seed}" / videos[1]).read_bytes() == base9) == (seed == 0)
     with pytest.raises(ValueError, match="base/videos: made with steps = 1, now 50; choose another --out"):
         evaluate.evaluate(dataclasses.replace(config, steps=50))
@@ -391,7 +367,7 @@ def test_settings_may_change_where_nothing_was_made(tmp_path):
 
 
 def retake(clips, out, *flags):
-    main("retake", clips / "videos/bear.mp4", f"--weights={clips / 'weights'}", "--steps=1", f"--out={out}",
+    main("retake", clips / "videos/bear.mp4", f"--weights={clips / 'weights'}", f"--out={out}", "--steps=1",
          f"--cameras={clips / 'cameras/bear.npz'}", "--prompt=a bear", "--height=32", "--width=48", *flags)
 
 
@@ -408,17 +384,18 @@ def test_what_is_not_given_is_estimated(clips, tmp_path, monkeypatch):
     """Source cameras by MapAnything, the caption by BLIP-2 from the middle frame."""
     seen, maps = [], []
 
-    def cameras(videos):
-        return torch.from_numpy(noisy(9, videos.shape[1]))[None], torch.tensor([[0.8, 1.2, 0.5, 0.5]])
+    def record(kept, function):
+        return lambda *args: kept.append(args) or function(*args)
 
-    def record(args, result):
-        seen.append(args)
-        return result
-    estimator = type("Estimator", (), {"cameras": staticmethod(cameras)})
-    monkeypatch.setattr(reward_models, "mapanything", lambda *a: record(a, estimator))
-    monkeypatch.setattr(generating, "describe_frame", lambda *a: record(a, "a bear, says BLIP-2"))
-    for module, name, kept in ((generating, "encode_clip", seen), (trajectories, "camera_maps", maps)):
-        monkeypatch.setattr(module, name, lambda *a, f=getattr(module, name), kept=kept: kept.append(a) or f(*a))
+    class Estimator:
+        cameras = staticmethod(lambda videos: (torch.from_numpy(noisy(9, videos.shape[1]))[None],
+                                               torch.tensor([[0.8, 1.2, 0.5, 0.5]])))
+    for module, name, kept, function in (
+            (reward_models, "mapanything", seen, lambda *args: Estimator),
+            (generating, "describe_frame", seen, lambda *args: "a bear, says BLIP-2"),
+            (generating, "encode_clip", seen, generating.encode_clip),
+            (trajectories, "camera_maps", maps, trajectories.camera_maps)):
+        monkeypatch.setattr(module, name, record(kept, function))
     retake(clips, tmp_path, "--cameras=", "--prompt=", "--width=32")
     video = read_video(clips / "videos/bear.mp4", frames=5, size=(32, 32))[0]
     assert seen[0][0] == clips / "weights/map-anything" and seen[2][1] == "a bear, says BLIP-2"
@@ -429,27 +406,14 @@ def test_what_is_not_given_is_estimated(clips, tmp_path, monkeypatch):
     assert intrinsics[0].tolist() == pytest.approx([0.8, 1.2, 0.5, 0.5])
 
 
-@pytest.mark.parametrize("flags, why", [
-    (["--camera=arc_lft"], "no path 'arc_lft'"), (["--width=50"], "multiples of 16"),
-    (["--ckpt=none"], "no checkpoint"), (["--cameras=none.npz"], "none.npz: no such camera file"),
-    (["--speeed=2"], "did you mean speed?"), (["--speed=fast"], "expected float"), (["--weights="], "expected a clip"),
-    (["--stride=2"], "too short, 4 frames"), (["--weights=none"], "none/"), (["--clip=none.mp4"], "no such video"),
-    (["--clip={}/videos/broken.mp4"], "unreadable"), (["--clip={}/empty.mp4"], "empty")])
-def test_retakes_that_cannot_be(clips, tmp_path, flags, why):
-    with pytest.raises(ERRORS, match=why):
-        retake(clips, tmp_path, *(flag.format(clips) for flag in flags))
-    assert not list(tmp_path.iterdir())
-
-
 # ---- the toy ----
 
 def test_toy(tmp_path, monkeypatch):
     """A small random base and a checkpoint of it, in a room of ten paths at two speeds; the judge sees
     every camera go 20 % too far, but for NaN once."""
     torch.manual_seed(0)
-    config = model.Config(dim=32 * HEADS, num_heads=HEADS, num_layers=1, ffn_dim=64,
-                          text_dim=TEXT, camera_dim=24, roce=True)
-    state = model.DiT(config).state_dict()
+    state = model.DiT(model.Config(dim=32 * HEADS, num_heads=HEADS, num_layers=1, ffn_dim=64, text_dim=TEXT,
+                                   camera_dim=24, roce=True)).state_dict()
     save_file(state, tmp_path / "toy_base.safetensors")
     save_file({k: v + 0.1 for k, v in state.items() if ".self_attn." in k}, tmp_path / "tuned.safetensors")
     for name in ("codec", "estimator"):
@@ -469,7 +433,7 @@ def test_toy(tmp_path, monkeypatch):
     found = {name: method["cases"] for name, method in results(tmp_path / "out").items()}
     assert {name: len(cases) for name, cases in found.items()} == {"base": 20, "tuned": 20}
     case = found["tuned"]["room0_camera_9_speed_2"]
-    assert (case["scale"], case["TransErr"]) == pytest.approx((1.2, 0), abs=1e-4) and case["PSNR"] > 0
+    assert (case["scale"], case["TransErr"]) == pytest.approx((1.2, 0), abs=1e-4)
     assert "not finite" in found["base"]["room0_camera_5_speed_1"]["failed"]
     text = (tmp_path / "out/tables.md").read_text()
     assert "## Failed: 4" in text and "## Table 2: by camera speed" in text and "(paper)" not in text
@@ -480,25 +444,7 @@ def test_toy(tmp_path, monkeypatch):
     assert "speeds = &#x27;1,2&#x27;" in page  # a setting that is not the default
     main(*argv)
     assert judged == [10] * 4  # room by room; nothing twice
-    for flags, why in ((["--steps=2"], "base/cases: made with steps = 1, now 2"), (["--rooms=0"], "rooms"),
-                       (["--estimator=x"], "judge or estimator"), (["--speeds=inf"], "speeds: expected"),
-                       (["--show=room9_camera_1_speed_1"], "show: no case")):
+    for flag, why in (("--steps=2", "base/cases: made with steps = 1, now 2"),
+                      ("--show=room9_camera_1_speed_1", "show: no case")):
         with pytest.raises(ValueError, match=why):
-            main(*argv, *flags)
-
-
-# ---- the command line ----
-
-@pytest.mark.parametrize("argv, words", [
-    ([], "retake"), (["--help"], "--videos=DAVIS"), (["retake", "--help"], "your own video, re-rendered")])
-def test_help(capsys, argv, words):
-    run_command("evaluate.py", evaluate.__doc__, evaluate.COMMANDS, argv or ["--help"])
-    assert words in capsys.readouterr().out
-
-
-def test_errors_are_one_line(tmp_path):
-    for argv, why in ((["compare", "none/a.json", "b"], "none/a.json"), (["--guidence=3"], "mean guidance?"),
-                      (["retke", "clip.mp4"], "no command 'retke'; did you mean retake?")):
-        done = subprocess.run([sys.executable, ROOT / "evaluate.py", *argv], cwd=tmp_path, text=True,
-                              capture_output=True)
-        assert done.returncode == 1 and done.stderr.count("\n") == 1 and why in done.stderr
+            main(*argv, flag)

@@ -68,7 +68,7 @@ def test_live_bytes():
         live.add(kept)
         a = torch.ones(1000)  # 4000 bytes
         b = a.view(10, 100)  # shares its storage
-        total, rise = live.extra(lambda: (a * 2 + 1).sum())
+        total, rise = live.extra(lambda x: (x * 2 + 1).sum(), a)
         assert rise == 8000  # two temporaries at once
         del total, a
         assert live.now == 4400
