@@ -211,14 +211,6 @@ def bad_disk(folder, mount, spoil, mend, instead, says):
 TERM, KILL, HANGUP = (lambda run, signum=signum: run.send(signum) for signum in (SIGTERM, SIGKILL, SIGHUP))
 
 
-def interrupt(seconds):
-    """Ctrl-C so early."""
-    def do(run):
-        time.sleep(seconds)
-        run.send(SIGINT)
-    return do
-
-
 def lose(rank, signum, wait=18):
     """One of torchrun's workers is killed or hangs; the other has ended within `wait` seconds."""
     def do(run):
@@ -229,6 +221,7 @@ def lose(rank, signum, wait=18):
 
 
 def left_pipe():
+    """A pipe whose reader has left."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
@@ -261,7 +254,8 @@ FAULTS = [
     ("hangup", "SIGHUP under nohup", wrong, dict(
         args=["--iterations=5"], after=1, do=HANGUP, saved=5,
         options=lambda: dict(prepare=lambda: signal.signal(SIGHUP, signal.SIG_IGN)))),
-    *[("early_signals", f"SIGINT after {x} s", wrong, dict(do=interrupt(x), codes=(-2, 75, 1)))
+    *[("early_signals", f"SIGINT after {x} s", wrong, dict(
+        do=lambda run, x=x: [time.sleep(x), run.send(SIGINT)], codes=(-2, 75, 1)))
       for x in (0.3, 0.6, 0.9, 1.2, 1.5, 1.8)],
     ("removed_folder", "the out folder is removed", wrong, dict(
         after=2, do=lambda run: shutil.rmtree(run.out), codes=(1,), saved=0, says=["removed or replaced"],

@@ -40,6 +40,16 @@ def test_a_part_ends_at_its_limit():
                 pass
 
 
+@pytest.mark.parametrize("settings, how", [
+    ({"size": 2}, {}), ({"size": 1}, {"tail": 0.4}), ({"size": 2}, {"share_noise": False})])
+def test_plans_memory_is_that_of_real_tensors(settings, how):
+    """Peaks of one real iteration of the published VAE and a small network, counted live."""
+    rows = bench.measure_memory(bench.Bench(**TINY | dict(layers=3)), settings | how,
+                                tuple(range(settings["size"])), 3, 4, lambda phase: None, **how)
+    assert {row[""]: row["plan / tensors"] for row in rows} == pytest.approx(
+        {phase: 1 for phase in ("conditions", "rollout", "decode", "update")}, abs=0.1)
+
+
 @pytest.mark.parametrize("wrong, said", [({"lengths": "9,x"}, "lengths"), ({"lengths": "8"}, "lengths"),
                                          ({"official": "nowhere"}, "no checkout")])
 def test_card_refuses(wrong, said):

@@ -170,31 +170,54 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def test_videos_made_elsewhere(elsewhere, monkeypatch, capsys):
-    """What is missing or failed is listed and left out, and alone tried again when the command comes
-    again; an estimate of n frames is compared with the path of n frames."""
-    bad, good = Path("poses/B/cat_camera_9_speed_1.npz"), Path("A/bear_camera_5_speed_1.mp4")
+    """Cameras, VBench and MEt3R reach results and tables; an estimate of n frames is compared with the
+    path of n frames; what is missing or failed is listed, and it alone is tried again."""
+    calls = []
+
+    def vbench(python, videos, dimension):
+        calls.append(dimension)
+        if dimension == "motion_smoothness":
+            return {}, "failed: VBench, motion_smoothness (exit code 1)"
+        return {case: 0.75 for case in videos}, None
+
+    def met3r(python, checkout, source, video, number, speed):
+        calls.append("met3r")
+        assert source.exists() and case_name("bear", number, speed) in str(video)
+        if number == 5:
+            return {"MEt3R": 0.4}, "failed: Dyn-MEt3R (x)"
+        return {"MEt3R": 0.3, "Dyn-MEt3R": 0.8}, None
+    monkeypatch.setattr(outside, "vbench", vbench)
+    monkeypatch.setattr(outside, "met3r", met3r)
+    write_video(Path("videos/bear.mp4"), np.zeros((21, 32, 32, 3), np.uint8), 24)
+    touch(Path("checkout"), "evaluate.py")
+    bad, lost = Path("poses/B/bear_camera_9_speed_1.npz"), Path("A/bear_camera_1_speed_1.mp4")
     kept = bad.read_bytes()
     bad.write_bytes(b"PK")
-    good.rename("elsewhere.mp4")
-    evaluate.evaluate(elsewhere)
+    lost.rename("elsewhere.mp4")
+    config = dataclasses.replace(elsewhere, videos="videos", redirector="checkout", height=32, width=32)
+    evaluate.evaluate(config)
+    a, b = (method["cases"] for method in results("out").values())
+    assert a[lost.stem]["failed"].startswith("missing") and bad.name in b[bad.stem]["failed"]
+    assert b[bad.stem]["MEt3R"] == 0.3 and "TransErr" not in b[bad.stem]
+    case = b["bear_camera_5_speed_1"]
+    assert case["aesthetic_quality"] == 0.75 and case["MEt3R"] == 0.4 and "Dyn-MEt3R" not in case
+    assert (case["clip"], case["path"], case["speed"]) == ("bear", "zoom_in", 1.0)
+    assert case["scale"] == pytest.approx(1.1, abs=0.02)
     text = Path("out/tables.md").read_text()
-    assert "## Failed: 2" in text and "here, 5 of 6 cases" in text and "Geo-Align (paper)" in text
-    assert results("out")["A"]["cases"][good.stem]["failed"].startswith("missing")
-    assert bad.name in results("out")["B"]["cases"][bad.stem]["failed"]
+    assert "## Failed: 4" in text and "here, 2 of 3 cases" in text and "Geo-Align (paper)" in text
+    assert "| bear_camera_5_speed_1 | failed: Dyn-MEt3R (x) |" in text and "0.7500" in text
+    assert text.count("failed: VBench, motion_smoothness (exit code 1)") == 1
     bad.write_bytes(kept)
-    Path("elsewhere.mp4").rename(good)
+    Path("elsewhere.mp4").rename(lost)
     seen, estimate = [], scores.pose_folder("poses")
     monkeypatch.setattr(scores, "pose_folder", lambda x: lambda *a: seen.append(str(a[0])) or estimate(*a))
+    calls.clear()
     capsys.readouterr()
-    evaluate.evaluate(elsewhere)
-    assert seen == [str(good), f"B/{bad.stem}.mp4"]
-    found = results("out")
-    assert {name: len(method["cases"]) for name, method in found.items()} == {"A": 6, "B": 6}
-    case = found["B"]["cases"][bad.stem]
-    assert case["scale"] == pytest.approx(1.1, abs=0.02)
-    assert (case["clip"], case["path"], case["speed"]) == ("cat", "arc_left", 1.0)
+    evaluate.evaluate(config)
+    assert seen == [str(lost), f"B/{bad.stem}.mp4"]
+    assert calls.count("met3r") == 3 and calls.count("motion_smoothness") == 2
     printed = capsys.readouterr().out.splitlines()
-    assert [line[:14] for line in printed[-4:-1]] == ["position error", "rotation error", "image         "]
+    assert [line[:14] for line in printed[-4:-1]] == ["position error", "rotation error", "imaging qualit"]
     assert " -> " in printed[-4] and printed[-1] == "out/report.html" and Path(printed[-1]).exists()
     assert max(map(len, printed)) <= 80
 
@@ -227,46 +250,11 @@ def test_interrupted_or_shared_by_two_ranks_it_comes_to_the_same(elsewhere, monk
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0] and results("two") == whole
 
 
-def test_vbench_and_met3r_in_the_tables(elsewhere, monkeypatch):
-    """Their scores reach the results and are kept, where cameras fail too; what they lack is listed,
-    and alone tried again."""
-    calls = []
-
-    def vbench(python, videos, dimension):
-        calls.append(dimension)
-        if dimension == "motion_smoothness":
-            return {}, "failed: VBench, motion_smoothness (exit code 1)"
-        return {case: 0.75 for case in videos}, None
-
-    def met3r(python, checkout, source, video, number, speed):
-        calls.append("met3r")
-        assert source.exists() and case_name("bear", number, speed) in str(video)
-        if number == 5:
-            return {"MEt3R": 0.4}, "failed: Dyn-MEt3R (x)"
-        return {"MEt3R": 0.3, "Dyn-MEt3R": 0.8}, None
-    monkeypatch.setattr(outside, "vbench", vbench)
-    monkeypatch.setattr(outside, "met3r", met3r)
-    Path("poses/B/bear_camera_1_speed_1.npz").write_bytes(b"PK")
-    write_video(Path("videos/bear.mp4"), np.zeros((21, 32, 32, 3), np.uint8), 24)
-    touch(Path("checkout"), "evaluate.py")
-    config = dataclasses.replace(elsewhere, videos="videos", redirector="checkout", height=32, width=32)
-    evaluate.evaluate(config)
-    case = results("out")["A"]["cases"]["bear_camera_5_speed_1"]
-    assert case["aesthetic_quality"] == 0.75 and case["MEt3R"] == 0.4 and "Dyn-MEt3R" not in case
-    text = Path("out/tables.md").read_text()
-    assert "| bear_camera_5_speed_1 | failed: Dyn-MEt3R (x) |" in text and "0.7500" in text
-    assert text.count("failed: VBench, motion_smoothness (exit code 1)") == 1
-    case = results("out")["B"]["cases"]["bear_camera_1_speed_1"]
-    assert "failed" in case and "TransErr" not in case and case["MEt3R"] == 0.3
-    before, calls[:] = len(calls), []
-    evaluate.evaluate(config)
-    assert before == 2 * (6 + 3) and sorted(calls) == ["met3r"] * 2 + ["motion_smoothness"] * 2
-
-
 @pytest.mark.parametrize("options, why", [
     ({"clips": "bear"}, "--videos=FOLDER is needed"), ({"speeds": "1.5"}, "none of its 6 videos"),
     ({"ckpt": "x"}, "--weights=FOLDER is needed"), ({"redirector": "nowhere"}, "nowhere/evaluate.py"),
-    ({"estimator": "vipe", "vipe": "no/vipe"}, "not installed: ViPE")])
+    ({"estimator": "vipe", "vipe": "no/vipe"}, "not installed: ViPE"),
+    ({"log": "nowhere.jsonl"}, "nowhere.jsonl: no such training log")])
 def test_settings_that_cannot_be(elsewhere, options, why):
     with pytest.raises((ValueError, OSError), match=why):
         evaluate.evaluate(dataclasses.replace(elsewhere, **options))
@@ -355,15 +343,9 @@ def test_protocol(clips, tmp_path, monkeypatch):
         assert ((tmp_path / f"seed{seed}" / videos[1]).read_bytes() == base9) == (seed == 0)
     with pytest.raises(ValueError, match="base/videos: made with steps = 1, now 50; choose another --out"):
         evaluate.evaluate(dataclasses.replace(config, steps=50))
-
-
-def test_settings_may_change_where_nothing_was_made(tmp_path):
-    scores.keep_settings(tmp_path, {"steps": 50})
-    touch(tmp_path, "clip.failed").joinpath("case.json").write_text('{"failed": "why"}')
-    scores.keep_settings(tmp_path, {"steps": 25})
-    touch(tmp_path, "made.mp4")
-    with pytest.raises(ValueError, match="made with steps = 25, now 50"):
-        scores.keep_settings(tmp_path, {"steps": 50})
+    scores.keep_settings(tmp_path / "new", {"steps": 50})  # may change where nothing was made
+    touch(tmp_path / "new", "clip.failed").joinpath("case.json").write_text('{"failed": "why"}')
+    scores.keep_settings(tmp_path / "new", {"steps": 25})
 
 
 def retake(clips, out, *flags):

@@ -30,20 +30,14 @@ def video(tmp_path):
 
 # ---- calling programs ----
 
-@pytest.mark.parametrize("code, found", [
-    ("import sys; print('a'); print(' why ', file=sys.stderr); print(); sys.exit(3)", (3, "why")),
-    ("", (0, "no output"))])
-def test_a_call_returns_the_exit_code_and_the_last_line(code, found):
-    assert outside.call([sys.executable, "-c", code]) == found
-
-
 def test_programs_do_not_take_themselves_for_a_rank(monkeypatch, tmp_path):
-    """Under torchrun a tool must not join our process group; it gets its rank's GPU; and it finds the
-    other programs of its environment."""
-    for name, x in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1",
-                    "TORCHELASTIC_RUN_ID": "x", "CUDA_VISIBLE_DEVICES": "5,7"}.items():
-        monkeypatch.setenv(name, x)
+    """Under torchrun a tool must not join our process group; it gets its rank's GPU; it finds the other
+    programs of its environment. A call gives the exit code and the last line."""
+    code = "import sys; print('a'); print(' why ', file=sys.stderr); print(); sys.exit(3)"
+    assert outside.call([sys.executable, "-c", code]) == (3, "why")
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"
+    for name, x in zip(names, ("1", "2", "1", "h", "x", "5,7")):
+        monkeypatch.setenv(name, x)
     code = f"import os; print([os.environ.get(n) for n in {names}])"
     assert outside.call([sys.executable, "-c", code]) == (0, "[None, None, None, None, None, '7']")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -76,10 +70,10 @@ WORLD_PATH = trajectories.published(9)[3] @ trajectories.recammaster(9, 9)
 @pytest.mark.parametrize("body, poses, why", [
     (VIPE, WORLD_PATH, None), (VIPE, np.zeros((9, 2, 4)), "no usable cameras.*shape"),
     (VIPE, np.where(np.arange(9)[:, None, None] == 4, np.nan, WORLD_PATH), "no usable.*frame 4: not finite"),
-    (VIPE, np.zeros((0, 4, 4)), "no usable cameras.*shape"), (GARBAGE, WORLD_PATH, "no usable cameras"),
+    (GARBAGE, WORLD_PATH, "no usable cameras"),
     ("print('out of memory'); exit(1)", WORLD_PATH, "exit code 1: out of memory"),
     ("print('done')", WORLD_PATH, "exit code 0: done"), (None, WORLD_PATH, "not installed: ViPE")],
-    ids=["good", "shape", "nan", "empty", "garbage", "fails", "writes nothing", "not there"])
+    ids=["good", "shape", "nan", "garbage", "fails", "writes nothing", "not there"])
 def test_vipe(tmp_path, monkeypatch, video, body, poses, why):
     """Metric poses relative to the first, and the lens, of a video of any name; or why there are none."""
     np.save(tmp_path / "poses.npy", poses)
@@ -125,15 +119,13 @@ FAILED = "failed: VBench, motion_smoothness ("
 @pytest.mark.parametrize("dimension, score, change, scores, note", [
     ("motion_smoothness", SIZE, (), {ONE: 1, TWO: 2}, None),
     ("imaging_quality", "68.42", (), {ONE: 0.6842, TWO: 0.6842}, None),  # in per cent there
-    *[("motion_smoothness", f'0.5 if "camera_1" in f else float("{x}")', (), {ONE: 0.5},
-       FAILED + f"1 videos, {TWO} first)") for x in ("nan", "inf")],
+    ("motion_smoothness", '0.5 if "camera_1" in f else float("nan")', (), {ONE: 0.5},
+     FAILED + f"1 videos, {TWO} first)"),
     ("motion_smoothness", "0.5", ("sorted(", f"['{TWO}.mp4'] or ("), {TWO: 0.5}, FAILED + f"1 videos, {ONE}"),
     *[("motion_smoothness", "0.5", change, {}, FAILED + why) for change, why in (
         (("json.dump(results, f)", "f.write('{\"x\": ')"), "exit code 0: no output; JSONDecodeError"),
-        (("json.dump(results, f)", "f.write('{}')"), "exit code 0: no output; KeyError"),
         (("json.dump(results, f)", "f.write('{\"motion_smoothness\": [0.5]}')"),
          "exit code 0: no output; IndexError"),
-        (("results = {}", "raise SystemExit(0)"), "exit code 0"),
         (("results = {}", "raise RuntimeError('no weights')"), "exit code 1: RuntimeError: no weights"))],
     ("motion_smoothness", "", None, {}, "not installed: VBench ("),
     ("motion_smoothness", "", "no python", {}, "not installed: VBench (")])
@@ -184,7 +176,6 @@ LENGTH = "from data.video import read_video\nwrite(0.5, len(read_video(folder + 
     (LENGTH, {"Dyn-MEt3R": 0.5, "MEt3R": 9}, None),
     ("write(None, 0.3)", {"MEt3R": 0.3}, "failed: Dyn-MEt3R (its results.txt has none)"),
     ("write(0.8, 'nan')", {"Dyn-MEt3R": 0.8}, "failed: MEt3R (its results.txt has none)"),
-    ("write(None, None)", {}, "failed: MEt3R and Dyn-MEt3R (its results.txt has none)"),
     ("import featup_of_another_environment", {}, "not installed: MEt3R (ModuleNotFoundError: No module named"),
     ("raise RuntimeError('CUDA')", {}, "failed: MEt3R (exit code 1: RuntimeError: CUDA)"),
     ("", {}, "failed: MEt3R (exit code 0: no output)"), (None, {}, "not installed: MEt3R ("),

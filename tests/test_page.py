@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -48,37 +47,25 @@ def test_a_chart_is_linear_and_a_smoothed_line_is_a_line():
     for k, (values, sign) in enumerate(((x, 1), (y ** 2, -1))):
         fit = np.polyfit(values, line[:, k], 1)
         assert fit[0] * sign > 0 and np.abs(np.polyval(fit, values) - line[:, k]).max() < 0.06
-    long = [{"iteration": i, "reward/x": math.sin(i)} for i in range(20000)]
-    assert max(map(len, points(page.curves({"x": long})))) < 900  # more cannot be seen
-
-
-@pytest.mark.parametrize("low, high", [(-3e-7, 5e-7), (12, 9000), (0.9991, 0.9993), (-1, -0.5)])
-def test_ticks_are_round_and_few(low, high):
-    found = np.array(page.ticks(low, high))
-    assert 2 <= len(found) <= 6 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
-    step = f"{found[1] - found[0]:.6e}"
-    assert step[0] in "125" and float(step[1:].partition("e")[0]) == 0
+    assert page.ticks(-3e-7, 5e-7) == pytest.approx([-2e-7, 0, 2e-7, 4e-7])  # round, and few
+    assert page.ticks(0.9991, 0.9993) == pytest.approx([0.9991, 0.99915, 0.9992, 0.99925, 0.9993])
 
 
 def test_a_path_is_drawn_from_above_and_from_the_side():
-    """x to the right, forward up, at one scale; height grows upwards; jitter of 0.1 mm looks flat."""
+    """x to the right, forward up, at one scale; height and tilts grow upwards; jitter looks flat."""
     c2w = np.tile(np.eye(4), (5, 1, 1))
     c2w[:, :3, 3] = np.arange(5)[:, None] * [0.1, -0.2, 0.3]
     above, height, *_ = points(page.path_charts([("target", c2w)]))
     step = np.diff(above, axis=0)
     assert (step[:, 0] > 0).all() and step[:, 1] == pytest.approx(-3 * step[:, 0], abs=0.5)
     assert (np.diff(height[:, 1]) < 0).all()
+    for name, right, up in (("pan_right", 20, 0), ("pan_left", -20, 0), ("tilt_up", 0, 10)):
+        found = [angles[-1] for angles in page.turns(trajectories.recammaster(name))]
+        assert found == pytest.approx([right, up], abs=0.3)
     c2w[:, :3, 3] = 1e-4 * np.random.default_rng(0).standard_normal((5, 3))
     constant = page.chart("t", [("c0", [0, 1], [3.0, 3.0 + 1e-9])], "", "")
     flat = points(page.path_charts([("target", c2w)]) + constant)
     assert all(np.ptp(line[:, 1]) < 2 for line in flat)
-
-
-@pytest.mark.parametrize("name, right, up", [
-    ("pan_right", 20, 0), ("pan_left", -20, 0), ("tilt_up", 0, 10), ("zoom_in", 0, 0)])
-def test_rotations_are_drawn_with_their_sign(name, right, up):
-    found = [angles[-1] for angles in page.turns(trajectories.recammaster(name))]
-    assert found == pytest.approx([right, up], abs=0.3)
 
 
 # ---- videos ----
@@ -97,14 +84,14 @@ def test_paths_are_drawn_where_the_cameras_are():
 
 
 def test_videos_stand_side_by_side_under_their_captions():
-    """A shorter one holds its last frame; letters that are not in the font show as ?."""
+    """A shorter one holds its last frame; a letter that is not in the font shows as ?."""
     a, b = upscale(grey(40, 5, 48, 64), 2), grey(50, 3, 96, 128)
     b[2] = 90
     out = grid([a, b], ["left", "a caption that is much too long for one line"])
     strip = out.shape[1] - 96
     assert out.shape == (5, strip + 96, 2 * 128 + 4, 3) and out[:, :strip].max() == 235
     assert (out[:, strip:, :128] == a).all() and (out[:, strip:, 132:] == b[[0, 1, 2, 2, 2]]).all()
-    assert (text_mask("é", 2) == text_mask("?", 2)).all() and (text_mask("a") != text_mask("b")).any()
+    assert (text_mask("é") == text_mask("?")).all() and (text_mask("a") != text_mask("b")).any()
     with pytest.raises(ValueError, match="2 videos, 1 labels"):
         grid([a, b], ["left"])
 
@@ -131,6 +118,7 @@ def test_all_cases_play_in_one_video(tmp_path):
     white and each method's in its colour; one that cannot be read is named."""
     text = page.cases([a_case(tmp_path), a_case(tmp_path, shown=("source", "tuned"))])
     assert text.count("<video") == 1 and "none.mp4" in text
+    assert "<video" not in page.cases([a_case(tmp_path, shown=("none",))])
     frames, fps = first_video(text, tmp_path)
     assert len(frames) == 5 and fps == 8 and frames.shape[2] == 3 * 96 + 8
     half = frames.shape[1] // 2
@@ -162,16 +150,9 @@ def test_samples_become_a_strip_over_iterations(tmp_path):
 
 # ---- training logs ----
 
-@pytest.mark.parametrize("end, why", [
-    ('{"iteration": 1, "lo', None), ("nonsense\n{}\n", "line 2: expected a JSON object"),
-    ("[1]\n{}\n", "line 2: expected a JSON object")])
-def test_a_log_may_end_in_the_middle_of_a_line(tmp_path, end, why):
-    write_log(tmp_path, [{"iteration": 0}], end)
-    if why:
-        with pytest.raises(ValueError, match=why):
-            page.read_log(tmp_path)
-    else:
-        assert page.read_log(tmp_path) == page.read_log(tmp_path / "log.jsonl") == [{"iteration": 0}]
+def test_a_log_may_end_in_the_middle_of_a_line(tmp_path):
+    write_log(tmp_path, [{"iteration": 0}], '{"iteration": 1, "lo')
+    assert page.read_log(tmp_path) == page.read_log(tmp_path / "log.jsonl") == [{"iteration": 0}]
 
 
 def test_what_is_drawn_of_a_log():
@@ -185,8 +166,7 @@ def test_what_is_drawn_of_a_log():
         ("Validation", "", ""), ("", "trans", "metres"), ("Rewards", "", ""), ("", "mine", "its own unit"),
         ("The", "", ""), ("", "grad_norm", "norm"), ("Seconds", "", ""), ("", "rollout", "seconds")]
     assert "Constant: skipped = 0." in text and page.LOSS in text and page.curves({"x": []}) == ""
-    name = "a name of many words that no legend may cut to the same twenty-four characters"
-    logs = {f"{name} {k}": [{"iteration": i, "reward/x": i + k} for i in range(3)] for k in (1, 2)}
+    logs = {f"a name of many words {k}": [{"iteration": i, "reward/x": i + k} for i in range(3)] for k in (1, 2)}
     text = page.curves(logs)
     assert text.count("<figure>") == 1 and all(f"{label}</li>" in text for label in logs)
     first, second = points(text)[1::2]
@@ -222,26 +202,6 @@ def test_curves_of_runs_tell_what_differs_between_them(tmp_path, capsys):
 
 # ---- the whole page ----
 
-class Page(HTMLParser):
-    """Collects tags and text, and checks that they nest."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.text = [], [], ""
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.open += [] if tag in ("meta", "br") else [tag]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, text):
-        self.text += text
-
-
 EVIL = "<script>alert('&')</script>\""
 
 
@@ -263,19 +223,15 @@ def whole(tmp_path_factory):
 
 def test_a_page_escapes_loads_nothing_and_is_for_everybody(whole):
     """Names may hold anything; a phone's width, headings in order, tables that scroll by keyboard."""
-    parsed = Page(whole)
-    known = ("html head meta title style body main h1 h2 h3 div table tr th td p br small figure figcaption "
-             "span svg text path polyline ul li pre dl dt dd video")
-    assert {tag for tag, _ in parsed.tags} <= set(known.split()) and parsed.text.count(EVIL) >= 13
+    assert "<script" not in whole and whole.count(html.escape(EVIL)) >= 13
     assert not re.search(r'https?:|url\(|@import|javascript:|(src|poster|href)="(?!data:)', whole)
-    metas = str([attrs for tag, attrs in parsed.tags if tag == "meta"])
-    assert "default-src 'none'" in metas and "viewport" in metas
-    levels = [int(tag[1]) for tag, _ in parsed.tags if re.fullmatch("h[1-6]", tag)]
+    assert "default-src 'none'" in whole and 'name="viewport"' in whole
+    levels = [int(level) for level in re.findall(r"<h([1-6])", whole)]
     assert levels[0] == 1 and levels.count(1) == 1 and max(np.diff(levels)) == 1
-    wide = [attrs for _, attrs in parsed.tags if attrs.get("class") in ("wide", "lines")]
-    assert wide and all(attrs["tabindex"] == "0" and attrs["role"] == "region" for attrs in wide)
-    shown = [attrs for tag, attrs in parsed.tags if tag in ("video", "svg") and "aria-hidden" not in attrs]
-    assert shown and all(attrs.get("aria-label") for attrs in shown)
+    wide = re.findall(r'<\w+ class="(?:wide|lines)"[^>]*>', whole)
+    assert wide and all('tabindex="0" role="region"' in tag for tag in wide)
+    shown = [tag for tag in re.findall("<(?:video|svg)[^>]*>", whole) if "aria-hidden" not in tag]
+    assert shown and all('aria-label="' in tag for tag in shown)
 
 
 PROBE = """<!doctype html>{}<pre id="probe"></pre><script>onload = async () => {{

@@ -42,7 +42,10 @@ def test_floor_depth_is_that_of_a_plane():
 
 
 def test_what_one_camera_sees_another_sees_there():
-    """A surface point seen by two cameras has one colour, but for occlusion and fading texture."""
+    """A surface point seen by two cameras has one colour, but for occlusion and fading texture. A path
+    is the exponential of its turns."""
+    end = integrate(torch.ones(1, 4, 3), torch.tensor([0, 0.1, 0]).expand(1, 4, 3))[0, -1]
+    assert end[0, 0] == pytest.approx(math.cos(0.4), abs=1e-6) and end[2, 3] == 4
     room, c2w = filmed(4, 0.3, 0.3)
     video, depth = render(room, c2w)
     point = depth[:, 0, ..., None] * rays(INTRINSICS, HEIGHT, WIDTH)
@@ -52,12 +55,6 @@ def test_what_one_camera_sees_another_sees_there():
     inside = at.abs().amax(-1) < 0.95
     off, moved = ((x - video[:, :, 0]).abs().mean(1)[inside].median() for x in (there, video[:, :, -1]))
     assert off < 0.03 and off < 0.5 * moved
-
-
-def test_integrate_is_the_exponential_of_its_turns():
-    turn = torch.tensor([0, 0.1, 0]).expand(1, 4, 3)
-    end = integrate(torch.ones(1, 4, 3), turn)[0, -1]
-    assert end[0, 0] == pytest.approx(math.cos(0.4), abs=1e-6) and end[2, 3] == 4
 
 
 def test_a_room_depends_on_its_number_and_the_seed_alone(shipped):
