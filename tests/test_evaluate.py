@@ -223,13 +223,13 @@ def test_videos_made_elsewhere(elsewhere, monkeypatch, capsys):
 
 
 def test_interrupted_or_shared_by_two_ranks_it_comes_to_the_same(elsewhere, monkeypatch):
-    """Killed at every third file written and run again; or two processes, as torchrun starts them."""
+    """Killed at every third of sixty files written and run again; or two processes, as torchrun starts them."""
     evaluate.evaluate(dataclasses.replace(elsewhere, out="whole"))
     whole, replace, count = results("whole"), os.replace, [0]
 
     def stop(temporary, path):
         count[0] += 1
-        if count[0] % 3 == 0:
+        if count[0] % 3 == 0 and count[0] < 60:
             raise KeyboardInterrupt
         replace(temporary, path)
     with monkeypatch.context() as m:
@@ -238,8 +238,8 @@ def test_interrupted_or_shared_by_two_ranks_it_comes_to_the_same(elsewhere, monk
             try:
                 evaluate.evaluate(elsewhere)
             except KeyboardInterrupt:
-                assert count[0] < 99
-    assert count[0] > 9 and results("out") == whole
+                pass
+    assert count[0] > 60 and results("out") == whole
     flags = [f"--{key}={getattr(elsewhere, key)}" for key in ("generated", "estimator", "paths")]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
     code = ("import evaluate, sys; from evaluation import outside; from plumbing.settings import run_command; "
@@ -348,22 +348,9 @@ def test_protocol(clips, tmp_path, monkeypatch):
     scores.keep_settings(tmp_path / "new", {"steps": 25})
 
 
-def retake(clips, out, *flags):
-    main("retake", clips / "videos/bear.mp4", f"--weights={clips / 'weights'}", f"--out={out}", "--steps=1",
-         f"--cameras={clips / 'cameras/bear.npz'}", "--prompt=a bear", "--height=32", "--width=48", *flags)
-
-
-def test_retake(clips, tmp_path):
-    """8 frames: 5 is the largest 4k + 1; beside it, both side by side."""
-    retake(clips, tmp_path, "--camera=arc_left", "--speed=1.5", f"--ckpt={clips / 'other.safetensors'}")
-    new, fps = read_video(tmp_path / "bear_arc_left_1.5.mp4")
-    assert new.shape == (5, 32, 48, 3) and fps == 24 and len(list(tmp_path.iterdir())) == 2
-    both, _ = read_video(tmp_path / "bear_arc_left_1.5_side_by_side.mp4")
-    assert both.shape[2] == 2 * 48 + 4 and len(both) == 5
-
-
-def test_what_is_not_given_is_estimated(clips, tmp_path, monkeypatch):
-    """Source cameras by MapAnything, the caption by BLIP-2 from the middle frame."""
+def test_retake(clips, tmp_path, monkeypatch):
+    """The largest 4k + 1 of 8 frames, re-rendered, and both side by side. What is not given is
+    estimated: source cameras by MapAnything, the caption by BLIP-2 from the middle frame."""
     seen, maps = [], []
 
     def record(kept, function):
@@ -378,14 +365,19 @@ def test_what_is_not_given_is_estimated(clips, tmp_path, monkeypatch):
             (generating, "encode_clip", seen, generating.encode_clip),
             (trajectories, "camera_maps", maps, trajectories.camera_maps)):
         monkeypatch.setattr(module, name, record(kept, function))
-    retake(clips, tmp_path, "--cameras=", "--prompt=", "--width=32")
-    video = read_video(clips / "videos/bear.mp4", frames=5, size=(32, 32))[0]
+    out = tmp_path / "out"
+    main("retake", clips / "videos/bear.mp4", f"--weights={clips / 'weights'}", f"--out={out}", "--steps=1",
+         "--speed=1.5", f"--ckpt={clips / 'other.safetensors'}", "--height=32", "--width=48")
+    video = read_video(clips / "videos/bear.mp4", frames=5, size=(32, 48))[0]
     assert seen[0][0] == clips / "weights/map-anything" and seen[2][1] == "a bear, says BLIP-2"
     assert np.array_equal(seen[1][0], video[2])
     (target, intrinsics, *_), (source, *_) = maps
-    assert np.allclose(target[0], recammaster("arc_left", 5))
+    assert np.allclose(target[0], recammaster("arc_left", 5, 1.5))
     assert np.allclose(source[0], trajectories.relative(noisy(9, 5)))
     assert intrinsics[0].tolist() == pytest.approx([0.8, 1.2, 0.5, 0.5])
+    new, fps = read_video(out / "bear_arc_left_1.5.mp4")
+    assert new.shape == (5, 32, 48, 3) and fps == 24 and len(list(out.iterdir())) == 2
+    assert read_video(out / "bear_arc_left_1.5_side_by_side.mp4")[0].shape[::2] == (5, 2 * 48 + 4)
 
 
 # ---- the toy ----

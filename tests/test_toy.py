@@ -109,7 +109,7 @@ def test_the_codec_has_the_vaes_interface(shipped):
     video = render(*filmed(4))[0]
     for codec in (fit_codec(video), shipped[1]):
         latents = codec.encode(video)
-        assert latents.shape[:3] == (8, 16, (FRAMES - 1) // 4 + 1) and latents.square().mean() < 1.5
+        assert latents.shape[:3] == (4, 16, (FRAMES - 1) // 4 + 1) and latents.square().mean() < 1.5
         off = (codec.encode(codec.decode(latents)) - latents).abs()
         assert off.max() < 0.3 and off.mean() < 2e-3
         later = codec.encode(torch.cat([video[:, :, :1], torch.zeros_like(video[:, :, 1:])], 2))
@@ -132,7 +132,7 @@ def test_the_judge_finds_known_cameras(shipped, decoded, tinted, far):
     scores = [pose_scores(*pair) for pair in zip(found, asked)]
     scale, aligned, turned, off = (np.median([x[key] for x in scores])
                                    for key in ("scale", "TransErr", "rotation", "position"))
-    assert scale == pytest.approx(far, abs=0.02) and aligned < 0.02
+    assert scale == pytest.approx(far, abs=0.04) and aligned < 0.02
     assert turned < 0.2 and (off < 0.01) == (far == 1)
 
 
