@@ -4,7 +4,6 @@ Bad input is in test_inputs.py; here is only what needs an evaluation to be made
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ from scenes import pose
 from scipy.spatial.transform import Rotation
 
 import evaluate
-import model
 import trajectories
 from data.video import read_video, write_video
 from evaluation import generate as generating
@@ -30,7 +28,6 @@ from evaluation.scores import pose_scores, save_poses
 from plumbing import files
 from plumbing.settings import choose_command
 from pretrained import reward_models
-from toy.rooms import HEADS, TEXT
 from trajectories import recammaster, scale_motion
 
 NO_VBENCH = lambda *args: ({}, "not installed: VBench (x)")
@@ -383,15 +380,10 @@ def test_retake(clips, tmp_path, monkeypatch):
 # ---- the toy ----
 
 def test_toy(tmp_path, monkeypatch):
-    """A small random base and a checkpoint of it, in a room of ten paths at two speeds; the judge sees
-    every camera go 20 % too far, but for NaN once."""
-    torch.manual_seed(0)
-    state = model.DiT(model.Config(dim=32 * HEADS, num_heads=HEADS, num_layers=1, ffn_dim=64, text_dim=TEXT,
-                                   camera_dim=24, roce=True)).state_dict()
-    save_file(state, tmp_path / "toy_base.safetensors")
+    """The base and a checkpoint of it, in a room of ten paths at two speeds; a judge who sees every
+    camera go 20 % too far, but for NaN once."""
+    state = load_file(ROOT / "toy/weights/toy_base.safetensors")
     save_file({k: v + 0.1 for k, v in state.items() if ".self_attn." in k}, tmp_path / "tuned.safetensors")
-    for name in ("codec", "estimator"):
-        shutil.copy(ROOT / f"toy/weights/toy_{name}.safetensors", tmp_path)
     judged = []
 
     def judge(video, room, guess, codec):
@@ -401,7 +393,7 @@ def test_toy(tmp_path, monkeypatch):
         far[4, 2, 0, 3] = float("nan")
         return far, None
     monkeypatch.setattr(toy_evaluation, "judge", judge)
-    argv = ["toy", f"--weights={tmp_path}", f"--ckpt={tmp_path / 'tuned.safetensors'}", "--rooms=1",
+    argv = ["toy", f"--weights={ROOT / 'toy/weights'}", f"--ckpt={tmp_path / 'tuned.safetensors'}", "--rooms=1",
             "--steps=1", "--speeds=1,2", f"--out={tmp_path / 'out'}"]
     main(*argv)
     found = {name: method["cases"] for name, method in results(tmp_path / "out").items()}
