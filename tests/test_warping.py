@@ -105,8 +105,8 @@ def test_trajectorycrafter_there_and_back(config, sources, tmp_path):
     refused = sent(config)["refused"]
     lines = (tmp_path / "W/commands.sh").read_text().splitlines()
     assert len(lines) + len(refused) == 8 and len(read_video(tmp_path / "W/inputs/a.mp4")[0]) == 13
-    words = ("--video_length 13", "--mode gradual --mask --stride 1", "--exp_name a_camera_5_speed_1 --camera target",
-             "inputs/a.mp4")
+    words = ("--video_length 13", "--mode gradual --mask --stride 1", "inputs/a.mp4",
+             "--exp_name a_camera_5_speed_1 --camera target")
     assert all(word in lines[0] for word in words)
     back = dataclasses.replace(config, back=str(tmp_path / "R"))
     for frames in (13, 9):
@@ -128,8 +128,8 @@ def test_trajectorycrafter_there_and_back(config, sources, tmp_path):
 @pytest.mark.parametrize("changes, why", [
     (dict(method="Crafter"), "method: expected TrajectoryCrafter or CogNVS"),
     (dict(evaluation=""), "--evaluation=FOLDER is needed"), (dict(cameras=""), "no source cameras there"),
-    (dict(cameras="{}/cameras/none"), "no camera file"), (dict(paths="11"), "paths"), (dict(evaluation="{}"), "sources"),
-    (dict(speeds="1,-1"), "speeds: expected numbers such as"), (dict(speeds="nan"), "found nan"),
+    (dict(cameras="{}/cameras/none"), "no camera file"), (dict(paths="11"), "paths"),
+    (dict(evaluation="{}"), "sources"), (dict(speeds="1,-1"), "speeds: expected numbers such as"), (dict(speeds="nan"), "found nan"),
     (dict(back="{}/none"), "cases.json"), (dict(evaluation="{}/X"), "53 frames, CogNVS makes 49 at most")])
 def test_bad_input(config, sources, changes, why):
     changes = {key: x.format(sources) for key, x in changes.items()}
