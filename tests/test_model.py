@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 from model import Condition, Config, DiT, load_dit
+from sampler import ode_step, schedule, velocity
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = {name: GOLDEN / f"{name}_weights.safetensors" for name in ("redirector", "recammaster")}
@@ -87,6 +88,19 @@ def test_recorded_velocity(policy, t):
     assert len(seen) == 6
     for key, value in seen.items() if t == "517" else ():
         assert_close(value, IO[policy][key], 1e-5)
+
+
+@EACH
+def test_recorded_sample(policy):
+    """Six Euler steps at shift 5 and guidance 5, by the sampler's own steps."""
+    dit, (x, _, condition) = load_dit(WEIGHTS[policy], num_heads=2), recorded(policy)
+    negative = dataclasses.replace(condition, text=IO[policy]["negative_context"])
+    sigmas = schedule(6, 5.0)
+    with torch.no_grad():
+        condition, negative = dit.prepare(condition), dit.prepare(negative)
+        for t, t_next in zip(sigmas, sigmas[1:]):
+            x = ode_step(x, velocity(dit, x, t, condition, negative, 5.0), t, t_next)
+    assert_close(x, IO[policy]["euler6_cfg5"], 1e-4)
 
 
 # ---- the equations, one row at a time, as the published implementations compute them ----
