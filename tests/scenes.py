@@ -1,4 +1,7 @@
 """Small videos, camera paths and scenes that several tests share."""
+import resource
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import rewards
@@ -12,7 +15,7 @@ NEEDS_CASES = pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is 
 
 
 def clip(frames=20, height=48, width=64):
-    """A grey ramp in time with a white square in the top left corner: every frame is recognisable."""
+    """A grey ramp in time with a white square in a corner: every frame is recognisable."""
     grey = 10 * np.arange(1, frames + 1, dtype=np.uint8)
     video = np.tile(grey[:, None, None, None], (1, height, width, 3))
     video[:, :height // 4, :width // 4] = 255
@@ -54,6 +57,17 @@ def scene(n, frames=5, height=16, width=24, source=True, seed=0):
     """n videos of noise, uint8 (n, T, H, W, 3), and the Scene of which they are the source."""
     generator = torch.Generator().manual_seed(seed)
     c2w = camera_path(frames, yaw=0).float().repeat(n, 1, 1, 1)
-    video = torch.randint(0, 256, (n, frames, height, width, 3), generator=generator, dtype=torch.uint8)
+    shape = (n, frames, height, width, 3)
+    video = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     prompts = [f"clip {i}" for i in range(n)]
-    return video, rewards.Scene(c2w, torch.full((n, 4), 0.5), prompts, 16.0, video if source else None)
+    intrinsics = torch.full((n, 4), 0.5)
+    return video, rewards.Scene(c2w, intrinsics, prompts, 16.0, video if source else None)
+
+
+@contextmanager
+def full_disk(room):
+    """A limit on the size of a file stands in for the full disk: a write fails part way, as there."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
