@@ -1,4 +1,5 @@
 """Small videos, camera paths and scenes that several tests share."""
+import json
 import resource
 from contextlib import contextmanager
 
@@ -62,6 +63,22 @@ def scene(n, frames=5, height=16, width=24, source=True, seed=0):
     prompts = [f"clip {i}" for i in range(n)]
     intrinsics = torch.full((n, 4), 0.5)
     return video, rewards.Scene(c2w, intrinsics, prompts, 16.0, video if source else None)
+
+
+def put(file, content):
+    """Write a file of text or bytes, of an array (.npy), arrays by name (.npz), or JSON; None: a folder."""
+    (file if content is None else file.parent).mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif isinstance(content, str):
+        file.write_text(content)
+    elif file.suffix == ".npy":
+        np.save(file, content)
+    elif file.suffix == ".npz":
+        np.savez(file, **content)
+    elif content is not None:
+        file.write_text(json.dumps(content))
+    return file
 
 
 @contextmanager

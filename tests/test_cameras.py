@@ -1,4 +1,4 @@
-"""Camera files: every format as its publisher writes it, and broken; folders of them; paths by name."""
+"""Camera files: every format as published, and broken; folders of them; paths by name."""
 import json
 import math
 
@@ -8,10 +8,10 @@ import trajectories as tr
 from conftest import ROOT
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file
-from scenes import pose, walk
+from scenes import pose, put, walk
 from scipy.spatial.transform import Rotation
 
-from data import cameras
+from data import camera_files, cameras
 from data.camera_files import check_path
 
 PUBLISHED = ROOT.parent / "shared/clips/recammaster_camera_extrinsics.json"
@@ -19,20 +19,6 @@ FLIP = np.diag([1.0, -1, -1, 1])  # OpenCV's camera axes to OpenGL's
 RNG = np.random.default_rng(0)
 PATH = pose(RNG) @ walk(RNG, 12)  # in a world of its own
 W2C = np.linalg.inv(PATH)
-
-
-def put(file, content):
-    """Write a file of text or bytes, of an array (.npy), arrays by name (.npz), or JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".npy" and not isinstance(content, bytes):
-        np.save(file, content)
-    elif file.suffix == ".npz" and not isinstance(content, bytes):
-        np.savez(file, **content)
-    elif isinstance(content, bytes):
-        file.write_bytes(content)
-    else:
-        file.write_text(content if isinstance(content, str) else json.dumps(content))
-    return file
 
 
 # ---- formats, as published ----
@@ -49,27 +35,20 @@ def quats(c2w, order):
 
 
 def omniworld(c2w, **change):
-    """OmniWorld-Game's camera/split_<i>.json: world-to-camera. change: other values; None: without."""
+    """OmniWorld-Game's camera/split_<i>.json: world-to-camera."""
     w2c = np.linalg.inv(c2w)
-    made = {"focals": [1002.5] * len(w2c), "cx": 640.0, "cy": 360.0, "invalid_frame": [],
-            "quats": quats(w2c, "wxyz").tolist(), "trans": w2c[:, :3, 3].tolist()}
-    return {key: x for key, x in (made | change).items() if x is not None}
+    return {"focals": [1002.5] * len(w2c), "cx": 640.0, "cy": 360.0, "invalid_frame": [],
+            "quats": quats(w2c, "wxyz").tolist(), "trans": w2c[:, :3, 3].tolist()} | change
 
 
-def unreal(*paths, change=None):
-    """MultiCamVideo's camera_extrinsics.json: transposed, cm, Unreal's forward, right, up.
-
-    change: a path of keys, and the value put there; None: without it."""
+def unreal(*paths):
+    """MultiCamVideo's camera_extrinsics.json: transposed, cm, Unreal's forward, right, up."""
     swap = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
     frames = {f"frame{i}": {} for i in range(len(paths[0]))}
     for k, c2w in enumerate(paths, 1):
-        there = swap @ c2w @ swap.T
-        there[:, :3, 3] *= 100
+        there = swap @ c2w @ swap.T * np.array([[1, 1, 1, 100]] * 3 + [[1] * 4])
         for i, x in enumerate(there.transpose(0, 2, 1)):
             frames[f"frame{i}"][f"cam{k:02d}"] = " ".join(f"[{row}]" for row in rows(x)) + " "
-    for *where, key, value in [change] if change else []:
-        place = frames[where[0]] if where else frames
-        place.pop(key) if value is None else place.update({key: value})
     return frames
 
 
@@ -89,7 +68,7 @@ FOCAL = 554 / 640, 500 / 360
 FORMATS = {  # name -> content, (fx/W, fy/H) for a video of 1280 x 720
     "scene/camera/split_0.json": (omniworld(PATH), (1002.5 / 1280, 1002.5 / 720)),
     "recon/split_0/info.json": ({"split": [*range(12)], "extrinsics": PATH.tolist()}, None),
-    "f24_aperture5/camera_extrinsics.json#cam02": (unreal(PATH[::-1], PATH), (24 / 23.76, 1.79574)),
+    "f24_aperture5/m.json#cam02": (unreal(PATH[::-1], PATH), (24 / 23.76, 1.79574)),
     "one.json": (unreal(PATH), None),
     "transforms.json": (transforms(), FOCAL),
     "angle.json": ({"camera_angle_x": 1.0, "frames": transforms()["frames"]}, (0.915244, 1.627100)),
@@ -147,8 +126,8 @@ def test_rows_that_leave_frames_out(tmp_path):
     path = tr.recammaster(9, 21)
     kept = [0, 1, 3, 4, 8, 12, 20]
     put(tmp_path / "v.npz", {"data": path[kept], "inds": kept})
-    put(tmp_path / "tum.txt",
-        "\n".join(rows(np.array(kept) / 30, path[kept, :3, 3], quats(path[kept], "xyzw"))))
+    lines = rows(np.array(kept) / 30, path[kept, :3, 3], quats(path[kept], "xyzw"))
+    put(tmp_path / "tum.txt", "\n".join(lines))
     for name in ("v.npz", "tum.txt"):
         read = cameras.read_path(tmp_path / name)
         assert_allclose(read[kept], tr.relative(path[kept]), atol=1e-9)
@@ -177,49 +156,49 @@ def at(index, value, array=PATH[:6]):
     return array
 
 
-def multicam(frame, text):
-    return unreal(PATH[:6], PATH[:6], change=(frame, "cam02", text))
+def multicam(first, second):
+    """Two frames of two cameras, the second camera's as given."""
+    return {f"frame{i}": {"cam01": MATRIX, "cam02": x} for i, x in enumerate((first, second))}
 
 
-SPLIT, MULTI = "camera/split_0.json", "m.json#cam02"
+SPLIT, MULTI, BOTH = "camera/split_0.json", "m.json#cam02", "which of its matrices are the cameras'?"
+MATRIX, NO_FORMAT = "[1 0 0 0] [0 1 0 0] [0 0 1 0] [0 0 0 1]", "not a camera format that is read here"
 BAD = [  # name, content, what the one line must say
-    (SPLIT, omniworld(PATH[:6], quats=None), "missing key 'quats'"),
+    (SPLIT, {"trans": []}, "missing key 'quats'"),
     (SPLIT, omniworld(PATH[:5]), "wrong number of frames"),
     ("camera/split_1.json", omniworld(PATH[:6]), "not in split_info.json"),
     (SPLIT, omniworld(PATH[:6], quats=[[0, 0, 0, 0]] * 6), "frame 0: not a rotation"),
-    (SPLIT, omniworld(PATH[:6], quats=[[1, 0, 0, 0]] * 5 + [[1, math.nan, 0, 0]]), "frame 5: not a rot"),
+    (SPLIT, omniworld(PATH[:6], quats=[[1, 0, 0, 0]] * 5 + [[1, math.nan, 0, 0]]), "frame 5: not"),
     (SPLIT, omniworld(PATH[:6], quats=[[1, 0, 0, 0]] * 5 + [[1, 0, 0]]), "inhomogeneous"),
     (SPLIT, omniworld(PATH[:6], trans=[[0, "x", 0]] * 6), "could not convert"),
     (SPLIT, omniworld(PATH[:6], trans=[[0, 0, None]] * 6), "frame 0: not finite"),
-    ("m.json#cam02", unreal(PATH[:6], PATH[:6], change=("frame3", None)), "frame 3: missing"),
-    ("m.json", unreal(PATH[:6], PATH[:6]), "2 cameras in one file, name one as in file.json#cam01"),
-    (MULTI, multicam("frame2", None), "frame 2: missing cam02"),
-    (MULTI, multicam("frame4", "[1 0 0 0] [0 1 0 0] [0 0 1 0]"), "frame 4: wrong shape"),
-    (MULTI, multicam("frame4", "[1 0 0 0] [0 1 0 0] [0 0 1 0] [a 0 0 1]"), "could not convert"),
-    (MULTI, multicam("frame0", "[2 0 0 0] [0 2 0 0] [0 0 2 0] [0 0 0 1]"), "frame 0: not a rot"),
-    (MULTI, multicam("frame1", "[1 0 0 5] [0 1 0 0] [0 0 1 0] [0 0 0 1]"), "frame 1: last row"),
+    (MULTI, {"frame1": {"cam02": MATRIX}}, "frame 0: missing"),
+    ("m.json", multicam(MATRIX, MATRIX), "2 cameras in one file, name one as in file.json#cam01"),
+    (MULTI, multicam(MATRIX, None), "frame 1: missing cam02"),
+    (MULTI, multicam(MATRIX, "[1 0 0 0]"), "frame 1: wrong shape"),
+    (MULTI, multicam(MATRIX, MATRIX.replace("[0", "[a")), "could not convert"),
+    (MULTI, multicam(MATRIX.replace("1", "2"), MATRIX), "frame 0: not a rotation"),
+    (MULTI, multicam(MATRIX, MATRIX.replace("[1 0 0 0", "[1 0 0 5")), "frame 1: last row"),
     ("t.json", transforms(frames=[{"file_path": "a.png"}]), "missing key 'transform_matrix'"),
     ("t.json", transforms(camera_model="FISHEYE"), "camera_model FISHEYE, expected one of"),
     ("a.npy", at((3, 0, 0), np.nan), "frame 3: not finite"),
-    ("a.npy", at((5, 1, 3), np.inf), "frame 5: not finite"),
     ("a.npy", at((2, 0, 0), 1.3), "frame 2: not a rotation (R R^T differs from the identity by"),
     ("a.npy", at((4, 3, 3), 0), "frame 4: last row"),
     ("a.npy", PATH * [1, 1, -1, 1], "frame 0: a reflection"),
     *(("a.npy", array, "wrong shape") for array in (PATH[0], PATH[:, :2], PATH[:0])),
     ("a.npy", np.array([{}], object), "allow_pickle"),
-    ("a.npz", {"extrinsic": at((1, 0, 3), np.nan)}, "frame 1: not finite"),
-    ("a.npz", {"left": PATH, "right": PATH}, "which of its matrices are the cameras'?"),
-    ("a.npz", {"source_w2c": PATH, "target_w2c": PATH}, "which of its matrices are the cameras'?"),
-    ("a.npz", {"c2w": np.zeros((2_000_000, 3, 4), np.int8)}, "expected at most 100000"),
+    ("a.npz", {"extrinsic": at((1, 0, 3), np.inf)}, "frame 1: not finite"),
+    ("a.npz", {"left": PATH, "right": PATH}, BOTH), ("a.npz", {"w2c_a": PATH, "w2c_b": PATH}, BOTH),
+    ("a.json", {"a": [[1, 2], [3]], "b": 4}, NO_FORMAT),
     ("a.npz@c2w", {"w2c": W2C}, "says w2c, its name c2w"),
     *((f"a.npz@{wrong}", {"c2w": PATH}, "expected a convention, @c2w or @w2c")
       for wrong in ("wc2", "c2w,w2c", "c2w,unreal")),
     *(("v.npz", {"data": PATH[:4], "inds": inds}, why) for inds, why in (
         ([0, 1, 4, 13], "no camera between frames 4 and 13"), ([0, 1, 1, 4], "rising frame number"),
         ([0, 1, 4], "4 cameras, found 3"), ([0, 1, 4, 5.5], "rising frame number"))),
-    ("tum.txt", "\n".join(rows([1, 2, 2], PATH[:3, :3, 3], quats(PATH[:3], "xyzw"))), "is not after"),
-    ("tum.txt", "\n".join(rows([1, 2, 3.5, 5.2], PATH[:4, :3, 3], quats(PATH[:4], "xyzw"))), "no whole"),
-    *((name, content, "not a camera format that is read here: JSON of OmniWorld-Game") for name, content in (
+    *(("tum.txt", "\n".join(rows(times, PATH[:4, :3, 3], quats(PATH[:4], "xyzw"))), why)
+      for times, why in (([1, 2, 2, 3], "is not after"), ([1, 2, 3.5, 5.2], "no whole frames apart"))),
+    *((name, content, NO_FORMAT) for name, content in (
         ("notes.txt", "a walk in the park"), ("two.txt", "1 2\n3 4"), ("images.txt", "# none"),
         ("fps.json", {"fps": 24}), ("three.json", "3"), ("a.csv", "1,2"))),
     *((name, whole[:size], "") for name, whole in (
@@ -237,29 +216,36 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, name, content, reason):
     assert reason in str(e.value) and "\n" not in str(e.value)
 
 
+def test_files_of_too_many_poses_are_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(camera_files, "MOST", 20)
+    for name, content, said in (("a.npz", {"c2w": np.zeros((500, 4, 4))}, "0 MB, expected at most 20 p"),
+                                ("a.npy", np.tile(np.eye(4), (21, 1, 1)), "21 cameras, expected at most 20")):
+        with pytest.raises(ValueError, match=f"{name}: {said}"):
+            cameras.read_path(put(tmp_path / name, content))
+
+
 # ---- folders ----
 
 @pytest.fixture
 def dataset(tmp_path):
     """16 paths: 4 OmniWorld splits, 2 Sekai files, a MultiCamVideo file of ten; and other files."""
     rng = np.random.default_rng(0)
-    for scene, lengths in (("020c/others", (25, 25)), ("b04f", (30, 9))):
+    for place, lengths in (("020c/others", (25, 25)), ("b04f", (30, 9))):
+        scene = tmp_path / "OmniWorld" / place
+        put(scene / "split_info.json", {"split": [[*range(n)] for n in lengths]})
         for i, n in enumerate(lengths):
-            put(tmp_path / f"OmniWorld/{scene}/camera/split_{i}.json", omniworld(walk(rng, n)))
-            for other in ("droidclib", "subject_masks"):
-                put(tmp_path / f"OmniWorld/{scene}/{other}/split_{i}.json", "{}")
-        info = {"split": [[*range(n)] for n in lengths]}
-        put(tmp_path / f"OmniWorld/{scene}/split_info.json", info)
+            put(scene / f"camera/split_{i}.json", omniworld(walk(rng, n)))
+            put(scene / f"droidclib/split_{i}.json", "{}")
     for name in "ab":
         put(tmp_path / f"sekai/{name}.npz", {"c2w": walk(rng, 40)})
-    put(tmp_path / "train/cameras/camera_extrinsics.json", unreal(*(walk(rng, 21) for _ in range(10))))
+    ten = unreal(*(walk(rng, 21) for _ in range(10)))
+    put(tmp_path / "train/cameras/camera_extrinsics.json", ten)
     return tmp_path
 
 
 def test_draws_are_stretches_of_every_path(dataset):
-    names, others = cameras.find_paths(dataset)
-    assert others == 2 and names == sorted(names)  # two split_info.json
     paths, rng = cameras.PathFolder(dataset, 20), np.random.default_rng(0)
+    assert paths.others == 2 and paths.names == sorted(paths.names)  # two split_info.json
     whole = list(cameras.PathFolder(dataset))
     assert [len(c2w) for c2w in whole] == [25, 25, 30, 9, 40, 40] + [21] * 10
     starts = [c2w[i:i + 20] for c2w in whole for i in range(len(c2w) - 19)]
@@ -272,34 +258,26 @@ def test_draws_are_stretches_of_every_path(dataset):
     assert "1 x too short" in paths.summary() and "found 9 frames, expected 20" in paths.summary()
 
 
-def test_bad_files_are_skipped_counted_and_explained(dataset):
-    """A draw does not depend on what was drawn, or found bad, before."""
+def test_bad_files_are_skipped_counted_and_explained(dataset, monkeypatch):
+    """Opened when drawn, once where bad; a draw does not depend on what was drawn before."""
     for i in range(3):
-        put(dataset / f"nan{i}.npy", at((i + 2, 0, 3), np.nan))
+        put(dataset / f"z{i}.npy", at((i + 2, 0, 3), np.nan))
     put(dataset / "sekai/cut.npz", (dataset / "sekai/a.npz").read_bytes()[:500])
+    opened, real = [], cameras.read_path
+    monkeypatch.setattr(cameras, "read_path", lambda name: opened.append(name) or real(name))
     used = cameras.PathFolder(dataset, 10)
+    assert len(used) == 20 and len(opened) == 1
     for seed in range(120):
-        used.draw(np.random.default_rng(seed))
+        check_path(used.draw(np.random.default_rng(seed)))
     assert sum(1 for _ in used) == 15
+    assert len(used.skipped) == 5 and all(opened.count(name) == 1 for name in used.skipped)
     text = used.summary()
-    assert "20 camera paths, 5 skipped" in text and "3 x not finite" in text
-    assert "1 x truncated or broken" in text and "1 x too short" in text and "\n" not in text
+    for words in ("20 camera paths, 5 skipped", "3 x not finite", "1 x truncated", "1 x too short"):
+        assert words in text and "\n" not in text
     for seed in range(10):
         fresh = cameras.PathFolder(dataset, 10)
         a, b = np.random.default_rng(seed), np.random.default_rng(seed)
         np.testing.assert_array_equal(fresh.draw(a), used.draw(b))
-
-
-def test_a_folder_is_opened_only_where_it_is_drawn_from(tmp_path, monkeypatch):
-    for i in range(100):
-        put(tmp_path / f"{i:03d}.npz", {"c2w": PATH} if i < 10 else b"")
-    opened, real = [], cameras.read_path
-    monkeypatch.setattr(cameras, "read_path", lambda name: opened.append(name) or real(name))
-    paths = cameras.PathFolder(tmp_path, 5)
-    assert len(paths) == 100 and len(opened) == 1
-    for seed in range(200):
-        check_path(paths.draw(np.random.default_rng(seed)))
-    assert max(opened.count(name) for name in paths.skipped) == 1  # a bad file is opened once
 
 
 def test_a_folder_without_a_usable_path_is_an_error(tmp_path):
