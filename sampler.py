@@ -108,22 +108,23 @@ def dpm_step(x, x0, t, t_next, x0_before=None, t_before=None):
 # ---- window ----
 
 def window(iteration, steps, size=4, strategy="progressive", stride=1, iters_per_window=1,
-           first=None, seed=0, condition=None):
+           first=None, seed=0, condition=None, skip=0):
     """The steps that are stochastic and trained on at an iteration (from 0): consecutive indices.
 
     A function of its arguments alone, so that it is right after a resume. Always `size` wide, never
-    the last step (t -> 0), among the first `first` if given; ValueError where that cannot be.
+    the last step (t -> 0), among the first `first` if given, without the first `skip` (at t = 1
+    the step is so small that it decides little); ValueError where that cannot be.
     progressive: moves by stride every iters_per_window iterations; to 0 before it would lose width
     random: starts anywhere, anew every iteration (LongCat-Video: size 1, first 6 of 16), and for
       each condition where its number is given (Flash-GRPO)
     all: every usable step (Flow-GRPO); size is not used
     """
-    usable = steps - 1 if first is None else min(first, steps - 1)
+    end = steps - 1 if first is None else min(first, steps - 1)
     if strategy == "all":
-        size = usable
-    check_window(steps, size, first, usable, strategy)
-    starts = range(usable - size + 1)
-    start = 0
+        size = end - skip
+    check_window(steps, size, first, skip, end - skip, strategy)
+    starts = range(skip, end - size + 1)
+    start = skip
     if strategy == "progressive":
         starts = starts[::stride]
         start = starts[iteration // iters_per_window % len(starts)]
@@ -352,13 +353,13 @@ def check_noise(t, eta, tau, t_max):
         raise ValueError("sde_step at t = 1 needs tau or t_max: sigma_t is infinite there")
 
 
-def check_window(steps, size, first, usable, strategy):
+def check_window(steps, size, first, skip, usable, strategy):
     if strategy not in ("progressive", "random", "all"):
         raise ValueError("window strategy: expected progressive, random or all, "
                          f"found {strategy!r}")
     if not 1 <= size <= usable:
-        raise ValueError(f"window size: expected 1 to {usable} (steps {steps}, first {first}), "
-                         f"found {size}")
+        raise ValueError(f"window size: expected 1 to {usable} (steps {steps}, first {first}, "
+                         f"skip {skip}), found {size}")
 
 
 def check_steps(window, steps):
