@@ -108,7 +108,7 @@ def fingerprint(path):
 def read_results(path):
     """results.json; FileNotFoundError, or ValueError where it is damaged or of another protocol."""
     results = read_json(path)
-    found = results.get("protocol") if isinstance(results, dict) else None
+    found = results.get("protocol")
     if found != PROTOCOL:
         raise ValueError(f"{path}: protocol {found}, expected {PROTOCOL}: evaluate again to compare")
     try:
