@@ -9,16 +9,12 @@ import numpy as np
 import torch
 
 import rewards
-from data.cameras import source_cameras
-from data.clips import Clip
 from data.draw import PATH_COLORS, draw_paths, grid, upscale
-from data.prepare import encode_clip
-from data.video import count_frames, decode, read_frames, read_video, write_video
+from data.video import decode, write_video
 from data.world import condition_of
 from plumbing.files import write_json
 from plumbing.ranks import gather
 from plumbing.guard import seed_everything
-from pretrained.encoders import check_caption, describe_frame
 from sampler import sample, schedule
 from trajectories import relative
 
@@ -60,7 +56,7 @@ def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidanc
     return decode(codec, latents, rows)
 
 
-# ---- a clip of one's own ----
+# ---- a clip along another path ----
 
 @dataclass
 class Generating:
@@ -82,59 +78,11 @@ class Generating:
     seed: int = 0               # of the noise
 
 
-def read_clip(path, config, stride=1):
-    """A video's largest 4k+1 frames, config.frames at most (0: all), scaled to cover and cropped ->
-    uint8 (T, H, W, 3), fps, and the frames' numbers (T,), rows of a camera file."""
-    size = config.height, config.width
-    if size[0] % 16 or size[1] % 16:
-        raise ValueError(f"height and width: expected multiples of 16, found {size[0]} x {size[1]}")
-    try:
-        video, fps, rows = read_frames(path, config.frames or None, stride, size)
-    except ValueError:
-        if not config.frames:
-            raise
-        video, fps, rows = read_frames(path, None, stride, size)  # shorter; if broken, it raises again
-    frames = (len(video) - 1) // 4 * 4 + 1
-    if frames < 5:
-        raise ValueError(f"{path}: too short, {len(video)} frames, expected at least 5")
-    return video[:frames], fps, rows[:frames]
-
-
-def find_cameras(path, name, clip, mp4, config, estimate):
-    """Cameras of a clip as read_clip returns it: c2w (T, 4, 4), metres, relative to the first, and
-    intrinsics (4,). From config.cameras, a file, or a folder that has one for the video called
-    `name`; where that is empty, estimated from `mp4`, the clip as the model sees it; without an
-    estimator either, None and None."""
-    video, _, rows = clip
-    cameras = config.cameras
-    if not cameras and estimate is None:
-        return None, None
-    if not cameras:
-        def cameras(_):
-            c2w, intrinsics = estimate(mp4)
-            if len(c2w) != len(video) or intrinsics is None:
-                raise ValueError(f"source cameras: expected {len(video)} and intrinsics, found {len(c2w)}")
-            return torch.from_numpy(c2w)[None], torch.from_numpy(intrinsics)[None]
-    shown = read_video(path, frames=1)[0].shape[1:3]
-    return source_cameras(video, rows, shown, name, cameras, config.fov or None, partial(count_frames, path))
-
-
-def make_clip(clip, path, caption, cameras, encoders, config, device):
-    """A clip as read_clip returns it, its caption (None: BLIP-2's) and cameras -> data.Clip."""
-    video, fps, _ = clip
-    if caption is None:
-        caption = describe_frame(video[len(video) // 2], config.blip, device, encoders[0].conv1.weight.dtype)
-        check_caption(caption, f"{config.blip} describes it")
-    latents, image, text = encode_clip(torch.from_numpy(video).to(device), caption, *encoders)
-    return Clip(str(path), str(path), caption, fps, latents, image, text, *cameras)
-
-
-def rerender(dit, codec, clip, target, name, negative, config, device):
+def rerender(dit, codec, clip, target, name, negative, sampling, device):
     """A data.Clip re-rendered along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is
-    named `name`."""
-    condition = condition_of(dit, [clip], target[None], config, device)
-    return generate(dit, codec, condition, [name], negative, steps=config.steps, shift=config.shift,
-                    guidance=config.guidance, seed=config.seed)[0].cpu().numpy()
+    named `name`; sampling: generate's steps, shift, guidance and seed."""
+    condition = condition_of(dit, [clip], target[None], device)
+    return generate(dit, codec, condition, [name], negative, **sampling)[0].cpu().numpy()
 
 
 # ---- what a run shows ----

@@ -475,20 +475,24 @@ def training_facts(checkpoints):
 
 # ---- the end ----
 
-def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=None):
-    """Write tables.md and report.html to the folder out; print three lines for each pair of
-    methods, how many cases failed, and the page's path."""
+def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=None, results=None):
+    """Write tables.md, report.html and, if there are any, results.json to the folder out; print
+    three lines for each pair of methods, how many cases failed, and the page's path."""
     lines = lines_of_pairs(methods, pairs)
     found = tables(methods, [pair for pair in pairs if pair[0] != pair[1]], paper)
     failed = sum("failed" in case for method in methods.values() for case in method["cases"].values())
     if failed:
         lines.append(f"{failed} cases failed; the report's last table says why")
     text = "\n".join(printable(line).replace("```", "` ` `") for line in lines)
+    sections = [page.html_lines(lines), page.cases(shown_cases(methods, pairs[0], asked)),
+                page.training(log), page.section("Tables", *map(page.html_table, found)),
+                page.html_facts(run or {})]
+
+    # All is made by now: what is written belongs together.
+    if results:
+        write_json(out / "results.json", results)
     write_file(out / "tables.md", f"```\n{text}\n```\n\n{markdown(found)}".encode())
-    page.write(out / "report.html", title, [
-        page.html_lines(lines), page.cases(shown_cases(methods, pairs[0], asked)),
-        page.training(log), page.section("Tables", *map(page.html_table, found)),
-        page.html_facts(run or {})])
+    page.write(out / "report.html", title, sections)
     print(f"{text}\n{out / 'report.html'}")
 
 
@@ -505,14 +509,14 @@ def finish(out, config, methods, checkpoints, started, world):
             file = checkpoints[name]
             method["rewards"] = trained_with(file).get("rewards") if file else ""
     run = facts(config, started)
-    write_json(out / "results.json", {"protocol": PROTOCOL, "world": world, "run": run,
-                                      "settings": dataclasses.asdict(config), "methods": methods})
+    results = {"protocol": PROTOCOL, "world": world, "run": run,
+               "settings": dataclasses.asdict(config), "methods": methods}
     named = {short(name): method | {"folder": out / name} for name, method in methods.items()}
     base, *others = named
     pairs = [(base, other) for other in others] or [(base, base)]
     title = " and ".join(others) + f" against {base}" if others else base
     write_report(out, f"Evaluation: {title}", named, pairs, paper=world == "clips", log=config.log,
-                 asked=items(config.show), run=run | training_facts(checkpoints))
+                 asked=items(config.show), run=run | training_facts(checkpoints), results=results)
     check_failures(methods)
 
 

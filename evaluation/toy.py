@@ -11,11 +11,12 @@ from tqdm import tqdm
 import trajectories
 from data.draw import upscale
 from data.video import to_float, write_video
-from evaluation.cases import case_digest, case_name, find_checkpoints, items, listed, split_case
+from evaluation.cases import (
+    case_digest, case_name, file_digest, find_checkpoints, items, listed, split_case)
 from evaluation.generate import generate
 from evaluation.page import read_log
 from evaluation.report import finish
-from evaluation.scores import checkpoint_digest, keep_settings, pose_scores, save_poses
+from evaluation.scores import keep_settings, pose_scores, save_poses
 from model import load_dit
 from plumbing.files import lock_folder, read_json, write_json
 from plumbing.settings import at_least_1, at_most
@@ -56,7 +57,7 @@ def evaluate_toy(config):
                 for name in ("rooms", "steps", "shift", "tail", "seed", "estimator")}
     lock = lock_folder(out)  # noqa: F841, until this function ends
     for method, checkpoint in checkpoints.items():
-        digests = {"base": checkpoint_digest(file), "checkpoint": checkpoint_digest(checkpoint)}
+        digests = {"base": file_digest(file), "checkpoint": file_digest(checkpoint)}
         keep_settings(out / method / "cases", settings | digests)
 
     methods = {method: {"cases": {}, "notes": {}} for method in dits}
@@ -122,7 +123,8 @@ def save_scores(folder, cases, videos, poses, scene, truth):
     for i, case in enumerate(cases):
         clip, number, speed = split_case(case)
         video = folder / "videos" / f"{case}.mp4"
-        write_video(video, enlarged(videos[i]), FPS)
+        shown = enlarged(videos[i])
+        write_video(video, shown, FPS)
         save_poses(folder / "poses" / f"{case}.npz", poses[i])
         scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed, "video": str(video),
                   "digest": case_digest(scene.source[i], scene.c2w[i], truth[i]),
