@@ -1,7 +1,8 @@
 """The README's pictures, from an evaluation and from training logs: `python -m benchmarks.figures`.
 
     python -m benchmarks.figures cases out/toy/evaluation    last frames: source, map, true view, base, after
-    python -m benchmarks.figures curves out/seed0,out/seed1  validation rewards of several runs
+    python -m benchmarks.figures curves out/seed0,out/seed1 --evaluation=out/e24   validation rewards of
+                                                             several runs, and their held-out errors
 """
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from data.camera_files import read_path
 from data.draw import draw_paths, grid
 from data.video import read_video
 from evaluation.page import read_log
-from evaluation.report import short
+from evaluation.report import paired, short
 from plumbing.files import read_json, write_file
 from plumbing.settings import run_command
 
@@ -34,6 +35,7 @@ class Curves:
     """`python -m benchmarks.figures curves RUN,RUN`"""
     runs: str = "out/toy"                   # folders of runs, comma-separated
     rewards: str = "trans,rot"              # a chart for each, side by side
+    evaluation: str = ""                    # folder of an evaluation of these runs: a chart more
     out: str = "assets/curves.svg"          # the picture
 
 
@@ -89,7 +91,11 @@ def draw_curves(config):
             found = [(r["iteration"], r[f"valid/{name}"]) for r in log if f"valid/{name}" in r]
             series.append(np.array(found).T)
         parts.append(chart(f"valid/{name}", series, 20 + 380 * column))
-    size = f'viewBox="0 0 {380 * len(names) + 20} 240" font-family="sans-serif" font-size="12"'
+    columns = len(names)
+    if config.evaluation:
+        parts.append(held_out(read_json(Path(config.evaluation) / "results.json")["methods"], 20 + 380 * columns))
+        columns += 1
+    size = f'viewBox="0 0 {380 * columns + 20} 240" font-family="sans-serif" font-size="12"'
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="100%" height="100%" fill="white"/>'
     write_file(config.out, (svg + "".join(parts) + "</svg>\n").encode())
     print(config.out)
@@ -112,6 +118,35 @@ def chart(title, series, left):
         out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
     out.append(f'<text x="{px(0):.0f}" y="220">0</text>')
     out.append(f'<text x="{px(x_end):.0f}" y="220" text-anchor="end">iteration {x_end:.0f}</text>')
+    return "".join(out)
+
+
+def held_out(methods, left):
+    """Changes of the first method's errors by each other, in per cent with 95 % intervals, as SVG elements.
+
+    methods: of an evaluation's results.json, the base first. Colours as in `chart`: one for each method.
+    """
+    base, *others = methods
+    metrics = {"position": "position error", "rotation": "rotation error"}
+    found = {metric: [paired(methods[base]["cases"], methods[name]["cases"], metric) for name in others]
+             for metric in metrics}
+    if any(x["relative_interval"] is None for rows in found.values() for x in rows):
+        raise ValueError("evaluation: intervals need at least two rooms")
+    low = min(x["relative_interval"][0] for rows in found.values() for x in rows)
+    high = max(0, *(x["relative_interval"][1] for rows in found.values() for x in rows))
+    px = lambda x: left + 45 + 295 * (x - low) / (high - low)
+    out = [f'<text x="{left + 45}" y="18" font-weight="bold">held-out errors against the base, 95 %</text>',
+           f'<path d="M{px(0):.1f},35V200" stroke="#888"/><text x="{px(0):.0f}" y="220" text-anchor="end">0</text>',
+           f'<text x="{px(low):.0f}" y="220">{100 * low:.0f} %</text>']
+    for row, (metric, label) in enumerate(metrics.items()):
+        top = 55 + 75 * row
+        out.append(f'<text x="{left + 45}" y="{top - 6}">{label}</text>')
+        for k, x in enumerate(found[metric]):
+            y = top + 6 + 14 * k
+            start, end = (px(bound) for bound in x["relative_interval"])
+            colour = COLOURS[k % len(COLOURS)]
+            out.append(f'<path d="M{start:.1f},{y}H{end:.1f}" stroke="{colour}" stroke-width="2"/>')
+            out.append(f'<circle cx="{px(x["relative"]):.1f}" cy="{y}" r="4" fill="{colour}"/>')
     return "".join(out)
 
 

@@ -52,7 +52,7 @@ def load_policy(files, checkpoint, device):
     files = [*files, *([checkpoint] if checkpoint else [])]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; README.md lists what this folder holds")
+            raise FileNotFoundError(f"{file}: no such file; pretrained/README.md lists what this folder holds")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return load_dit(*files, device=device, dtype=dtype, trained_dtype=torch.float32)  # as it was trained
 

@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 from conftest import ROOT
+from scenes import pose, walk
 from scipy.spatial.transform import Rotation
-from test_trajectories import PUBLISHED, pose, walk
 
 from data import cameras
 from data.camera_files import check_path
 import trajectories as tr
+
+PUBLISHED = ROOT.parent / "shared/clips/recammaster_camera_extrinsics.json"
 
 
 def write_omniworld(scene, paths, change=lambda cameras, splits: None):

@@ -1,7 +1,7 @@
 """Pictures: letters, grids of videos, drawn paths."""
 import numpy as np
 import pytest
-from test_video import clip
+from scenes import clip
 
 from data.draw import draw_paths, grid, text_mask, upscale
 

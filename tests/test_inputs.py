@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from scenes import clip, path_of
 from safetensors.torch import load_file, save, save_file
 
 from data import cameras
@@ -27,7 +28,6 @@ import model
 import tiny_weights
 import toy.world
 import train
-import trajectories
 from data.clips import ClipCache, INDEX, NEGATIVE, TENSORS, load_clip, read_index
 from data.video import find_videos, write_video
 from evaluation.cases import find_clips
@@ -36,18 +36,6 @@ from evaluation.scores import keep_settings, read_results
 from plumbing.files import digest
 from plumbing.settings import parse
 from pretrained.weights import TEXT_FILE, VAE_FILE, open_tensors, read_weights
-
-
-def clip(frames, height=48, width=64):
-    """A grey ramp in time with a white square in the top left corner: every frame is recognisable."""
-    grey = 10 * np.arange(1, frames + 1, dtype=np.uint8)
-    video = np.tile(grey[:, None, None, None], (1, height, width, 3))
-    video[:, :height // 4, :width // 4] = 255
-    return video
-
-
-def path_of(frames, i):
-    return trajectories.resample(trajectories.recammaster(i + 7, 81), frames)
 
 
 def audio_only(path):

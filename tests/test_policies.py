@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_video import clip
+from scenes import clip
 
 import evaluate
 import model

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from scenes import clip, path_of
 from safetensors.torch import save_file
-from test_video import bad_videos, clip, full_disk
+from test_video import bad_videos, full_disk
 
 import data.prepare
 import model
@@ -46,10 +47,6 @@ def source(tmp_path_factory):
     rows = [f"{name}.mp4,a caption for clip {i}" for i, name in enumerate(names)]
     (folder / "captions.csv").write_text("\n".join(["file_name,text", *rows]))
     return folder
-
-
-def path_of(frames, i):
-    return trajectories.resample(trajectories.recammaster(i + 7, 81), frames)
 
 
 def run(source, weights, out, **options):

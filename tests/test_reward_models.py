@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_rewards import camera_path, scene
+from scenes import camera_path, scene
 
 from pretrained import reward_models
 import rewards
@@ -253,10 +253,10 @@ def test_two_processes_agree_with_one(folder, tmp_path):
     script.write_text(f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import rewards, test_rewards
+import rewards, scenes
 from safetensors.torch import save_file
 part = slice(*map(int, sys.argv[1:3]))
-video, s = test_rewards.scene(4, frames=4, height=56, width=84)
+video, s = scenes.scene(4, frames=4, height=56, width=84)
 loaded, _ = rewards.load({spec!r}, {str(folder)!r})
 save_file(rewards.score(loaded, video[part].roll(1, 1), s[part])[0], sys.argv[3])
 """)

@@ -5,18 +5,11 @@ import os
 import numpy as np
 import pytest
 import torch
+from scenes import camera_path, scene
 
 import rewards
 from plumbing import guard
 from rewards import Scene
-
-def scene(n, frames=5, height=16, width=24, source=True, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    c2w = torch.eye(4).repeat(n, frames, 1, 1)
-    c2w[:, :, 2, 3] = torch.arange(frames) * 0.1
-    video = torch.randint(0, 256, (n, frames, height, width, 3), generator=generator, dtype=torch.uint8)
-    prompts = [f"clip {i}" for i in range(n)]
-    return video, Scene(c2w, torch.full((n, 4), 0.5), prompts, 16.0, video if source else None)
 
 
 # ---- the interface ----
@@ -159,16 +152,6 @@ def test_no_source_is_an_error():
 
 
 # ---- geometry: planted errors ----
-
-def camera_path(frames=9, step=0.1, yaw=0.02):
-    """Forward by `step` metres and turned by `yaw` a frame: c2w (1, frames, 4, 4) float64."""
-    c2w = torch.eye(4, dtype=torch.float64).repeat(frames, 1, 1)
-    angle = torch.arange(frames, dtype=torch.float64) * yaw
-    c2w[:, 0, 0], c2w[:, 0, 2] = angle.cos(), angle.sin()
-    c2w[:, 2, 0], c2w[:, 2, 2] = -angle.sin(), angle.cos()
-    c2w[:, 2, 3] = torch.arange(frames, dtype=torch.float64) * step
-    return c2w[None]
-
 
 def geometry_of(pred, target, **options):
     n, frames = target.shape[:2]

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scenes import pose, walk
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from scipy.optimize import minimize
@@ -16,22 +17,6 @@ from data.camera_files import check_path
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = Path(__file__).parents[2] / "shared" / "clips" / "recammaster_camera_extrinsics.json"
-
-
-def walk(rng, frames, step=0.3, turn=0.1):
-    """A random path (frames, 4, 4), first pose the identity, of bounded steps and turns."""
-    c2w = np.tile(np.eye(4), (frames, 1, 1))
-    for i in range(1, frames):
-        c2w[i, :3, :3] = c2w[i - 1, :3, :3] @ Rotation.from_rotvec(turn * rng.uniform(-1, 1, 3)).as_matrix()
-        c2w[i, :3, 3] = c2w[i - 1, :3, 3] + step * rng.uniform(-1, 1, 3)
-    return c2w
-
-
-def pose(rng):
-    """A random pose (4, 4), far from the origin."""
-    out = np.eye(4)
-    out[:3, :3], out[:3, 3] = Rotation.random(random_state=rng).as_matrix(), rng.normal(size=3) * 10
-    return out
 
 
 def yaw(angles):

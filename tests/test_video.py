@@ -13,6 +13,7 @@ import pytest
 import torch
 from av.stream import Disposition
 from conftest import ROOT
+from scenes import clip
 
 import data.video
 from data.video import (
@@ -20,14 +21,6 @@ from data.video import (
 from plumbing.files import write_file
 
 SOLID = [(200, 30, 40), (20, 180, 60), (40, 60, 220), (230, 220, 30)]
-
-
-def clip(frames=20, height=48, width=64):
-    """A grey ramp in time with a white square in the top left corner: every frame is recognisable."""
-    grey = 10 * np.arange(1, frames + 1, dtype=np.uint8)
-    video = np.tile(grey[:, None, None, None], (1, height, width, 3))
-    video[:, :height // 4, :width // 4] = 255
-    return video
 
 
 def write_at(path, video, times, codec="libx264", rate=1000):

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from scipy.spatial.transform import Rotation
 from test_outside import program
-from test_video import clip
+from scenes import clip
 
 import evaluate
 import trajectories

@@ -1,0 +1,59 @@
+"""Small videos, camera paths and scenes that several tests share."""
+import numpy as np
+import pytest
+import rewards
+import torch
+import trajectories
+from conftest import ROOT
+from scipy.spatial.transform import Rotation
+
+CASES = ROOT.parent / "shared/cases"
+NEEDS_CASES = pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is not there")
+
+
+def clip(frames=20, height=48, width=64):
+    """A grey ramp in time with a white square in the top left corner: every frame is recognisable."""
+    grey = 10 * np.arange(1, frames + 1, dtype=np.uint8)
+    video = np.tile(grey[:, None, None, None], (1, height, width, 3))
+    video[:, :height // 4, :width // 4] = 255
+    return video
+
+
+def pose(rng):
+    """A random pose (4, 4), far from the origin."""
+    out = np.eye(4)
+    out[:3, :3] = Rotation.random(random_state=rng).as_matrix()
+    out[:3, 3] = rng.normal(size=3) * 10
+    return out
+
+
+def walk(rng, frames, step=0.3, turn=0.1):
+    """A random path (frames, 4, 4), first pose the identity, of bounded steps and turns."""
+    c2w = np.tile(np.eye(4), (frames, 1, 1))
+    for i in range(1, frames):
+        R = Rotation.from_rotvec(turn * rng.uniform(-1, 1, 3)).as_matrix()
+        c2w[i, :3, :3] = c2w[i - 1, :3, :3] @ R
+        c2w[i, :3, 3] = c2w[i - 1, :3, 3] + step * rng.uniform(-1, 1, 3)
+    return c2w
+
+
+def path_of(frames, i=2):
+    """A whole evaluation path, 7 + i of the ten, in `frames` frames."""
+    return trajectories.resample(trajectories.recammaster(i + 7), frames)
+
+
+def camera_path(frames=9, step=0.1, yaw=0.02):
+    """Forward by `step` metres and turned by `yaw` a frame: c2w (1, frames, 4, 4) float64."""
+    c2w = np.tile(np.eye(4), (frames, 1, 1))
+    c2w[:, :3, :3] = Rotation.from_rotvec(np.outer(yaw * np.arange(frames), [0, 1, 0])).as_matrix()
+    c2w[:, 2, 3] = step * np.arange(frames)
+    return torch.from_numpy(c2w)[None]
+
+
+def scene(n, frames=5, height=16, width=24, source=True, seed=0):
+    """n videos of noise, uint8 (n, T, H, W, 3), and the Scene of which they are the source."""
+    generator = torch.Generator().manual_seed(seed)
+    c2w = camera_path(frames, yaw=0).float().repeat(n, 1, 1, 1)
+    video = torch.randint(0, 256, (n, frames, height, width, 3), generator=generator, dtype=torch.uint8)
+    prompts = [f"clip {i}" for i in range(n)]
+    return video, rewards.Scene(c2w, torch.full((n, 4), 0.5), prompts, 16.0, video if source else None)
