@@ -18,7 +18,7 @@ import model
 import tiny_weights
 import trajectories
 from data.video import read_video, to_float, to_uint8, write_video
-from evaluation import generate as generating
+from evaluation import retake as retaking
 from evaluation import outside, report, scores
 from evaluation import sources as source_videos
 from evaluation import toy as toy_evaluation
@@ -583,13 +583,13 @@ def test_what_is_not_given_is_estimated(clips, tmp_path, monkeypatch):
         seen.append(frame)
         return "a bear, says BLIP-2"
 
-    def recorded(*args, original=generating.encode_clip):
+    def recorded(*args, original=retaking.encode_clip):
         seen.append(args[1])
         return original(*args)
 
     monkeypatch.setattr(reward_models, "mapanything", mapanything)
-    monkeypatch.setattr(generating, "describe_frame", caption)
-    monkeypatch.setattr(generating, "encode_clip", recorded)
+    monkeypatch.setattr(retaking, "describe_frame", caption)
+    monkeypatch.setattr(retaking, "encode_clip", recorded)
     maps = []
     monkeypatch.setattr(trajectories, "camera_maps", lambda *args, original=trajectories.camera_maps: (
         maps.append(args) or original(*args)))

@@ -106,6 +106,7 @@ def test_memory_against_the_loop(settings):
         for p in parameters:
             p.grad = torch.zeros_like(p)
         optimizer.step()
+        optimizer.zero_grad()
         assert live.now == pytest.approx(sum(stay.values()), rel=0.01)
         for iteration in range(2):  # the second is the steady state
             live.peak = live.now
@@ -126,11 +127,11 @@ def test_memory_against_the_loop(settings):
             videos = decode(codec, sampled.latents.flatten(0, 1), config.reward_batch)
             measured["decode"], live.peak = live.peak, live.now
             measured["rewards"] = live.now
-            optimizer.zero_grad()
             for k in range(config.size):
                 for c, m in micro_batches(sampled, k, rows):
                     policy_loss(dit, sampled, k, torch.randn(C, G), None, c, m)[0].backward()
             optimizer.step()
+            optimizer.zero_grad()
             measured["update"] = live.peak
             del prepared, negative, sampled, videos, sources
     for phase in measured:

@@ -4,7 +4,7 @@ import pytest
 
 from data.video import write_video
 from evaluation.cases import find_generated
-from evaluation.scores import pose_folder, pose_scores, score_poses
+from evaluation.scores import open_estimator, pose_scores, score_poses
 from trajectories import recammaster
 
 
@@ -35,7 +35,8 @@ def test_pose_folders(tmp_path, kind, change, why):
         folder = tmp_path / name.partition("@")[0] / "method"
         folder.mkdir(parents=True)
         np.savez(folder / f"{video.stem}.npz", **{key: poses})
-        scores = score_poses(tmp_path / "out" / name / "method", video.stem, video, pose_folder(tmp_path / name), "")
+        estimate = open_estimator(str(tmp_path / name), "", "", "", None)
+        scores = score_poses(tmp_path / "out" / name / "method", video.stem, video, estimate, "")
         assert why in scores["failed"] if why else scores["scale"] == pytest.approx(1) and scores["position"] < 1e-6
 
 
