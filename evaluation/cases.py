@@ -33,7 +33,8 @@ def listed(text, what, convert):
 
 
 def case_name(clip, number, speed):
-    """A case's name; of a speed that six digits don't tell, all digits, so that no two share a name."""
+    """A case's name; of a speed that six digits don't tell, all digits, so that no two share a
+    name."""
     text = f"{speed:g}" if float(f"{speed:g}") == speed else repr(speed)
     return f"{clip}_camera_{number}_speed_{text}"
 
@@ -41,7 +42,9 @@ def case_name(clip, number, speed):
 def split_case(name):
     """"bear_camera_9_speed_1.5" -> ("bear", 9, 1.5); None for any other name."""
     match = re.fullmatch(r"(.+)_camera_(\d+)_speed_(\d+(?:\.\d+)?)", name, re.S)
-    return (match[1], int(match[2]), float(match[3])) if match and 1 <= int(match[2]) <= 10 else None
+    if match is None or not 1 <= int(match[2]) <= 10:
+        return None
+    return match[1], int(match[2]), float(match[3])
 
 
 def find_clips(videos, only=""):
@@ -76,7 +79,8 @@ def find_generated(folder):
         file = Path(folder) / name
         if cases.setdefault(case_name(*case), file) != file:
             first = cases[case_name(*case)].relative_to(folder)
-            raise ValueError(f"{folder}: {first} and {name} are both {case_name(*case)}; expected one video a case")
+            raise ValueError(f"{folder}: {first} and {name} are both {case_name(*case)}; expected "
+                             "one video a case")
     return cases
 
 
@@ -86,7 +90,8 @@ def find_checkpoints(text):
     files = [find_checkpoint(x) for x in items(text)]
     names = ["-".join(f.resolve().parts[-3:-1]) if f.name == WEIGHTS else f.stem for f in files]
     if len({*names, "base", "sources", "conditions", "targets", "truth"}) < len(names) + 5:
-        raise ValueError(f"ckpt: expected different names, none of them base, found {', '.join(names)}")
+        raise ValueError("ckpt: expected different names, none of them base, found "
+                         f"{', '.join(names)}")
     return {"base": None, **dict(zip(names, files))}
 
 

@@ -16,15 +16,15 @@ from evaluation.scores import read_results
 class Compare:
     """python evaluate.py compare A B: their tables together, and in pairs on the cases that both
     have."""
-    results: str = ""           # results.json, or folders of them or of runs, by commas or as plain arguments
+    results: str = ""           # results.json, or folders of them or of runs, by commas or plainly
     out: str = "out/compare"    # folder for report.html and tables.md
-    show: str = ""              # cases in the report, comma-separated; empty: best, median, worst change
+    show: str = ""              # cases in the report, by commas; empty: best, median, worst change
 
 
 @dataclass
 class Curves:
     """python evaluate.py curves A B: training logs in one page, also while the runs go on."""
-    logs: str = ""              # log.jsonl, or folders of runs, by commas or as plain arguments
+    logs: str = ""              # log.jsonl, or folders of runs, by commas or plainly
     out: str = "out/curves.html"  # the page
 
 
@@ -45,7 +45,8 @@ def compare(config):
         raise ValueError(f"show: no case {unknown[0]!r}, expected for example {min(cases)}")
     pairs = [(last[a], last[b]) for a, b in itertools.combinations(names, 2)]
     pairs += [(base_of[name], last[name]) for name in names if base_of[name] is not None]
-    pairs = [(a, b) for a, b in pairs if a != b] or [(last[names[0]], last[names[0]])]  # the same base twice
+    pairs = [(a, b) for a, b in pairs if a != b]
+    pairs = pairs or [(last[names[0]], last[names[0]])]  # the same base twice
     paper = all(r.get("world") == "clips" for r in results.values())
     run = {}
     for name, r in results.items():
@@ -59,7 +60,8 @@ def find_results(path):
     files = [Path(path), Path(path, "results.json"), Path(path, "evaluation/results.json")]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"{path}: no results.json there, expected one that evaluate.py wrote")
+        raise FileNotFoundError(f"{path}: no results.json there, expected one that evaluate.py "
+                                "wrote")
     return file
 
 
@@ -68,7 +70,8 @@ def refuse_what_differs(results):
     name for cases of different sources or true paths."""
     estimators = {r["settings"]["estimator"] for r in results.values()}
     if len(estimators) > 1:
-        raise ValueError(f"compare: different estimators of cameras, {' and '.join(sorted(estimators))}")
+        raise ValueError("compare: different estimators of cameras, "
+                         f"{' and '.join(sorted(estimators))}")
     of_case = {}  # case -> evaluation -> digests
     for name, r in results.items():
         for method in r["methods"].values():
@@ -78,8 +81,9 @@ def refuse_what_differs(results):
         raise ValueError(f"compare: {' and '.join(results)} have no case in common")
     differ = [case for case, digests in of_case.items() if len(set.union(*digests.values())) > 1]
     if differ:
-        raise ValueError(f"compare: {len(differ)} cases of one name have different source videos or true "
-                         f"paths in {' and '.join(results)}, {differ[0]} first; evaluate both on the same")
+        raise ValueError(f"compare: {len(differ)} cases of one name have different source videos "
+                         f"or true paths in {' and '.join(results)}, {differ[0]} first; evaluate both "
+                         "on the same")
 
 
 def named_methods(results, files):
@@ -133,8 +137,8 @@ def draw_curves(config):
 
 
 def settings_that_differ(logs):
-    """{name: log} of runs -> HTML of a table of the settings that are not the same in all of them, as their
-    newest checkpoints say; "" where there is no such setting."""
+    """{name: log} of runs -> HTML of a table of the settings that are not the same in all of them,
+    as their newest checkpoints say; "" where there is no such setting."""
     made = {}
     for name, log in logs.items():
         states = sorted(log.parent.glob("iteration_??????/state.json"))
@@ -168,9 +172,11 @@ def lines_of_run(records):
     series = page.series_of(records)
     lines = []
     for label, names, unit, factor in (
-            ("position error", ("trans",), "m", -1), ("rotation error", ("rot",), "deg", -180 / math.pi),
+            ("position error", ("trans",), "m", -1),
+            ("rotation error", ("rot",), "deg", -180 / math.pi),
             ("image", ("hpsv3", "vq", "mq", "sharpness"), "", 1)):
-        known = [key for name in names for key in (f"valid/{name}", f"reward/{name}") if key in series]
+        known = [key for name in names for key in (f"valid/{name}", f"reward/{name}")
+                 if key in series]
         if not known:
             lines.append(f"{label:16}no such reward in this run")
             continue

@@ -38,8 +38,8 @@ def prepare(dit, condition, negative, guidance):
 
 
 @torch.no_grad()
-def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0, tail=None,
-             rows=1, shape=None):
+def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0,
+             tail=None, rows=1, shape=None):
     """Condition of C rows -> uint8 videos (C, T, H, W, 3), by the plain ODE.
 
     The noise depends on seed and ids (C names) alone, so two models get the same. negative: the
@@ -62,12 +62,13 @@ def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidanc
 class Generating:
     """Settings of all that generates videos with the published weights."""
     weights: str = ""           # folder of the published weights
-    ckpt: str = ""              # laid over the policy in `weights`: files, checkpoints' or runs' folders
-    cameras: str = ""           # source cameras: a file, or a folder of one for each video; empty: estimated
-                                # where the policy takes them (ReCamMaster does not). NAME@w2c tells
-                                # a convention that files do not say (data/camera_files.py)
-    fov: float = 0.0            # horizontal field of view, degrees, where camera files have no intrinsics
-    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id, where captions are not given
+    ckpt: str = ""              # laid over that policy: files, checkpoints' or runs' folders
+    cameras: str = ""           # source cameras: a file, or a folder of one for each video; empty:
+                                # estimated where the policy takes them (ReCamMaster does not).
+                                # NAME@w2c tells a convention that files do not say
+                                # (data/camera_files.py)
+    fov: float = 0.0            # horizontal field of view, degrees, of files without intrinsics
+    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2, a folder or hub id; captions not given
     vipe: str = "vipe"          # ViPE's program
     vipe_pipeline: str = "default"  # its preset; only_pose where ReDirector's fork is installed
     height: int = 480           # pixels, a multiple of 16 (ReDirector)
@@ -101,8 +102,9 @@ def demonstration(world, config):
     now = partial(generate, world.dit, world.codec, condition, [f"show {j}" for j in numbers],
                   world.negative, steps=config.steps, shift=config.shift, guidance=config.guidance,
                   seed=config.seed, rows=config.reward_batch, shape=world.shape)
-    geometry = [reward for reward in world.rewards if set(getattr(reward, "names", ())) & set(rewards.POSES)]
-    estimate = rewards.estimator_of(geometry)  # of a run without these rewards, none is loaded for this
+    geometry = [reward for reward in world.rewards
+                if set(getattr(reward, "names", ())) & set(rewards.POSES)]
+    estimate = rewards.estimator_of(geometry)  # of a run without these rewards, none is loaded
 
     def with_paths(videos, colour):
         """uint8 (n, T, H, W, 3) -> n arrays, the paths drawn in, if there are any."""
@@ -152,8 +154,9 @@ def validation(world, config, rank, ranks):
 
     def measure():
         device = next(world.dit.parameters()).device
-        seed_everything(config.seed, "validation", rank)  # each time the same luck for rewards that draw
-        scores = {name: torch.full((most,), math.nan, device=device) for name in world.reward_weights}
+        seed_everything(config.seed, "validation", rank)  # the same luck for rewards that draw
+        scores = {name: torch.full((most,), math.nan, device=device)
+                  for name in world.reward_weights}
         for at in range(0, len(mine), part):
             numbers = mine[at:at + part]
             rngs = [np.random.default_rng((config.seed, 1 << 33, j)) for j in numbers]

@@ -33,12 +33,13 @@ def pose_scores(pred, target):
 
     TransErr (after alignment; dimensionless), TransErr_moving (None on pure rotations), RotErr
     (degrees, all pairs of frames): ReDirector's. position (metres), rotation (degrees): means over
-    frames, both paths relative to their first frame, nothing aligned. scale: length of the estimated over that
-    of the target path, None on pure rotations; jitter lengthens a path too. What is no estimate
-    gives {"failed": why}: poses that are not finite, a single one, or the same ones in every frame
-    of a path that moves or turns. ValueError for paths of different lengths.
+    frames, both paths relative to their first frame, nothing aligned. scale: length of the
+    estimated over that of the target path, None on pure rotations; jitter lengthens a path too.
+    What is no estimate gives {"failed": why}: poses that are not finite, a single one, or the same
+    ones in every frame of a path that moves or turns. ValueError for paths of different lengths.
     """
-    pred, target = (np.asarray(x, np.float64) for x in (pred, target))
+    pred = np.asarray(pred, np.float64)
+    target = np.asarray(target, np.float64)
     if not np.isfinite(pred).all():
         return {"failed": "the estimated poses are not finite"}
     if len(pred) == 1:
@@ -46,13 +47,19 @@ def pose_scores(pred, target):
     if np.ptp(pred, axis=0).max() == 0 and np.ptp(target, axis=0).max() > 1e-6:
         return {"failed": f"the estimated camera stands still: {len(pred)} equal poses"}
     both = torch.from_numpy(pred), torch.from_numpy(target)
-    position, rotation = map(float, trajectories.pose_errors(*both, schedule="uniform"))
-    length, wanted = (np.linalg.norm(np.diff(x[:, :3, 3], axis=0), axis=1).sum() for x in (pred, target))
+    position, rotation = trajectories.pose_errors(*both, schedule="uniform")
     aligned = trajectories.trans_err(pred, target)
+    wanted = length(target)
     moves = wanted > 1e-6
     return {"TransErr": aligned, "TransErr_moving": aligned if moves else None,
-            "RotErr": trajectories.rot_err(pred, target), "position": position,
-            "rotation": math.degrees(rotation), "scale": float(length / wanted) if moves else None}
+            "RotErr": trajectories.rot_err(pred, target), "position": float(position),
+            "rotation": math.degrees(float(rotation)),
+            "scale": float(length(pred) / wanted) if moves else None}
+
+
+def length(c2w):
+    """How far a camera c2w (T, 4, 4) goes, in metres."""
+    return np.linalg.norm(np.diff(c2w[:, :3, 3], axis=0), axis=1).sum()
 
 
 def pose_folder(folder):
@@ -62,7 +69,8 @@ def pose_folder(folder):
     told = suffix_of(folder)
     folder = split_name(folder)[0]
     if not folder.is_dir():
-        raise ValueError(f"estimator: expected vipe, mapanything or a folder, found {str(folder)!r}")
+        raise ValueError("estimator: expected vipe, mapanything or a folder, found "
+                         f"{str(folder)!r}")
 
     def estimate(path, method=""):
         files = [folder / method / where / f"{path.stem}.npz" for where in ("", "pose")]
@@ -125,7 +133,8 @@ def read_results(path):
     results = read_json(path)
     found = results.get("protocol") if isinstance(results, dict) else None
     if found != PROTOCOL:
-        raise ValueError(f"{path}: protocol {found}, expected {PROTOCOL}: evaluate again to compare")
+        raise ValueError(f"{path}: protocol {found}, expected {PROTOCOL}: evaluate again to "
+                         "compare")
     try:
         scores = [dict(case) for m in results["methods"].values() for case in m["cases"].values()]
         if not scores or not isinstance(results["settings"]["estimator"], str):
@@ -136,8 +145,11 @@ def read_results(path):
 
 
 def is_made(file):
-    """Whether a file of an evaluation's folder is a result, and no settings, nor the reason why there is none."""
-    if file.name in ("settings.json", NEGATIVE) or file.suffix == ".failed" or file.match(TEMPORARY):
+    """Whether a file of an evaluation's folder is a result, and no settings, nor the reason why
+    there is none."""
+    if file.name in ("settings.json", NEGATIVE) or file.suffix == ".failed":
+        return False
+    if file.match(TEMPORARY):
         return False
     return file.suffix != ".json" or "failed" not in read_json(file)
 
@@ -163,8 +175,8 @@ def score_poses(folder, case, video, estimate, why):
     file = folder / "cases" / f"{case}.json"
     made = fingerprint(video)
     clip, number, speed = split_case(case)
-    scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed, "video": str(video),
-              "made": made}
+    scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed,
+              "video": str(video), "made": made}
     try:
         kept = json.loads(file.read_text())
         if made and kept["made"] == made:

@@ -28,18 +28,18 @@ from toy.world import held_out, open_weights
 @dataclass
 class Toy:
     """python evaluate.py toy: the paper's Tables 1 and 2 in the toy world."""
-    ckpt: str = ""              # to compare with the base: files, checkpoints' or runs' folders, by commas
+    ckpt: str = ""              # beside the base: files, checkpoints' or runs' folders, by commas
     weights: str = "toy/weights"    # folder of the shipped base, codec and estimator
     out: str = "out/toy_evaluation"  # folder for all that is made; goes on there
     rooms: int = 8              # held-out rooms, ten paths each
     speeds: str = "1,1.5,2"     # of the paths (paper)
     steps: int = 6              # denoising steps
     shift: float = 5.0          # of the schedule
-    tail: float = 0.0           # share of the steps to keep, by DPM-Solver++; 0: all of them, by the ODE
+    tail: float = 0.0           # share of the steps kept, by DPM-Solver++; 0: all, by the ODE
     seed: int = 0               # of the noise
     estimator: str = "judge"    # of cameras: judge (independent), or estimator (the reward's)
-    log: str = ""               # training logs to draw in the report: files or runs' folders, by commas
-    show: str = ""              # cases in the report, comma-separated; empty: best, median, worst change
+    log: str = ""               # training logs for the report: files or runs' folders, by commas
+    show: str = ""              # cases in the report, by commas; empty: best, median, worst change
 
 
 def evaluate_toy(config):
@@ -74,7 +74,8 @@ def evaluate_toy(config):
                 if not all((folder / "cases" / f"{case}.json").exists() for case in cases):
                     # the same noise for every method: it depends on the seed and the case's name
                     videos = generate(dit, codec, condition[rows], cases, steps=config.steps,
-                                      shift=config.shift, seed=config.seed, tail=config.tail or None)
+                                      shift=config.shift, seed=config.seed,
+                                      tail=config.tail or None)
                     if config.estimator == "judge":
                         seen = torch.stack([to_float(video) for video in videos])
                         poses = judge(seen, room[rows], sought.c2w, codec)[0]
@@ -126,7 +127,8 @@ def save_scores(folder, cases, videos, poses, scene, truth):
         shown = enlarged(videos[i])
         write_video(video, shown, FPS)
         save_poses(folder / "poses" / f"{case}.npz", poses[i])
-        scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed, "video": str(video),
+        scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed,
+                  "video": str(video),
                   "digest": case_digest(scene.source[i], scene.c2w[i], truth[i]),
                   "PSNR": 10 * math.log10(255 ** 2 / float(error[i]))}
         write_json(folder / "cases" / f"{case}.json", scores | pose_scores(poses[i], scene.c2w[i]))
