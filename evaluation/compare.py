@@ -82,8 +82,8 @@ def refuse_what_differs(results):
     differ = [case for case, digests in of_case.items() if len(set.union(*digests.values())) > 1]
     if differ:
         raise ValueError(f"compare: {len(differ)} cases of one name have different source videos "
-                         f"or true paths in {' and '.join(results)}, {differ[0]} first; evaluate both "
-                         "on the same")
+                         f"or true paths in {' and '.join(results)}, {differ[0]} first; evaluate "
+                         "both on the same")
 
 
 def named_methods(results, files):
