@@ -11,8 +11,9 @@
     python evaluate.py try my.py:f                               is this reward any good?
     python evaluate.py retake clip.mp4 --camera=arc_left --speed=1.5 --weights=...   your own video
 
-`python evaluate.py [COMMAND] --help` lists the settings. The first two can run under torchrun; the
-ranks then share the cases. The same command again goes on from where it stopped. In --out:
+`python evaluate.py [COMMAND] --help` lists the settings. The first three run under torchrun too, and
+share the cases: `torchrun --nproc-per-node=8 -- evaluate.py ...` (without the `--` it takes --log
+for an option of its own). The same command again goes on from where it stopped. In --out:
     sources/<clip>.mp4                    the source as the model saw it
     conditions/<clip>.safetensors         and encoded (a baseline's: <method>/conditions)
     <method>/videos/<clip>_camera_<n>_speed_<s>.mp4, and the like in <method>/poses and /cases
@@ -34,18 +35,12 @@ from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors.torch import load_file
-from tqdm import tqdm
 
-import trajectories
-from data.clips import NEGATIVE, load_clip
-from data.video import write_video
-from data.world import load_policy
 from evaluation import outside
 from evaluation.ablation import Ablation, ablation
-from evaluation.cases import folders_of, say_what_is_asked, split_case, what_is_asked
+from evaluation.cases import folders_of, say_what_is_asked, what_is_asked
 from evaluation.compare import Compare, Curves, compare, draw_curves
-from evaluation.generate import Generating, rerender
+from evaluation.generate import Generating, make_videos
 from evaluation.report import finish
 from evaluation.retake import Retake, retake
 from evaluation.scores import collect_scores, keep_settings, open_estimator, score_cases
@@ -56,8 +51,6 @@ from evaluation.warping import Warp, warp
 from plumbing.files import lock_folder
 from plumbing.ranks import connect, own_device, rank_of
 from plumbing.settings import run_command
-from pretrained.vae import load_vae
-from pretrained.weights import VAE_FILE
 from train import Config
 
 
@@ -138,24 +131,6 @@ def evaluate(config):
         finish(out, config, methods, asked.checkpoints, started, "clips")
     if ranks > 1:
         dist.destroy_process_group()
-
-
-def make_videos(method, maker, videos, sampling, device, quiet):
-    """Make those of {case: video} that are not there yet, by a cases.Maker. The noise depends on
-    seed and case alone. sampling: generate's steps, shift, guidance and seed."""
-    todo = [case for case, video in videos.items() if not video.exists()
-            and (maker.conditions / f"{split_case(case)[0]}.safetensors").exists()]
-    if not todo:
-        return
-    dit = load_policy(maker.policy.files, maker.checkpoint, device)
-    codec = load_vae(Path(maker.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
-    negative = load_file(maker.conditions / NEGATIVE)["text"][None]
-    for case in tqdm(todo, method, unit="video", disable=quiet):
-        name, number, speed = split_case(case)
-        clip = load_clip(maker.conditions / f"{name}.safetensors")
-        target = trajectories.recammaster(number, 4 * clip.latents.shape[1] - 3, speed)
-        video = rerender(dit, codec, clip, target, case, negative, sampling, device)
-        write_video(videos[case], video, clip.fps)
 
 
 @dataclass

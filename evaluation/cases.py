@@ -96,15 +96,35 @@ def find_checkpoints(text):
 
 
 def case_digest(*parts):
-    """A digest of a case's source and truth (strings, videos, paths): whether two evaluations ask
-    the same. Numbers that are no integers count to the sixth decimal."""
-    content = b""
+    """What a case's source and truth look like, so coarsely that two machines agree: two hex digits
+    for each of some numbers, which `is_same_case` compares.
+
+    Rendering, decoding and resizing differ in the last bit between machines. So of a video, uint8
+    (T, H, W, 3), it is the mean colours of 2 x 3 fields in the first, middle and last frame, in
+    200ths of full scale; of a path, c2w (T, 4, 4), the middle and last pose, in hundredths.
+    """
+    numbers = []
     for part in parts:
-        array = np.asarray(part)
-        if array.dtype.kind == "f":
-            array = array.astype(np.float64).round(6) + 0.0  # no negative zeros
-        content += part.encode() if isinstance(part, str) else array.tobytes()
-    return digest(content)
+        part = np.asarray(part, np.float64)
+        moments = part[[0, len(part) // 2, len(part) - 1]]
+        if part.ndim == 4:
+            for half in np.array_split(moments, 2, axis=1):
+                for field in np.array_split(half, 3, axis=2):
+                    numbers.extend(200 / 255 * field.mean((1, 2)).ravel())  # (3 frames, 3 colours)
+        else:
+            numbers.extend(100 * moments[1:, :3].ravel())
+    return bytes(round(x) % 256 for x in numbers).hex()
+
+
+def is_same_case(a, b):
+    """Whether two digests of case_digest are of the same source and truth: no number of theirs is
+    more than one apart (numbers of paths count on from 255 to 0)."""
+    try:
+        a = np.frombuffer(bytes.fromhex(a), np.uint8)
+        b = np.frombuffer(bytes.fromhex(b), np.uint8)
+    except (TypeError, ValueError):  # none, or no digest
+        return False
+    return len(a) == len(b) and bool((a - b + 1 <= 2).all())
 
 
 def file_digest(path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation import page
-from evaluation.cases import items
+from evaluation.cases import is_same_case, items
 from evaluation.report import facts, short, table, trained_with, write_report
 from evaluation.scores import read_results
 
@@ -72,14 +72,17 @@ def refuse_what_differs(results):
     if len(estimators) > 1:
         raise ValueError("compare: different estimators of cameras, "
                          f"{' and '.join(sorted(estimators))}")
-    of_case = {}  # case -> evaluation -> digests
+    found = {}  # case -> evaluations that have it, and digests
     for name, r in results.items():
         for method in r["methods"].values():
             for case, scores in method["cases"].items():
-                of_case.setdefault(case, {}).setdefault(name, set()).add(scores.get("digest"))
-    if not any(len(digests) == len(results) for digests in of_case.values()):
+                names, digests = found.setdefault(case, (set(), []))
+                names.add(name)
+                digests.append(scores.get("digest"))
+    if not any(len(names) == len(results) for names, _ in found.values()):
         raise ValueError(f"compare: {' and '.join(results)} have no case in common")
-    differ = [case for case, digests in of_case.items() if len(set.union(*digests.values())) > 1]
+    differ = [case for case, (names, digests) in found.items()
+              if len(names) > 1 and not all(is_same_case(digests[0], x) for x in digests)]
     if differ:
         raise ValueError(f"compare: {len(differ)} cases of one name have different source videos "
                          f"or true paths in {' and '.join(results)}, {differ[0]} first; evaluate "
@@ -115,7 +118,7 @@ def named_methods(results, files):
 
 def is_same(a, b):
     """Whether two methods have the same scores in the cases of the one with fewer."""
-    scores = lambda case: {k: x for k, x in case.items() if k != "video"}
+    scores = lambda case: {k: x for k, x in case.items() if k not in ("video", "digest")}
     few, many = sorted((a["cases"], b["cases"]), key=len)
     return all(case in many and scores(few[case]) == scores(many[case]) for case in few)
 

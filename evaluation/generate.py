@@ -4,19 +4,26 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
 
 import rewards
+from data.clips import NEGATIVE, load_clip
 from data.draw import PATH_COLORS, draw_paths, grid, upscale
 from data.video import decode, write_video
-from data.world import condition_of
+from data.world import condition_of, load_policy
+from evaluation.cases import split_case
 from plumbing.files import write_json
 from plumbing.ranks import gather
 from plumbing.guard import seed_everything
+from pretrained.vae import load_vae
+from pretrained.weights import VAE_FILE
 from sampler import sample, schedule
-from trajectories import relative
+from trajectories import recammaster, relative
 
 
 @torch.no_grad()
@@ -84,6 +91,24 @@ def rerender(dit, codec, clip, target, name, negative, sampling, device):
     named `name`; sampling: generate's steps, shift, guidance and seed."""
     condition = condition_of(dit, [clip], target[None], device)
     return generate(dit, codec, condition, [name], negative, **sampling)[0].cpu().numpy()
+
+
+def make_videos(method, maker, videos, sampling, device, quiet):
+    """Make those of {case: video} that are not there yet, by a cases.Maker. The noise depends on
+    seed and case alone. sampling: generate's steps, shift, guidance and seed."""
+    todo = [case for case, video in videos.items() if not video.exists()
+            and (maker.conditions / f"{split_case(case)[0]}.safetensors").exists()]
+    if not todo:
+        return
+    dit = load_policy(maker.policy.files, maker.checkpoint, device)
+    codec = load_vae(Path(maker.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
+    negative = load_file(maker.conditions / NEGATIVE)["text"][None]
+    for case in tqdm(todo, method, unit="video", disable=quiet):
+        name, number, speed = split_case(case)
+        clip = load_clip(maker.conditions / f"{name}.safetensors")
+        target = recammaster(number, 4 * clip.latents.shape[1] - 3, speed)
+        video = rerender(dit, codec, clip, target, case, negative, sampling, device)
+        write_video(videos[case], video, clip.fps)
 
 
 # ---- what a run shows ----

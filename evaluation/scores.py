@@ -269,5 +269,6 @@ def collect_scores(folder, videos, sources, vbench, notes):
         source = sources / f"{clip}.digest"
         seen = source.read_text() if source.exists() else ""
         scores[case] |= found.get(case, {})
-        scores[case]["digest"] = case_digest(seen, trajectories.recammaster(number, 81, speed))
+        path = case_digest(trajectories.recammaster(number, 81, speed))
+        scores[case]["digest"] = seen + path
     return {"cases": scores, "notes": notes | ({"VBench": note} if note else {})}

@@ -9,7 +9,8 @@ from data.cameras import source_cameras
 from data.clips import NEGATIVE, Clip, save_clip
 from data.prepare import encode_clip, find_caption, read_captions
 from data.video import count_frames, read_frames, read_video, write_video
-from plumbing.files import digest, printable, write_file
+from evaluation.cases import case_digest
+from plumbing.files import printable, write_file
 from pretrained.encoders import NEGATIVE_PROMPT, describe_frame, load_captioner, open_encoders
 
 
@@ -89,7 +90,7 @@ def prepare_sources(clips, videos, sources, maker, read, captions, blip, cameras
             video, fps, _ = seen
             if not mp4.exists():
                 write_video(mp4, video, fps)
-            write_file(mp4.with_suffix(".digest"), digest(video.tobytes()).encode())
+            write_file(mp4.with_suffix(".digest"), case_digest(video).encode())
             if maker:
                 caption = given[clip]
                 if caption is None and captions:

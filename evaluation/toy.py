@@ -82,8 +82,11 @@ def evaluate_toy(config):
                     else:
                         poses = estimator(videos)
                     save_scores(folder, cases, videos, poses, sought, truth[rows])
-                methods[method]["cases"] |= {
-                    case: read_json(folder / "cases" / f"{case}.json") for case in cases}
+                for i, case in enumerate(cases):
+                    scores = read_json(folder / "cases" / f"{case}.json")
+                    scores["digest"] = case_digest(sought.source[i], sought.c2w[i],
+                                                   truth[rows][i])
+                    methods[method]["cases"][case] = scores
     finish(out, config, methods, checkpoints, started, "toy")
 
 
@@ -129,6 +132,5 @@ def save_scores(folder, cases, videos, poses, scene, truth):
         save_poses(folder / "poses" / f"{case}.npz", poses[i])
         scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed,
                   "video": str(video),
-                  "digest": case_digest(scene.source[i], scene.c2w[i], truth[i]),
                   "PSNR": 10 * math.log10(255 ** 2 / float(error[i]))}
         write_json(folder / "cases" / f"{case}.json", scores | pose_scores(poses[i], scene.c2w[i]))

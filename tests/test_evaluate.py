@@ -18,6 +18,7 @@ import model
 import tiny_weights
 import trajectories
 from data.video import read_video, to_float, to_uint8, write_video
+from evaluation import generate as generating
 from evaluation import retake as retaking
 from evaluation import outside, report, scores
 from evaluation import sources as source_videos
@@ -439,7 +440,7 @@ def test_protocol(protocol, monkeypatch):
         written.append(Path(path).relative_to(out).as_posix() if out in Path(path).parents else "report")
         write(path, *rest)
 
-    for module in (evaluate, source_videos):
+    for module in (generating, source_videos):
         monkeypatch.setattr(module, "write_video", stop_once)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(protocol)
