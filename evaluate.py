@@ -11,9 +11,10 @@
     python evaluate.py try my.py:f                               is this reward any good?
     python evaluate.py retake clip.mp4 --camera=arc_left --speed=1.5 --weights=...   your own video
 
-`python evaluate.py [COMMAND] --help` lists the settings. The first three run under torchrun too, and
-share the cases: `torchrun --nproc-per-node=8 -- evaluate.py ...` (without the `--` it takes --log
-for an option of its own). The same command again goes on from where it stopped. In --out:
+`python evaluate.py [COMMAND] --help` lists the settings. The first three may run under torchrun;
+the ranks then share the cases: `torchrun --nproc-per-node=8 -- evaluate.py ...` (without the `--`
+it takes --log for an option of its own). The same command again goes on from where it stopped. In
+--out:
     sources/<clip>.mp4                    the source as the model saw it
     conditions/<clip>.safetensors         and encoded (a baseline's: <method>/conditions)
     <method>/videos/<clip>_camera_<n>_speed_<s>.mp4, and the like in <method>/poses and /cases

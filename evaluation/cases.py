@@ -183,6 +183,7 @@ def what_is_asked(config):
         sizes = weights_sizes(weights)
         makers[name] = Maker(weights, policy, sizes, None, out / name / "conditions")
     at_least_1(config, "height", "width", "steps")
+    check_size(config.height, config.width)
     if len({*makers, *elsewhere}) < len(makers) + len(folders):
         raise ValueError("generated: expected folders of different names, none "
                          f"{', '.join(makers)}")
@@ -203,6 +204,12 @@ def what_is_asked(config):
 
 
 # ---- what is refused ----
+
+def check_size(height, width):
+    """ValueError for a video's size that the VAE and the patches do not divide."""
+    if height % 16 or width % 16:
+        raise ValueError(f"height and width: expected multiples of 16, found {height} x {width}")
+
 
 def refuse_what_lacks(config):
     """ValueError, OSError for settings without others that they need, and for missing files."""
@@ -272,8 +279,8 @@ def folders_of(config, asked):
     folders = {out / "sources": shape}
     for method, maker in asked.makers.items():
         folders[maker.conditions] = encoded | maker.sizes
-        sampled["checkpoint"] = file_digest(maker.checkpoint)
-        folders[out / method / "videos"] = encoded | maker.sizes | sampled
+        checkpoint = {"checkpoint": file_digest(maker.checkpoint)}
+        folders[out / method / "videos"] = encoded | maker.sizes | sampled | checkpoint
     for method in asked.files:
         folders[out / method / "cases"] = {"estimator": config.estimator,
                                            "pipeline": config.vipe_pipeline}

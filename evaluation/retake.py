@@ -11,6 +11,7 @@ from data.draw import draw_paths, grid
 from data.prepare import encode_clip
 from data.video import write_video
 from data.world import load_policy
+from evaluation.cases import check_size
 from evaluation.generate import Generating, rerender
 from evaluation.scores import open_estimator
 from evaluation.sources import find_cameras, read_clip
@@ -49,6 +50,7 @@ def retake(config):
     check_caption(config.prompt, "--prompt")
     checkpoint = find_checkpoint(config.ckpt) if config.ckpt else None
     at_least_1(config, "frames", "height", "width", "stride", "steps")
+    check_size(config.height, config.width)
     path = Path(config.clip)
     seen = read_clip(path, config.frames, (config.height, config.width), config.stride)
     video, fps, _ = seen

@@ -17,9 +17,6 @@ from pretrained.encoders import NEGATIVE_PROMPT, describe_frame, load_captioner,
 def read_clip(path, frames, size, stride=1):
     """A video's largest 4k+1 frames, `frames` at most (0: all), scaled to cover `size` (H, W) and
     cropped -> uint8 (T, H, W, 3), fps, and the frames' numbers (T,), rows of a camera file."""
-    if size[0] % 16 or size[1] % 16:
-        raise ValueError("height and width: expected multiples of 16, found "
-                         f"{size[0]} x {size[1]}")
     try:
         video, fps, rows = read_frames(path, frames or None, stride, size)
     except ValueError:
