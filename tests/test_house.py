@@ -1,6 +1,9 @@
 """The house: what lies at the top, who imports whom, and that each folder says what is in it."""
 import ast
+import importlib
+import re
 import subprocess
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,21 @@ def test_the_seven_files_stay_readable():
     lines = [line for name in METHOD for line in (ROOT / f"{name}.py").read_text().splitlines()]
     assert len(lines) < 2300
     assert sum(len(line) > 100 for line in lines) < 0.05 * len(lines)
+
+
+@pytest.mark.parametrize("readme", ["README.md", "toy/README.md", "pretrained/README.md",
+                                    "evaluation/README.md", "benchmarks/README.md"])
+def test_the_readmes_commands_exist(readme):
+    """Every python and torchrun line names a file of ours, and settings that it has."""
+    join = lambda code: re.sub(r"\\\n|\n(?=-)", " ", code[0])  # a command's own line breaks
+    text = re.sub(r"```.*?```|`[^`]*`", join, (ROOT / readme).read_text(), flags=re.S)
+    for line in re.findall(r"^(?:python|torchrun) [^#\n]*|`(?:python|torchrun) [^`]*`", text, re.M):
+        named = re.search(r" -m ([a-z.]+)| ([a-z_/]+)\.py(?= |`|$)", line)
+        if named is None or named[1] in ("venv", "pytest") or named[2] == "inference":  # ReDirector's own
+            continue
+        name = named[1] or named[2].replace("/", ".")
+        assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), line
+        if not name.startswith("tests."):
+            kinds = [x for x in vars(importlib.import_module(name)).values() if is_dataclass(x)]
+            known = {field.name for kind in kinds for field in fields(kind)}
+            assert set(re.findall(r"--(\w+)=", line[named.end():])) <= known, line
