@@ -35,13 +35,15 @@ from model import trainable
 from plumbing.checkpoint import Run
 from plumbing.guard import seed_everything
 from plumbing.ranks import (
-    Clock, Interrupts, assert_ranks_agree, deafen, gather, largest, launch, rank_of, run_to_end)
+    Clock, Interrupts, assert_ranks_agree, gather, launch, rank_of, run_to_end)
 from plumbing.settings import Folder, at_most, help_text, parse
 from plumbing.tell import (
-    check_divergence, check_on_policy, describe, mirror_to, on_all_ranks, progress, sizes, tell,
-    warn_of_eps, warn_of_failures)
+    check_divergence, check_on_policy, describe, on_all_ranks, progress, sizes, tell,
+    warn_of_failures)
 from sampler import rollout, schedule, window
 from toy.world import SIZE as TOY_SIZE, open_toy
+
+WORLDS = {"toy": open_toy, "clips": open_clips, "captions": open_captions}
 
 
 @dataclass
@@ -213,8 +215,7 @@ def main(argv):
     device = launch(config.world != "toy", config.threads, config.timeout)
 
     # The world: policy, codec, what to draw, what to reward. Trained weights are kept in float32.
-    open_world = {"toy": open_toy, "clips": open_clips, "captions": open_captions}[config.world]
-    world = open_world(config, device)
+    world = WORLDS[config.world](config, device)
     dit = world.dit
     dit.checkpoint = config.checkpointing
     parameters = trainable(dit)
@@ -233,17 +234,17 @@ def main(argv):
     run = Run(config, trained, optimizer, world.rewards, world.inputs)
     assert_ranks_agree(parameters, "at the start")
     describe(config, dit, ranks, device, run)
-    mirror = mirror_to(config.log_to if rank == 0 else "", config.out)
-    policy = dit
-    if ranks > 1:
-        policy = DistributedDataParallel(dit, None if device.type == "cpu" else [device.index])
-    local = config.conditions // ranks
+
+    # Each rank has its share of the conditions; DDP averages the gradients of all ranks.
+    on_gpus = None if device.type == "cpu" else [device.index]
+    policy = dit if ranks == 1 else DistributedDataParallel(dit, on_gpus)
     ids = range(config.conditions)
-    mine = slice(rank * local, (rank + 1) * local)  # this rank's share of them
+    local = config.conditions // ranks
+    mine = slice(rank * local, (rank + 1) * local)
     start = run.done
     skipped = 0     # updates in a row whose gradients were no numbers
-    warned = set()  # rewards whose failure was named
-    try:
+    warned = set()  # what was warned of already
+    with run.saved_however_it_ends(interrupts):
         if show and run.lacks_sample():
             show(run.sample())
         bar = progress(start, config.iterations, rank == 0)
@@ -284,8 +285,7 @@ def main(argv):
                 optimizer.zero_grad(set_to_none=True)
                 stats = gradients(policy, base, sampled.part(members), A[mine, members], config)
                 if update == 0:  # the weights are still those of the rollout
-                    ratio_error = float(largest(stats["ratio_error"]))
-                    check_on_policy(ratio_error, config.clip, iteration == start, rank)
+                    ratio_error = check_on_policy(stats, config.clip, iteration == start)
                 norm = clip_gradient(parameters, run.norms, config.grad_clip)
                 skipped = 0 if norm.isfinite() else skipped + 1
                 check_divergence(skipped, config.max_skips, norm, iteration)
@@ -305,26 +305,19 @@ def main(argv):
                       "advantage_std": float(A.std()), **statistics(scores), **valid,
                       **clock.record()}
             run.log(record)
-            mirror(record)
-            warn_of_eps(record, config.eps, warned)
-            tell(bar, run.records, config.iterations, sum(clock.seconds.values()))
+            tell(bar, run.records, config.eps, warned)
             interrupts.release()
             del prepared, negative, sampled, videos  # or they stay while the next are made
-            is_last = run.done == config.iterations
-            if run.done % config.save_every == 0 or is_last:
+            if run.is_due(config.save_every):
                 assert_ranks_agree(parameters, f"iteration {iteration}")
                 run.save()
-            if show and (run.done % config.sample_every == 0 or is_last):
+            if show and run.is_due(config.sample_every):
                 show(run.sample())
         run.finish()
         if config.validate and start < config.iterations:
             run.note({"iteration": run.done, **validate()})  # of the final weights
         if rank == 0:
             report(run, config)
-    except BaseException:
-        deafen()
-        run.save_rest(interrupts.held)  # within an update the weights are of no iteration
-        raise
 
 
 # ---- the steps of the loop that need more than a line ----

@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from safetensors.torch import load, save
 
 from plumbing.files import (
     digest, digest_files, is_still, lock_folder, one_line, remove_leftovers, temporary_name, write_file)
-from plumbing.ranks import compare_ranks, rank_of
+from plumbing.ranks import compare_ranks, deafen, rank_of
+from plumbing.tell import mirror_to
 
 WEIGHTS = "self_attn.safetensors"
 MOMENTS = "optimizer.safetensors"
@@ -345,6 +347,7 @@ class Run:
             self.name = read_state(self.out / f"iteration_{self.done:06d}").get("run", "")
         remove_leftovers(self.out, "samples")
         self.file = open_log(self.out / "log.jsonl", self.done)
+        self.mirror = mirror_to(config.log_to, config.out)
         lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
         self.records = [json.loads(line) for line in lines]
         watched = (self.lock, self.out / "lock"), (self.file, self.out / "log.jsonl")
@@ -358,8 +361,12 @@ class Run:
     def lacks_sample(self):
         """Whether a run that begins, or that was killed between checkpoint and sample, has none
         that is due."""
-        due = self.done % self.made["sample_every"] == 0 or self.done == self.made["iterations"]
+        due = self.is_due(self.made["sample_every"])
         return self.done == 0 or due and not self.sample().exists()
+
+    def is_due(self, every):
+        """Whether something happens now that happens every so many iterations, and after the last."""
+        return self.done % every == 0 or self.done == self.made["iterations"]
 
     def check_folder(self):
         """OSError where the folder, or its log, was removed or replaced while the run goes on."""
@@ -368,12 +375,14 @@ class Run:
                 raise OSError(f"{path}: removed or replaced while the run goes on")
 
     def log(self, record):
-        """An iteration is done: its line in log.jsonl."""
+        """An iteration is done: its line in log.jsonl, and where log_to sends it."""
         self.done = record["iteration"] + 1
         self.skipped = record["skipped"]
         self.norms_done = list(self.norms)
         self.records.append(record)
         self.note(record)
+        if self.writes:
+            self.mirror(record)
 
     def note(self, record):
         """A line in log.jsonl."""
@@ -404,6 +413,16 @@ class Run:
         if self.skipped:
             raise RuntimeError(f"the last {self.skipped} updates were skipped, as their gradients were "
                                f"no numbers; {self.saved} of {self.done} iterations are saved")
+
+    @contextmanager
+    def saved_however_it_ends(self, interrupts):
+        """Whatever ends the loop inside, what is done is saved, but not amid an update."""
+        try:
+            yield
+        except BaseException:
+            deafen()
+            self.save_rest(interrupts.held)  # within an update the weights are of no iteration
+            raise
 
     def save_rest(self, half_done):
         """Before the run ends in whatever way: a checkpoint of what is done and not yet saved.

@@ -6,7 +6,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from plumbing.ranks import mean
+from plumbing.ranks import largest, mean, rank_of
 
 
 def describe(config, dit, ranks, device, run):
@@ -71,17 +71,20 @@ def warn_of_eps(record, eps, warned):
         warned.add("eps")
 
 
-def check_on_policy(error, clip, is_first, rank):
-    """Before weights change, an update must repeat the rollout's numerics: r = 1 at every start."""
+def check_on_policy(stats, clip, is_first):
+    """All ranks' largest |r - 1| of an iteration's first update, from its statistics: weights have not
+    changed yet, so r = 1. RuntimeError where a run's first (is_first) does not repeat the rollout's numerics."""
+    error = float(largest(stats["ratio_error"]))
     if not is_first:
-        return
+        return error
     if not math.isfinite(error):
         raise RuntimeError("on-policy ratio: not a number, so conditions or weights hold one")
     if error > clip:
         raise RuntimeError(f"on-policy ratio is off by {error:.1e}, more than the clip range "
                            f"{clip:.1e}: rollout and update run different numerics")
-    if rank == 0:
+    if rank_of()[0] == 0:
         print(f"on-policy ratio 1 + {error:.0e}, as it should be")
+    return error
 
 
 def check_divergence(skipped, max_skips, norm, iteration):
@@ -98,10 +101,11 @@ def progress(start, total, is_first_rank):
                 bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} {elapsed}<{remaining} {postfix}")
 
 
-def tell(bar, records, total, iteration_seconds):
+def tell(bar, records, eps, warned):
     """The bar's words: running means of rewards over ten iterations, in brackets their change since the first
     ten; then seconds by phase as far as the line has room. Without a terminal, a plain line every tenth
-    iteration. records: the log's lines so far."""
+    iteration. records: the log's lines so far; eps, warned: see warn_of_eps."""
+    warn_of_eps(records[-1], eps, warned)
     width = shutil.get_terminal_size((80, 24)).columns
     done = records[-1]["iteration"] + 1
     words = []
@@ -112,17 +116,19 @@ def tell(bar, records, total, iteration_seconds):
                 now = sum(values[-10:]) / len(values[-10:])
                 first = sum(values[:10]) / len(values[:10])
                 words.append(f"{name.removeprefix('reward/')} {now:.3f} ({now - first:+.3f})")
-    words += [f"{name.removeprefix('seconds/')} {x:.1f}s" for name, x in records[-1].items()
-              if name.startswith("seconds/")]
+    seconds = {name.removeprefix("seconds/"): x for name, x in records[-1].items()
+               if name.startswith("seconds/")}
+    words += [f"{phase} {x:.1f}s" for phase, x in seconds.items()]
     if not bar.disable:
         line = ""
         for word in words:
             if len(line) + len(word) + 36 < width:  # 36: percentage, counts and times
                 line += word + " "
         bar.set_postfix_str(line.strip())
-    elif done % 10 == 0 or done == total:
+    elif rank_of()[0] == 0 and (done % 10 == 0 or done == bar.total):
         rewards = " ".join(word for word in words if "(" in word)
-        print(f"iteration {done} of {total}: {rewards}; {iteration_seconds:.1f} s an iteration", flush=True)
+        print(f"iteration {done} of {bar.total}: {rewards}; {sum(seconds.values()):.1f} s an iteration",
+              flush=True)
 
 
 def mirror_to(name, out):

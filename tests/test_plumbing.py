@@ -1,17 +1,17 @@
-"""What a run keeps and claims: its folder, checkpoints, log and inputs; what ranks compare; what is printed."""
+"""What a run keeps and claims: its folder, checkpoints, log and inputs; how ranks meet; what is said."""
+import fcntl
 import io
 import json
 import os
-import subprocess
-import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load, save
 
 import train
-from plumbing import checkpoint, files, guard, ranks
+from plumbing import checkpoint, files, guard, ranks, tell
 from plumbing.checkpoint import MOMENTS, STATE, WEIGHTS
 from plumbing.settings import parse
 
@@ -20,21 +20,20 @@ class Policy:
     """One trained parameter, its optimiser after a step, and settings: what a checkpoint is made of."""
     def __init__(self, value=1.0):
         self.p = torch.nn.Parameter(torch.full((3,), value))
-        self.trained = {"p": self.p}
-        self.optimizer = torch.optim.AdamW([self.p])
+        self.made = {"lr": 1.0, "keep": 2}
+        self.parts = {"p": self.p}, torch.optim.AdamW([self.p])
         self.p.sum().backward()
-        self.optimizer.step()
+        self.parts[1].step()
 
-    def save(self, out, iteration, run="mine", keep=2):
-        checkpoint.save_checkpoint(out, iteration, self.trained, self.optimizer, {"lr": 1.0, "keep": keep}, run=run)
+    def save(self, out, iteration, run="mine"):
+        checkpoint.save_checkpoint(out, iteration, *self.parts, self.made, run=run)
         return out / f"iteration_{iteration:06d}"
 
     def resume(self, out, **made):
-        return checkpoint.resume(out, self.trained, self.optimizer, {"lr": 1.0, "keep": 2} | made, ("keep",))
+        return checkpoint.resume(out, *self.parts, self.made | {"keep": 3} | made, ("keep",))
 
-    def run(self, out, *args):
-        config = parse(train.Config, [f"--out={out}", *args])
-        return checkpoint.Run(config, self.trained, self.optimizer, [])
+    def run(self, out, *args, rewards=(), inputs=None):
+        return checkpoint.Run(parse(train.Config, [f"--out={out}", *args]), *self.parts, rewards, inputs)
 
 
 def tree(folder):
@@ -43,319 +42,257 @@ def tree(folder):
 
 # ---- files and folders ----
 
-@pytest.mark.parametrize("name", ["x", 250 * "a", "\udcff\n", "a" * 255])
-def test_a_file_of_any_name_is_written_whole(tmp_path, name):
-    files.write_file(tmp_path / name, b"1")
-    files.write_json(tmp_path / name, {name: 1})
-    assert files.read_json(tmp_path / name) == {name: 1} and len(os.listdir(tmp_path)) == 1
-    assert files.printable(name).isprintable() and files.printable("\x1b[2J\n\udcff") == r"\x1b[2J\n\udcff"
-
-
-def test_nothing_is_written_through_links(tmp_path):
-    victim = tmp_path / "victim"
-    victim.mkdir()
-    (victim / "file").write_text("theirs")
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in ("log.jsonl", "x.json"):
-        (out / name).symlink_to(victim / "file")
+def test_nothing_of_others_is_removed_or_written_through_a_link(tmp_path):
+    """A user's files stay, also those that look like leftovers; only our own leftovers go."""
+    victim, out = tmp_path / "victim/file", tmp_path / "out"
+    for file in (victim, out / "a.tmp", out / "checkpoint.tmp/b", out / "samples/c.tmp"):
+        files.write_file(file, b"theirs")
+    (out / "x.json").symlink_to(victim)
     files.write_json(out / "x.json", 1)
-    assert not (out / "x.json").is_symlink()
-    with pytest.raises(ValueError, match="log.jsonl: expected a file, or nothing"):
-        checkpoint.open_log(out / "log.jsonl", 0)
-    (out / "samples").symlink_to(victim)
-    with pytest.raises(ValueError, match="samples: a link to another folder"):
-        files.lock_folder(out)
-    (out / "samples").unlink()
-    (out / "lock").symlink_to(victim / "file")
-    with pytest.raises(OSError):
-        files.lock_folder(out)
-    assert tree(victim) == {"file": b"theirs"}
-
-
-def test_only_own_leftovers_are_removed(tmp_path):
-    for name in ("a.tmp", ".x.tmp", "checkpoint.tmp/b", "samples/c.tmp"):
-        files.write_file(tmp_path / name, b"")
     before = tree(tmp_path)
-    (files.temporary_name(tmp_path)).mkdir()
-    files.temporary_name(tmp_path / "samples").write_bytes(b"half")
-    files.remove_leftovers(tmp_path, "samples")
-    assert tree(tmp_path) == before
+    files.write_file(files.temporary_name(out) / "half", b"")
+    files.write_file(files.temporary_name(out / "samples"), b"")
+    files.remove_leftovers(out, "samples")
+    assert tree(tmp_path) == before and not (out / "x.json").is_symlink()
+    for name, target in ("log.jsonl", victim), ("links", victim.parent), ("lock", victim):
+        (out / name).symlink_to(target)
+        with pytest.raises((ValueError, OSError), match=name):
+            checkpoint.open_log(out / name, 0) if name == "log.jsonl" else files.lock_folder(out)
+        (out / name).unlink()
+    assert victim.read_bytes() == b"theirs"
 
 
-HOLD = """
-import sys; sys.path.insert(0, {root!r})
-from plumbing.files import lock_folder
-try:
-    lock = lock_folder(sys.argv[1], patience=0.3)
-    print("mine", flush=True); sys.stdin.read()
-except ValueError as error:
-    print(error, flush=True)
-"""
-
-
-def test_a_claim_outlives_closed_descriptors_and_a_removed_lock(tmp_path):
-    def another():
-        command = [sys.executable, "-c", HOLD.format(root=str(ROOT)), str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, input="").stdout
+def test_one_run_a_folder(tmp_path, monkeypatch, capsys):
+    """It is claimed before anything is read, until the run ends; who waits changes nothing. The claim is of the open
+    file: it outlives closed descriptors and a removed lock. Where there are no locks, that is said."""
+    Policy().save(tmp_path, 2).joinpath(STATE).unlink()  # damage that is not looked at before the claim
     lock = files.lock_folder(tmp_path)
     open(tmp_path / "lock").close()  # POSIX locks would be gone now
-    assert "another process is writing there" in another()
-    (tmp_path / "lock").unlink()
-    assert not files.is_still(lock, tmp_path / "lock")
-    lock.close()
-    assert another() == "mine\n"
-
-
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
-    import fcntl
-
-    def refuse(*args):
-        raise OSError(95, "Operation not supported")
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    before = tree(tmp_path)
+    monkeypatch.setattr(checkpoint, "lock_folder", lambda folder: files.lock_folder(folder, patience=0.3))
+    with pytest.raises(ValueError, match="another process is writing there; wait for it or choose another --out"):
+        Policy().run(tmp_path)
+    assert tree(tmp_path) == before
+    monkeypatch.undo()
+    threading.Timer(0.3, lock.close).start()
+    with pytest.raises(ValueError, match="state.json: missing"):
+        Policy().run(tmp_path)
+    lock = Policy().run(tmp_path / "new").lock
+    (tmp_path / "new/lock").unlink()
+    assert not files.is_still(lock, tmp_path / "new/lock")
+    files.lock_folder(tmp_path / "new").close()
+    monkeypatch.setattr(fcntl, "flock", lambda *_: os.write(-1, b""))
     files.lock_folder(tmp_path).close()
-    assert capsys.readouterr().err.count("has no locks (Operation not supported)") == 1
+    assert capsys.readouterr().err.count("this file system has no locks") == 1
 
 
 def test_contents_tell_not_places(tmp_path, monkeypatch):
-    for folder in ("a", "b"):
-        for name in ("x", "sub/y", "z"):
-            files.write_file(tmp_path / folder / name, name.encode() * 100)
-    found = [files.digest_files((tmp_path / folder).rglob("[xyz]")) for folder in ("a", "b")]
-    assert found[0] == found[1]
-    monkeypatch.setattr(files, "PIECE", 7)
-    assert files.digest_files((tmp_path / "a").rglob("[xyz]")) != found[0]  # pieces count, so:
-    whole = files.digest_files((tmp_path / "a").rglob("[xyz]"))
-    content = bytearray((tmp_path / "a/sub/y").read_bytes())
-    content[250] ^= 1  # one bit, the same size
-    (tmp_path / "a/sub/y").write_bytes(content)
-    assert files.digest_files((tmp_path / "a").rglob("[xyz]")) != whole
-    (tmp_path / "b/z").rename(tmp_path / "b/w")
-    assert files.digest_files((tmp_path / "b").rglob("[wxyz]")) != whole
+    """The same files elsewhere have the same digest; one bit, or another name, and it is another. Any name will do."""
+    monkeypatch.setattr(files, "PIECE", 7)  # so that files are of several pieces
+    found = lambda folder: files.digest_files(f for f in (tmp_path / folder).rglob("*") if f.is_file())
+    for folder, name, last in ("a", "y", 0), ("b", "y", 0), ("c", "z", 0), ("d", "y", 1):
+        for path in tmp_path / folder / ("n" * 255), tmp_path / folder / "\udcff\n" / name:
+            files.write_json(path, 1_234_567_890 + last)
+    assert found("a") == found("b") and len({found(folder) for folder in "acd"}) == 3
+    assert files.read_json(path) == 1_234_567_891 and os.listdir(path.parent) == ["y"]
 
 
 # ---- checkpoints ----
 
-def test_rotation_removes_only_what_this_run_wrote(tmp_path):
+def test_rotation_removes_only_what_this_run_wrote(tmp_path, capsys):
+    """The newest of the run's own stay. What stands in a checkpoint's place is moved aside, whatever it is."""
     policy = Policy()
-    (tmp_path / "iteration_-old-1").mkdir()
-    files.write_file(tmp_path / "iteration_000000/notes.txt", b"mine")  # not a checkpoint
     (tmp_path / "iteration_000001").write_text("a file")
-    policy.save(tmp_path, 2, run="another")
-    files.write_file(policy.save(tmp_path, 3) / "notes.txt", b"mine")  # a checkpoint with notes of a user
-    linked = policy.save(tmp_path / "elsewhere", 4)
-    (tmp_path / "iteration_000004").symlink_to(linked)
+    (tmp_path / "iteration_000002").symlink_to(policy.save(tmp_path / "elsewhere", 2))
+    policy.save(tmp_path, 3, run="another")
+    files.write_file(policy.save(tmp_path, 4) / "notes.txt", b"mine")  # a checkpoint with notes of a user
     before = tree(tmp_path)
-    for iteration in (5, 6, 999_999, 1_000_000, 1_000_001):
+    for iteration in (5, 999_999, 1_000_000, 6):
         policy.save(tmp_path, iteration)
     after = tree(tmp_path)
     assert {name: after[name] for name in before} == before
-    new = {name.partition("/")[0] for name in after.keys() - before.keys()}
-    assert new == {"iteration_1000000", "iteration_1000001"} and Policy().resume(tmp_path) == 1_000_001
-
-
-@pytest.mark.parametrize("kind", ["file", "link", "folder"])
-def test_what_stands_in_a_checkpoints_place_is_moved_aside(tmp_path, kind, capsys):
-    place = tmp_path / "iteration_000002"
-    (tmp_path / "theirs").mkdir()
-    {"file": lambda: place.write_text("theirs"), "link": lambda: place.symlink_to(tmp_path / "theirs"),
-     "folder": lambda: files.write_file(place / "notes.txt", b"theirs")}[kind]()
-    Policy().save(tmp_path, 2)
-    aside = tmp_path / "iteration_000002.old1"
-    assert os.path.lexists(aside) and "was there, now iteration_000002.old1" in capsys.readouterr().err
-    assert Policy().resume(tmp_path) == 2 and Policy().resume(tmp_path / "theirs") == 0
+    assert Policy().resume(tmp_path) == 1_000_000 and "iteration_000005" not in after and "iteration_000006" in after
+    for iteration in (1, 2, 4):
+        policy.save(tmp_path, iteration)
+        assert os.path.lexists(tmp_path / f"iteration_{iteration:06d}.old1")
+    assert capsys.readouterr().err.count("was there, now iteration_00000") == 3
 
 
 def forge(folder, name, change):
     """Changes a checkpoint's tensors, and makes state.json vouch for them."""
-    tensors = load((folder / name).read_bytes())
-    (folder / name).write_bytes(save(change(tensors)))
+    (folder / name).write_bytes(save(change(load((folder / name).read_bytes()))))
     state = json.loads((folder / STATE).read_text())
     state["digests"][name] = files.digest((folder / name).read_bytes())
     (folder / STATE).write_text(json.dumps(state))
 
 
-BAD_CHECKPOINTS = {  # what is done to its folder -> what is said
-    "missing weights": (lambda f: (f / WEIGHTS).unlink(), "self_attn.safetensors: missing"),
-    "missing state": (lambda f: (f / STATE).unlink(), "state.json: missing"),
-    "cut": (lambda f: (f / MOMENTS).write_bytes(b""), "optimizer.safetensors: damaged"),
-    "state of a list": (lambda f: (f / STATE).write_text("[]"), "state.json: damaged"),
-    "other type": (lambda f: forge(f, WEIGHTS, lambda x: {"p": x["p"].half()}), "other parameters"),
-    "integers": (lambda f: forge(f, WEIGHTS, lambda x: {"p": x["p"].long()}), "p: expected finite"),
-    "no moments": (lambda f: forge(f, MOMENTS, lambda x: {}), "other moments"),
-    "one moment": (lambda f: forge(f, MOMENTS, lambda x: {"step.p": x["step.p"]}), "other moments"),
-    "NaN moments": (lambda f: forge(f, MOMENTS, lambda x: x | {"exp_avg.p": x["exp_avg.p"] * torch.nan}),
-                    "exp_avg.p: expected finite"),
-    "infinite weights": (lambda f: forge(f, WEIGHTS, lambda x: {"p": x["p"] / 0}), "p: expected finite"),
-    "other shape": (lambda f: forge(f, WEIGHTS, lambda x: {"p": x["p"][:2]}), "other parameters")}
-
-
-@pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
-def test_a_bad_checkpoint_is_passed_over_or_refused(tmp_path, kind, capsys):
-    change, message = BAD_CHECKPOINTS[kind]
+@pytest.mark.parametrize("message, change", [
+    ("self_attn.safetensors: missing", lambda f: (f / WEIGHTS).unlink()),
+    ("state.json: missing", lambda f: (f / STATE).unlink()),
+    ("optimizer.safetensors: damaged, its checksum", lambda f: (f / MOMENTS).write_bytes(b"")),
+    ("state.json: damaged .expected an object", lambda f: (f / STATE).write_text("[]")),
+    ("state.json: damaged .expected iteration", lambda f: (f / STATE).write_text("{}")),
+    ("state.json: iteration 4", lambda f: f.rename(f.with_name("iteration_000005"))),
+    ("other parameters", lambda f: forge(f, WEIGHTS, lambda x: {"p": x["p"].half()})),
+    ("p: expected finite", lambda f: forge(f, WEIGHTS, lambda x: {"p": x["p"].long()})),
+    ("exp_avg.p: expected finite", lambda f: forge(f, MOMENTS, lambda x: x | {"exp_avg.p": x["exp_avg.p"] / 0})),
+    ("other moments", lambda f: forge(f, MOMENTS, lambda x: {"step.p": x["step.p"]}))])
+def test_a_bad_checkpoint_is_passed_over_or_refused(tmp_path, message, change, capsys):
+    """The one before it is gone on from; where there is none, nothing is begun; other settings are refused."""
     change(Policy(2.0).save(tmp_path, 4))
     policy = Policy()
     before, kept = tree(tmp_path), policy.p.detach().clone()
-    with pytest.raises(ValueError, match=f"(?s){message}.*nothing is begun over them") as found:
+    with pytest.raises(ValueError, match=f"{message}.*nothing is begun over them"):
         policy.resume(tmp_path)
-    assert "\n" not in str(found.value) and before == tree(tmp_path) and torch.equal(policy.p, kept)
+    assert before == tree(tmp_path) and torch.equal(policy.p, kept)
     older = Policy(3.0)
     older.save(tmp_path, 2)
     assert policy.resume(tmp_path) == 2 and torch.equal(policy.p, older.p)
-    assert message in capsys.readouterr().err
+    assert "going on from iteration_000002" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="made with lr = 1.0, now 2.0; choose another"):
+        policy.resume(tmp_path, lr=2.0)
 
 
-def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch):
-    policy = Policy()
-    policy.save(tmp_path, 2)
-    policy.save(tmp_path, 4)
-    real = type(tmp_path).read_bytes
-
-    def read_bytes(self):
-        if self.parent.name == "iteration_000004":
-            raise OSError(5, "Input/output error", str(self))
-        return real(self)
-    monkeypatch.setattr(type(tmp_path), "read_bytes", read_bytes)
-    with pytest.raises(OSError, match="Input/output error.*iteration_000004"):
-        policy.resume(tmp_path)
-
-
-def test_a_path_that_is_no_utf8(tmp_path):
-    out = tmp_path / "\udcff"
-    Policy().save(out, 2)
-    assert Policy().resume(out) == 2 and checkpoint.find_checkpoint(out).name == WEIGHTS
+def test_what_is_damaged_is_not_evaluated_and_what_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, capsys):
+    whole, cut = (Policy().save(tmp_path, n) for n in (2, 4))
+    (cut / WEIGHTS).write_bytes(b"")
+    assert checkpoint.find_checkpoint(tmp_path) == whole / WEIGHTS
+    assert "iteration_000004/self_attn.safetensors: skipped, its checksum" in capsys.readouterr().err
+    for path in cut, cut / WEIGHTS, tmp_path / "none":
+        with pytest.raises((ValueError, FileNotFoundError), match="no checkpoint"):
+            checkpoint.find_checkpoint(path)
+    monkeypatch.setattr(type(tmp_path), "read_bytes", lambda path: open(path / "no folder"))
+    with pytest.raises(OSError, match="iteration_000004"):
+        Policy().resume(tmp_path)
 
 
 # ---- the log ----
 
+LINE = '{"iteration": 0, "loss": 1}\n'
+
+
 @pytest.mark.parametrize("text, iteration, kept, aside", [
-    ('{"iteration": 0, "loss": 1}\n{"iteration": 1, "loss": 1}\n', 1, [0], False),  # 1 is made again
-    ('{"iteration": 0, "loss": 1}\n{"iteration": 1, "lo', 1, [0], False),  # cut short by a kill
-    ('{"iteration": 0, "loss": 1}\n{"iteration": 1}\n', 1, [0, 1], False),  # a note on the weights so far
-    ('{"iteration": 0, "loss": 1}\n', 0, [], True),  # begun anew, over lines
-    ('{"step": 0}\n{"iteration": 0, "loss": 1}\n', 1, [0], True),  # another program's
-    ("a user's notes\n", 0, [], True), ('{"iteration": -3, "loss": 1}\n', 1, [], True),
-    ('{"iteration": true}\nnull\n[]\n', 3, [], True)])
+    (LINE + '{"iteration": 1, "loss": 1}\n', 1, [0], False),  # 1 is made again
+    (LINE + '{"iteration": 1, "lo', 1, [0], False),  # cut short by a kill
+    (LINE + '{"iteration": 1}\n', 1, [0, 1], False),  # a note on the weights so far
+    (LINE, 0, [], True),  # begun anew, over lines
+    ('{"step": 0}\n' + LINE + "[" * 9999 + '\n{"iteration": true}\n', 1, [0], True)])  # another program's
 def test_a_log_loses_no_line_but_those_made_again(tmp_path, text, iteration, kept, aside):
-    log = tmp_path / "log.jsonl"
+    log, moved = tmp_path / "log.jsonl", tmp_path / "log.old1.jsonl"
     log.write_text(text)
     checkpoint.open_log(log, iteration).close()
     assert [json.loads(line)["iteration"] for line in log.read_text().splitlines()] == kept
-    moved = tmp_path / "log.old1.jsonl"
     assert moved.exists() == aside and (not aside or moved.read_text() == text)
 
 
-def record(iteration, **more):
-    return {"iteration": iteration, "loss": 1.0, "skipped": 0} | more
+RECORD = {"loss": 1.0, "skipped": 0}
 
 
-@pytest.mark.parametrize("remove", [
-    lambda out: (out / "log.jsonl").unlink(), lambda out: out.rename(out.with_name("moved")),
-    lambda out: (out / "lock").unlink()])
-def test_a_folder_removed_while_running(tmp_path, remove, capsys):
+def test_what_is_done_is_saved_when_a_run_ends(tmp_path, capsys):
+    """But not half an update, nor a skipped one; what is no number is null in the log. Of a folder that was removed
+    while the run goes on, it is saved beside it: the weights are whole, only the log's line is missing."""
     run = Policy().run(tmp_path / "out")
-    run.log(record(0))
-    remove(tmp_path / "out")
-    with pytest.raises(OSError, match="removed or replaced while the run goes on"):
-        run.log(record(1))
-    run.save_rest(half_done=True)  # the weights are whole: only the log's line is missing
-    saved, = tmp_path.glob("out_rescued_*/iteration_000002/state.json")
-    assert f"stopped after 2 iterations, saved in {saved.parent.parent}" in capsys.readouterr().err
-
-
-def test_half_an_update_and_a_skipped_one_are_not_saved(tmp_path, capsys):
-    run = Policy().run(tmp_path)
-    run.log(record(0))
+    run.log(RECORD | {"iteration": 0, "norm": float("nan"), "valid": {"x": [float("inf")]}})
     run.save_rest(half_done=True)
-    run.log(record(1, skipped=1, grad_norm=float("nan"), valid={"x": [float("inf")]}))
-    run.save()
+    run.log(RECORD | {"iteration": 1, "skipped": 1})
     run.save_rest(half_done=False)
-    assert not list(tmp_path.glob("iteration_*")) and "0 of them, saved" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="last 1 updates were skipped"):
-        run.finish()
-    line = (tmp_path / "log.jsonl").read_text().splitlines()[1]
-    assert json.loads(line, parse_constant=lambda name: pytest.fail(name))["grad_norm"] is None
+    assert not list(tmp_path.glob("*/iteration_*")) and capsys.readouterr().err.count("0 of them, saved;") == 2
+    assert '"norm": null, "valid": {"x": [null]}' in (tmp_path / "out/log.jsonl").read_text()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    with pytest.raises(OSError, match="removed or replaced while the run goes on"):
+        run.log(RECORD | {"iteration": 2})
+    run.save_rest(half_done=True)
+    saved, = tmp_path.glob("out_rescued_*/iteration_000003/state.json")
+    assert f"stopped after 3 iterations, saved in {saved.parent.parent}" in capsys.readouterr().err
 
-
-def test_a_sample_that_a_kill_cost_is_made_again(tmp_path):
-    run = Policy().run(tmp_path, "--sample_every=2", "--iterations=5")
-    due = []
-    for done in range(6):
-        run.done = done
-        due += [done] if run.lacks_sample() else []
-    files.write_file(tmp_path / "samples/iteration_000004.mp4", b"")
-    run.done = 4
-    assert due == [0, 2, 4, 5] and not run.lacks_sample()
-
-
-# ---- inputs ----
 
 def test_inputs_that_changed_under_the_same_name_are_noticed(tmp_path):
-    class Reward:
-        names = ("f",)
-        code = b"1"
+    """Weights and a reward's code; wherever they lie. A checkpoint that does not tell of them is gone on from."""
+    def run(weights, content, code, rewards="a/my.py:f=1"):
+        files.write_file(tmp_path / weights, content)
+        found = Policy().run(tmp_path / "out", f"--rewards={rewards}", inputs={"weights": [tmp_path / weights]},
+                             rewards=[SimpleNamespace(names=("f",), code=code)])
+        found.log(RECORD | {"iteration": found.done})
+        found.save()
+        found.lock.close()
+    run("1/base", b"base", b"1")
+    run("2/base", b"base", b"1", rewards="/elsewhere/my.py:f=1")
+    for content, code, what in (b"BASE", b"1", "content of weights"), (b"base", b"2", "code of rewards"):
+        with pytest.raises(RuntimeError, match=f"made with {what} = "):
+            run("2/base", content, code)
+    state = tmp_path / "out/iteration_000002/state.json"
+    state.write_text(state.read_text().replace("code of rewards", "what was not told"))
+    run("2/base", b"base", b"2")
 
-    def run(weights, content, rewards="a/my.py:f=1", **options):
-        files.write_file(tmp_path / weights / "base", content)
-        config = parse(train.Config, [f"--out={tmp_path / 'out'}", f"--weights={tmp_path / weights}",
-                                      f"--rewards={rewards}"])
-        policy = Policy()
-        run = checkpoint.Run(config, policy.trained, policy.optimizer, [Reward],
-                             {"weights": [tmp_path / weights / "base"]})
-        run.log(record(run.done))
-        run.save()
-        run.lock.close()
-    run("w1", b"base")
-    run("w2", b"base", rewards="/elsewhere/my.py:f=1")  # the same, elsewhere
-    with pytest.raises(RuntimeError, match="made with content of weights = "):
-        run("w2", b"BASE")
-    Reward.code = b"2"
-    with pytest.raises(RuntimeError, match="made with code of rewards = "):
-        run("w1", b"base")
 
+# ---- ranks ----
 
 def test_ranks_are_compared(monkeypatch):
-    everyone = [{"lr": 1.0, "x": 2}, {"lr": 1.0, "x": 2}, {"lr": 3.0, "x": 2}]
-    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 3)
-
-    def all_gather_object(found, mine):
-        found[:] = [mine | other for other in everyone]
-    monkeypatch.setattr(ranks.dist, "all_gather_object", all_gather_object)
+    """Settings and weights: the rank that differs is named."""
+    def gather(found, mine):
+        found[:] = [mine, mine, mine | {"lr": 3.0} if isinstance(mine, dict) else mine + 1]
+    for name, act in (("is_initialized", lambda: True), ("get_world_size", lambda: 3), ("all_gather", gather),
+                      ("all_gather_object", gather)):
+        monkeypatch.setattr(ranks.dist, name, act)
     with pytest.raises(ValueError, match=r"rank 2: lr = 3.0, rank 0 has 1.0"):
         ranks.compare_ranks({"lr": 1.0})
-    del everyone[2]["lr"]
-    ranks.compare_ranks({"lr": 1.0})
+    with pytest.raises(RuntimeError, match="after 1: weights of rank 2 differ from rank 0's"):
+        ranks.assert_ranks_agree([torch.ones(2)], "after 1")
+    ranks.compare_ranks({"lr": 3.0})
 
 
-@pytest.mark.parametrize("named", [dict(WORLD_SIZE="0"), dict(RANK="-1"), dict(RANK="2", WORLD_SIZE="2"),
-                                   dict(RANK="x"), dict(RANK="1")])
-def test_a_rank_that_torchrun_would_not_name(monkeypatch, named):
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, x in named.items():
-        monkeypatch.setenv(name, x)
+def test_ranks_meet_anew_in_a_store_that_outlives_them(monkeypatch):
+    """As torchrun's does over a restart, whoever comes first; a rank that does not come is named."""
+    store, met = torch.distributed.HashStore(), []
+    rank_here = lambda: int(threading.current_thread().name)
+    monkeypatch.setattr(ranks, "rendezvous", lambda patience: (store, rank_here(), 2))
+    monkeypatch.setattr(ranks.dist, "PrefixStore", lambda name, store: name)
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, store, **options: met.append(store))
+    for order in "01", "10":
+        threads = [threading.Thread(target=ranks.connect, args=("gloo", 300), name=rank) for rank in order]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert met[0] == met[1] != met[2] == met[3]
+    for rank in 0, 1:
+        monkeypatch.setattr(ranks, "rendezvous", lambda patience: (store, rank, 2))
+        with pytest.raises(TimeoutError, match=f"rank {1 - rank} did not start in 0.1 s"):
+            ranks.connect("gloo", 0.1)
+
+
+@pytest.mark.parametrize("rank, world", [("", "0"), ("-1", ""), ("2", "2"), ("x", ""), ("1", "")])
+def test_a_rank_that_torchrun_would_not_name(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ValueError, match="expected 0 <= RANK < WORLD_SIZE"):
         ranks.rank_of()
 
 
-# ---- what is printed ----
+# ---- what is said ----
 
-def test_errors_in_one_line():
-    assert ranks.words_of(ValueError("a\nb\x1b[2J")) == r"a\nb\x1b[2J"
-    assert ranks.words_of(RuntimeError("first\nsecond")) == "first"
-    assert ranks.words_of(KeyError("x")) == "KeyError: 'x' (DEBUG=1 shows where)"
-    assert ranks.words_of(ZeroDivisionError()).startswith("ZeroDivisionError")
-    assert ranks.words_of(guard.Failed("y")).startswith("Failed: y")
+@pytest.mark.parametrize("eps, rms, warnings", [(1e-15, 1.0, 0), (3e-6, 0.25, 1)])
+def test_an_eps_that_swallows_the_step_is_said_once(capsys, eps, rms, warnings):
+    """AdamW's first step is g / (|g| + eps) of lr; gradients are tiny at video size: log-probs are means."""
+    p = torch.nn.Parameter(torch.zeros(100))
+    p.grad = torch.full((100,), 1e-6)
+    optimizer, said = torch.optim.AdamW([p], 0.1, eps=eps), set()
+    optimizer.step()
+    found = tell.sizes([p], optimizer, p.grad.norm())
+    assert found == pytest.approx({"grad_norm": 1e-5, "grad_rms": 1e-6, "update_rms": rms}, rel=1e-4)
+    assert p.detach().abs().mean() / 0.1 == pytest.approx(rms, rel=1e-4)
+    [tell.warn_of_eps(found, eps, said) for _ in range(2)]
+    assert capsys.readouterr().err.count("below 10 times eps") == warnings
+
+
+@pytest.mark.parametrize("error, words", [
+    (ValueError("a\nb\x1b[2J"), r"a\nb\x1b[2J"), (RuntimeError("first\nsecond"), "first"),
+    (KeyError("x"), "KeyError: 'x' (DEBUG=1 shows where)"), (guard.Failed("\udcff"), r"Failed: \udcff (DEBUG=1 shows where)")])
+def test_errors_in_one_line(error, words):
+    assert ranks.words_of(error) == words
 
 
 def test_a_stream_that_breaks_ends_nothing():
-    class Broken(io.StringIO):
-        def write(self, text):
-            raise OSError(28, "No space left on device")
-    stream = ranks.Steady(Broken())
-    print("x", file=stream, flush=True)
-    closed = io.StringIO()
+    closed, full = io.StringIO(), SimpleNamespace(write=lambda text: os.write(-1, b""), flush=lambda: os.write(-1, b""))
     closed.close()
-    print("x", file=ranks.Steady(closed))
+    for stream in closed, full:
+        print("x", file=ranks.Steady(stream), flush=True)
     assert ranks.Steady(io.StringIO()).write("abc") == 3
