@@ -41,7 +41,7 @@ from evaluation import outside
 from evaluation.ablation import Ablation, ablation
 from evaluation.cases import folders_of, say_what_is_asked, what_is_asked
 from evaluation.compare import Compare, Curves, compare, draw_curves
-from evaluation.generate import Generating, make_videos
+from evaluation.generate import Generating, generate_videos
 from evaluation.report import finish
 from evaluation.retake import Retake, retake
 from evaluation.scores import collect_scores, keep_settings, open_estimator, score_cases
@@ -104,9 +104,9 @@ def evaluate(config):
     # Sources: the clips as the model sees them, and encoded once for all methods of one policy.
     mine = dict(list(asked.clips.items())[rank::ranks])  # this rank's share
     read = partial(read_clip, frames=config.frames, size=(config.height, config.width))
-    policies = {maker.conditions: maker for maker in asked.makers.values()}
-    for maker in policies.values() or [None]:
-        prepare_sources(mine, Path(config.videos), sources, maker, read, config.captions,
+    policies = {model.conditions: model for model in asked.models.values()}
+    for model in policies.values() or [None]:
+        prepare_sources(mine, Path(config.videos), sources, model, read, config.captions,
                         config.blip, config.cameras or estimate, config.fov, device, quiet)
     wait()
 
@@ -114,16 +114,16 @@ def evaluate(config):
     mine = asked.cases[rank::ranks]
     sampling = {"steps": config.steps, "shift": config.shift, "guidance": config.guidance,
                 "seed": config.seed}
-    for method, maker in asked.makers.items():
+    for method, model in asked.models.items():
         videos = {case: asked.files[method][case] for case in mine}
-        make_videos(method, maker, videos, sampling, device, quiet)
+        generate_videos(method, model, videos, sampling, device, quiet)
 
     # Scores: cameras and MEt3R by every rank for its own cases, VBench by the first.
     notes = {}
     for method, videos in asked.files.items():
-        maker = asked.makers.get(method)
+        model = asked.models.get(method)
         notes[method] = score_cases(out / method, {case: videos[case] for case in mine}, sources,
-                                    maker and maker.conditions, estimate, met3r, quiet)
+                                    model and model.conditions, estimate, met3r, quiet)
     wait()
     if rank == 0:
         methods = {}

@@ -135,8 +135,8 @@ def file_digest(path):
 # ---- all of an evaluation ----
 
 @dataclass
-class Maker:
-    """What makes a method's videos here."""
+class Model:
+    """What generates a method's videos here."""
     weights: str        # folder of the published files
     policy: Policy      # which one they are, and what it takes
     sizes: dict         # of those files
@@ -150,7 +150,7 @@ class Asked:
     clips: dict        # clip -> its video below the folder of videos; {} where none is needed
     cases: list        # names <clip>_camera_<n>_speed_<s>
     checkpoints: dict  # method -> file (None: the base), of the policy in --weights
-    makers: dict       # method -> Maker, of those that generate here
+    models: dict       # method -> Model, of those that generate here
     elsewhere: dict    # method -> case -> video, of videos made elsewhere, whatever their cases
     files: dict        # method -> case -> video, of all methods and of the cases
 
@@ -159,7 +159,7 @@ def what_is_asked(config):
     """Settings -> Asked. ValueError, OSError for what cannot be."""
     numbers = listed(config.paths, "paths", path_number)
     speeds = listed(config.speeds, "speeds", float)
-    refuse_what_lacks(config)
+    check_settings(config)
 
     # files: checkpoints, source videos, videos made elsewhere, and what generates here
     out = Path(config.out)
@@ -169,38 +169,38 @@ def what_is_asked(config):
         read_captions(config.captions)
     folders = [Path(name) for name in items(config.generated)]
     elsewhere = {folder.resolve().name: find_generated(folder) for folder in folders}
-    makers = {}
+    models = {}
     if config.weights:
         policy = find_policy(config.weights)
         sizes = weights_sizes(config.weights)  # all there?
         for method, checkpoint in checkpoints.items():
-            makers[method] = Maker(config.weights, policy, sizes, checkpoint, out / "conditions")
+            models[method] = Model(config.weights, policy, sizes, checkpoint, out / "conditions")
     for weights in items(config.baselines):
         policy = find_policy(weights)
         name = policy.name
-        if name in makers:
+        if name in models:
             raise ValueError(f"baselines: expected one {name}, found another in {weights}")
         sizes = weights_sizes(weights)
-        makers[name] = Maker(weights, policy, sizes, None, out / name / "conditions")
+        models[name] = Model(weights, policy, sizes, None, out / name / "conditions")
     at_least_1(config, "height", "width", "steps")
     check_size(config.height, config.width)
-    if len({*makers, *elsewhere}) < len(makers) + len(folders):
+    if len({*models, *elsewhere}) < len(models) + len(folders):
         raise ValueError("generated: expected folders of different names, none "
-                         f"{', '.join(makers)}")
-    refuse_makers(makers, config.cameras, config.estimator)
+                         f"{', '.join(models)}")
+    check_models(models, config.cameras, config.estimator)
 
     # cases: every clip along every path at every speed
     generated = {case for videos in elsewhere.values() for case in videos}
     names = list(clips) or sorted({split_case(case)[0] for case in generated})
     cases = [case_name(clip, number, speed)
              for clip in names for speed in speeds for number in numbers]
-    refuse_cases(cases, items(config.show), elsewhere)
+    check_cases(cases, items(config.show), elsewhere)
     files = {}
-    for method in makers:
+    for method in models:
         files[method] = {case: out / method / "videos" / f"{case}.mp4" for case in cases}
     for method, videos in elsewhere.items():
         files[method] = {case: videos.get(case, Path(method) / f"{case}.mp4") for case in cases}
-    return Asked(clips, cases, checkpoints, makers, elsewhere, files)
+    return Asked(clips, cases, checkpoints, models, elsewhere, files)
 
 
 # ---- what is refused ----
@@ -211,7 +211,7 @@ def check_size(height, width):
         raise ValueError(f"height and width: expected multiples of 16, found {height} x {width}")
 
 
-def refuse_what_lacks(config):
+def check_settings(config):
     """ValueError, OSError for settings without others that they need, and for missing files."""
     if not (config.weights or config.generated):
         raise ValueError("give --weights=FOLDER to generate videos, or --generated=FOLDER to score "
@@ -227,23 +227,23 @@ def refuse_what_lacks(config):
         read_log(log)
 
 
-def refuse_makers(makers, cameras, estimator):
+def check_models(models, cameras, estimator):
     """ValueError where a policy takes no source video, or takes the sources' cameras and nothing
     could tell them: a folder of poses found before, as estimator, has neither those of the sources
     nor focal lengths."""
-    for maker in makers.values():
-        if not maker.policy.source:
-            raise ValueError(f"{maker.weights}: {maker.policy.name} takes no source video")
+    for model in models.values():
+        if not model.policy.source:
+            raise ValueError(f"{model.weights}: {model.policy.name} takes no source video")
     if cameras or estimator in ("vipe", "mapanything"):
         return
     is_model = (Path(estimator) / "model.safetensors").exists()
-    needs = [name for name, maker in makers.items() if "c2w" in maker.policy.parts]
+    needs = [name for name, model in models.items() if "c2w" in model.policy.parts]
     if needs and not is_model:
         raise ValueError(f"cameras: {needs[0]} takes the sources' cameras, which the poses in "
                          f"{estimator} do not tell; give --cameras=FOLDER")
 
 
-def refuse_cases(cases, show, elsewhere):
+def check_cases(cases, show, elsewhere):
     """ValueError for cases whose speed is none, for one to show that is none of them, and for
     {method: {case: video}} without any of them."""
     if odd := [case for case in cases if split_case(case) is None]:
@@ -277,10 +277,10 @@ def folders_of(config, asked):
     sampled = {"steps": config.steps, "shift": config.shift, "guidance": config.guidance,
                "seed": config.seed}
     folders = {out / "sources": shape}
-    for method, maker in asked.makers.items():
-        folders[maker.conditions] = encoded | maker.sizes
-        checkpoint = {"checkpoint": file_digest(maker.checkpoint)}
-        folders[out / method / "videos"] = encoded | maker.sizes | sampled | checkpoint
+    for method, model in asked.models.items():
+        folders[model.conditions] = encoded | model.sizes
+        checkpoint = {"checkpoint": file_digest(model.checkpoint)}
+        folders[out / method / "videos"] = encoded | model.sizes | sampled | checkpoint
     for method in asked.files:
         folders[out / method / "cases"] = {"estimator": config.estimator,
                                            "pipeline": config.vipe_pipeline}

@@ -38,7 +38,7 @@ def compare(config):
         raise ValueError("compare: expected two different results.json, or their folders, or more")
     names = page.distinct(files)
     results = {name: read_results(file) for name, file in zip(names, files)}
-    refuse_what_differs(results)
+    check_comparable(results)
     methods, last, base_of = named_methods(results, dict(zip(names, files)))
     cases = {case for method in methods.values() for case in method["cases"]}
     if unknown := [case for case in items(config.show) if case not in cases]:
@@ -65,7 +65,7 @@ def find_results(path):
     return file
 
 
-def refuse_what_differs(results):
+def check_comparable(results):
     """ValueError where evaluations {name: results} have other estimators, no case in common, or one
     name for cases of different sources or true paths."""
     estimators = {r["settings"]["estimator"] for r in results.values()}

@@ -93,19 +93,19 @@ def rerender(dit, codec, clip, target, name, negative, sampling, device):
     return generate(dit, codec, condition, [name], negative, **sampling)[0].cpu().numpy()
 
 
-def make_videos(method, maker, videos, sampling, device, quiet):
-    """Make those of {case: video} that are not there yet, by a cases.Maker. The noise depends on
+def generate_videos(method, model, videos, sampling, device, quiet):
+    """Make those of {case: video} that are not there yet, by a cases.Model. The noise depends on
     seed and case alone. sampling: generate's steps, shift, guidance and seed."""
     todo = [case for case, video in videos.items() if not video.exists()
-            and (maker.conditions / f"{split_case(case)[0]}.safetensors").exists()]
+            and (model.conditions / f"{split_case(case)[0]}.safetensors").exists()]
     if not todo:
         return
-    dit = load_policy(maker.policy.files, maker.checkpoint, device)
-    codec = load_vae(Path(maker.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
-    negative = load_file(maker.conditions / NEGATIVE)["text"][None]
+    dit = load_policy(model.policy.files, model.checkpoint, device)
+    codec = load_vae(Path(model.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
+    negative = load_file(model.conditions / NEGATIVE)["text"][None]
     for case in tqdm(todo, method, unit="video", disable=quiet):
         name, number, speed = split_case(case)
-        clip = load_clip(maker.conditions / f"{name}.safetensors")
+        clip = load_clip(model.conditions / f"{name}.safetensors")
         target = recammaster(number, 4 * clip.latents.shape[1] - 3, speed)
         video = rerender(dit, codec, clip, target, case, negative, sampling, device)
         write_video(videos[case], video, clip.fps)

@@ -53,28 +53,28 @@ def find_cameras(clip, path, name, mp4, cameras, fov):
     return source_cameras(video, rows, shown, name, told, fov or None, partial(count_frames, path))
 
 
-def prepare_sources(clips, videos, sources, maker, read, captions, blip, cameras, fov, device,
+def prepare_sources(clips, videos, sources, model, read, captions, blip, cameras, fov, device,
                     quiet):
     """Write every clip as the model sees it to the folder `sources` and encoded to the conditions
-    of a cases.Maker (None: nothing is made of it).
+    of a cases.Model (None: nothing is made of it).
 
     clips: clip -> video below the folder `videos`; read: read_clip, told all but the path;
     captions: a csv, empty: BLIP-2's; cameras, fov: see find_cameras. What is wrong with a clip is
     written as <clip>.failed, in its place; what is there already is not made again.
     """
-    conditions = maker.conditions if maker else sources
-    if maker and callable(cameras) and "c2w" not in maker.policy.parts:
+    conditions = model.conditions if model else sources
+    if model and callable(cameras) and "c2w" not in model.policy.parts:
         cameras = None  # not worth estimating
 
     def is_done(clip):
         seen = all((sources / f"{clip}{end}").exists() for end in (".mp4", ".digest"))
-        return seen and (not maker or (conditions / f"{clip}.safetensors").exists())
+        return seen and (not model or (conditions / f"{clip}.safetensors").exists())
 
     todo = {clip: name for clip, name in clips.items() if not is_done(clip)}
     texts = read_captions(captions) if captions else {}
     given = {clip: find_caption(name, texts) for clip, name in todo.items()}
-    if maker and (todo or not (conditions / NEGATIVE).exists()):
-        encoders = open_encoders(maker.weights, device)
+    if model and (todo or not (conditions / NEGATIVE).exists()):
+        encoders = open_encoders(model.weights, device)
         dtype = encoders[0].conv1.weight.dtype
         if todo and not captions:  # refused now, where there is none
             load_captioner(blip, str(device), dtype)
@@ -88,7 +88,7 @@ def prepare_sources(clips, videos, sources, maker, read, captions, blip, cameras
             if not mp4.exists():
                 write_video(mp4, video, fps)
             write_file(mp4.with_suffix(".digest"), case_digest(video).encode())
-            if maker:
+            if model:
                 caption = given[clip]
                 if caption is None and captions:
                     raise ValueError(f"no caption in {captions}")
@@ -102,8 +102,8 @@ def prepare_sources(clips, videos, sources, maker, read, captions, blip, cameras
         except (ValueError, FileNotFoundError) as error:
             write_file(failed, str(error).encode())
             tqdm.write(printable(f"{clip}: {error}"))
-    if maker and not (conditions / NEGATIVE).exists():
+    if model and not (conditions / NEGATIVE).exists():
         unwanted = encoders[1].embed([NEGATIVE_PROMPT])[0].bfloat16().cpu()
         write_file(conditions / NEGATIVE, save({"text": unwanted}))
-    if todo and maker and not captions:
+    if todo and model and not captions:
         load_captioner.cache_clear()  # makes room

@@ -46,7 +46,7 @@ def evaluate_toy(config):
     """Tables 1 and 2 in miniature; writes what evaluate.py's top says, and prints three lines."""
     started = time.time()
     speeds = listed(config.speeds, "speeds", float)
-    refuse_what_cannot_be(config, speeds)
+    check_settings(config, speeds)
     out = Path(config.out)
     checkpoints = find_checkpoints(config.ckpt)
     file = Path(config.weights) / "toy_base.safetensors"
@@ -67,8 +67,8 @@ def evaluate_toy(config):
             # a room is ten rows, one for each path
             rows = slice(10 * k, 10 * k + 10)
             cases = [case_name(f"room{k}", number, speed) for number in range(1, 11)]
-            sought = scene[rows]
-            save_what_is_sought(out, cases, sought, truth[rows])
+            scenes = scene[rows]
+            save_truth(out, cases, scenes, truth[rows])
             for method, dit in dits.items():
                 folder = out / method
                 if not all((folder / "cases" / f"{case}.json").exists() for case in cases):
@@ -78,19 +78,19 @@ def evaluate_toy(config):
                                       tail=config.tail or None)
                     if config.estimator == "judge":
                         seen = torch.stack([to_float(video) for video in videos])
-                        poses = judge(seen, room[rows], sought.c2w, codec)[0]
+                        poses = judge(seen, room[rows], scenes.c2w, codec)[0]
                     else:
                         poses = estimator(videos)
-                    save_scores(folder, cases, videos, poses, sought, truth[rows])
+                    save_scores(folder, cases, videos, poses, scenes, truth[rows])
                 for i, case in enumerate(cases):
                     scores = read_json(folder / "cases" / f"{case}.json")
-                    scores["digest"] = case_digest(sought.source[i], sought.c2w[i],
+                    scores["digest"] = case_digest(scenes.source[i], scenes.c2w[i],
                                                    truth[rows][i])
                     methods[method]["cases"][case] = scores
     finish(out, config, methods, checkpoints, started, "toy")
 
 
-def refuse_what_cannot_be(config, speeds):
+def check_settings(config, speeds):
     """ValueError, OSError for settings that cannot be."""
     at_least_1(config, "rooms", "steps")
     at_most(config, rooms=1 << 12, steps=1 << 12)
@@ -113,7 +113,7 @@ def enlarged(video):
     return upscale(video.numpy(), max(1, 240 // video.shape[1]))
 
 
-def save_what_is_sought(out, cases, scene, truth):
+def save_truth(out, cases, scene, truth):
     """The source video of one room's cases, and the path and the true view (uint8) of each."""
     write_video(out / "sources" / f"{split_case(cases[0])[0]}.mp4", enlarged(scene.source[0]), FPS)
     for case, c2w, video in zip(cases, scene.c2w, truth):
