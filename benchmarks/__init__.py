@@ -4,6 +4,8 @@
     bench      `python -m benchmarks.bench COMMAND`: measurements, a table each
     gradients  how small gradients are, so what eps must be
     official   ReDirector's own network, timed by bench inside its checkout
+    learning   whether it learns: recipes, KL and updates in the toy
+    steps      which of the sampler's steps carry signal, for any config
 
 The figures are in README.md here. The method does not need this folder.
 """

@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench, plan
+from benchmarks import bench, plan, steps
 
 TINY = dict(dim=128, layers=1, ffn=128, frames=5, height=16, width=16, dtype="float32")
 
@@ -68,3 +68,13 @@ def test_card_writes_a_table_and_what_plan_reads(has_card, tmp_path, monkeypatch
     assert ("a card" in table) == has_card and ("ours, flash_attention" in table) == has_card
     for row in report["tables"]["memory of one condition"]:  # plan's estimate, by its own functions
         assert row["plan / tensors"] == pytest.approx(row["plan MB"] / 1e3 if has_card else 1, abs=0.1), row
+
+
+def test_the_cosine_of_halves_is_that_of_the_mean_over_all_halves():
+    """For gradients of one length; alike it is 1, at right angles 0."""
+    assert steps.cosine_of_halves(torch.ones(6, 5)) == pytest.approx(1)
+    assert steps.cosine_of_halves(torch.eye(6)) == pytest.approx(0)
+    g = torch.randn(8, 20000, generator=torch.Generator().manual_seed(0)) + 0.5
+    halves = [torch.randperm(8, generator=torch.Generator().manual_seed(i)) for i in range(50)]
+    cosines = [torch.cosine_similarity(g[h[:4]].mean(0), g[h[4:]].mean(0), 0) for h in halves]
+    assert steps.cosine_of_halves(g) == pytest.approx(float(torch.stack(cosines).mean()), abs=2e-3)

@@ -1,0 +1,93 @@
+"""Which steps are worth training on? `python -m benchmarks.steps CONFIG`, before a run.
+
+For a window at each of some steps, one iteration's gradient is taken apart by conditions. If two
+halves of the conditions point the same way the step carries signal, if not it is noise that a run
+pays for. Nothing is trained. The cosine of two halves is computed for all halves at once, from the
+gradients' products: with s the mean product of two conditions', n the mean square of one, and h
+conditions in a half, it is s / (n / h + s (h - 1) / h), up to chance about 0 where there is no signal.
+"""
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import train
+from data.captions import open_captions
+from data.video import decode
+from data.world import clip_numbers, open_clips
+from evaluation.generate import prepare
+from grpo import advantages, policy_loss
+from model import trainable
+from plumbing.settings import run_command
+from sampler import rollout, schedule
+from toy.world import open_toy
+
+
+@dataclass
+class Steps(train.Config):
+    """train.py's settings, of which size, tail, tau, conditions and members matter here; and:"""
+    FILE = "config/toy.py"
+    at: tuple = (0, 1, 2, 4, 6, 8, 10)  # first steps of the windows to look at
+    draws: int = 3                     # sets of conditions
+
+
+def condition_gradients(dit, sampled, A):
+    """Gradients of Eq. 7, a row for each condition, on the CPU: (C, trained parameters)."""
+    rows = []
+    for j in range(len(A)):
+        dit.zero_grad(set_to_none=True)
+        for k in range(len(sampled.x)):
+            loss, _ = policy_loss(dit, sampled, k, A, total=A[j].numel(), conditions=slice(j, j + 1))
+            loss.backward()
+        rows.append(torch.cat([p.grad.flatten() for p in trainable(dit)]).cpu())
+    return torch.stack(rows)
+
+
+def cosine_of_halves(g):
+    """Expected cosine of the gradients of two halves of the conditions; g (C, parameters)."""
+    products = (g @ g.T).double()
+    count = len(g)
+    n = float(products.diagonal().mean())
+    s = float(products.sum() - products.diagonal().sum()) / (count * (count - 1))
+    half = count // 2
+    return s / (n / half + s * (half - 1) / half)
+
+
+def steps(config):
+    """Print cosines of all steps asked for, draw by draw."""
+    config.check(1)
+    device = torch.device("cuda" if torch.cuda.is_available() and config.world != "toy" else "cpu")
+    open_world = {"toy": open_toy, "clips": open_clips, "captions": open_captions}[config.world]
+    world = open_world(config, device)
+    world.dit.checkpoint = config.checkpointing
+    for p in trainable(world.dit):
+        p.data = p.data.float()
+    ids = range(config.conditions)
+    windows = [tuple(range(int(k), int(k) + config.size)) for k in config.at]
+    found = {window: [] for window in windows}
+    levels = schedule(config.steps, config.shift)
+    print(f"{'steps':<10} {'t':>6} {'spread of rewards in a group':<40} cosine of halves, by draw")
+    for window in windows:
+        spreads = []
+        for draw in range(config.draws):
+            rngs = [np.random.default_rng((config.seed, draw, j)) for j in ids]
+            numbers = clip_numbers(draw, config.conditions, world.size, config.seed)
+            condition, scene = world.draw(numbers, rngs)
+            prepared, negative = prepare(world.dit, condition, world.negative, config.guidance)
+            sampled = rollout(world.dit, prepared, config.members, window, iteration=draw, condition_ids=ids,
+                              negative=negative, **config.sampling(world.shape, device))
+            videos = decode(world.codec, sampled.latents.flatten(0, 1), config.reward_batch)
+            scores, _ = train.score(world, videos, scene, config, draw, set())
+            A = advantages(scores, world.reward_weights, normalise=config.normalise)
+            found[window].append(cosine_of_halves(condition_gradients(world.dit, sampled, A)))
+            spreads.append({name: float(x.std(1).mean()) for name, x in scores.items()})
+        spread = "  ".join(f"{name} {np.mean([one[name] for one in spreads]):.4f}"
+                           for name in list(spreads[0])[:2])
+        cosines = "  ".join(f"{x:+.2f}" for x in found[window])
+        print(f"{str(window):<10} {float(levels[window[0]]):>6.3f} {spread:<40} {cosines}   mean "
+              f"{np.mean(found[window]):+.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    run_command("benchmarks.steps", __doc__, {"steps": (Steps, steps, None)}, sys.argv[1:])
