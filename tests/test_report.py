@@ -260,13 +260,14 @@ def test_best_median_and_worst_are_of_all_speeds():
     assert list(report.extremes(b, b).values())[0] == case_name("b", 5, 1.0)
 
 
-def test_facts_of_a_run():
+def test_facts_of_a_run(monkeypatch):
     @dataclasses.dataclass
     class Settings:
         seed: int = 0
         rooms: int = 8
 
-    found = report.facts(Settings(rooms=2), time.time() - 61)
+    monkeypatch.setattr(time, "time", lambda: 161.0)
+    found = report.facts(Settings(rooms=2), 100.0)
     assert found["settings that differ from the default"] == "rooms = 2" and found["seed"] == "0"
     assert found["wall time"] == "61 s (of this call)" and {"date", "commit", "device"} <= set(found)
 
