@@ -76,7 +76,7 @@ def condition_of(dit, clips, target, device):
 
 
 def open_clips(config, device):
-    """train.World of prepared clips; target paths are drawn from a folder and rescaled (paper Sec. 3.4)."""
+    """World of prepared clips; target paths are drawn from a folder and rescaled (paper Sec. 3.4)."""
     policy = find_policy(config.weights)
     if not policy.source:
         raise ValueError(f"{config.weights}: {policy.name} takes no source video: expected world = captions")
