@@ -176,8 +176,9 @@ def wrong(folder, args=(FOREVER, SELDOM), options=dict, reward="", after=0, do=N
     took, left = time.monotonic() - begun, len(run.workers())
     words = next(filter(None, map(run.said, says)), "")
     wanted = run.logged() if saved is None else saved
-    ok = [set(found) <= set(codes), saved == () or run.newest() == wanted, saved is not None or wanted >= after, took < seconds,
-          not left, words or not says, also(run), "restarts" in options or not run.said("Traceback")]
+    ok = [set(found) <= set(codes), saved == () or run.newest() == wanted, took < seconds, not left,
+          saved is not None or wanted >= after, words or not says, also(run),
+          "restarts" in options or not run.said("Traceback")]
     return (f"exit codes {found} after {took:.1f} s, {run.newest()} of {run.logged()} iterations saved, {left} "
             f"processes left; {words.replace(f'{folder}/', '')[:60]}", all(ok))
 

@@ -176,7 +176,7 @@ LENGTH = "from data.video import read_video\nwrite(0.5, len(read_video(folder + 
     (LENGTH, {"Dyn-MEt3R": 0.5, "MEt3R": 9}, None),
     ("write(None, 0.3)", {"MEt3R": 0.3}, "failed: Dyn-MEt3R (its results.txt has none)"),
     ("write(0.8, 'nan')", {"Dyn-MEt3R": 0.8}, "failed: MEt3R (its results.txt has none)"),
-    ("import featup_of_another_environment", {}, "not installed: MEt3R (ModuleNotFoundError: No module named"),
+    ("import featup_of_another_environment", {}, "not installed: MEt3R (ModuleNotFoundError: "),
     ("raise RuntimeError('CUDA')", {}, "failed: MEt3R (exit code 1: RuntimeError: CUDA)"),
     ("", {}, "failed: MEt3R (exit code 0: no output)"), (None, {}, "not installed: MEt3R ("),
     ("open(folder + '/results.txt', 'wb').write(b'\\xff\\xfe')", {}, "failed: MEt3R"),

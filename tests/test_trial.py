@@ -60,7 +60,8 @@ def test_statistics_of_a_reward_by_hand():
 
 @pytest.mark.parametrize("body, n, batch, asked, own, trans", [
     ("return scene.cameras.c2w[:, -1, 0, 3]", 4, 3, [3, 1], [0, 4, 8, 12], True),
-    ("c2w, lens = scene[[1, 0]].cameras; c2w.zero_(); return lens[:, 0].float()", 2, None, [2], [1.5, 0.5], True),
+    ("c2w, lens = scene[[1, 0]].cameras; c2w.zero_(); return lens[:, 0].float()", 2, None, [2],
+     [1.5, 0.5], True),
     ("return videos.float().mean((1, 2, 3, 4))", 2, None, [], [0, 1], False)])
 def test_cameras_are_estimated_once_for_all_who_ask(tmp_path, body, n, batch, asked, own, trans):
     """Once a micro-batch, relative to the first frame, which stands at 7; rows of a scene have rows of
@@ -112,8 +113,9 @@ def test_try_in_the_toy(tmp_path, capsys, body, words):
 
 
 @pytest.mark.parametrize("argv, why", [
-    ((), "expected a reward"), (("none.py:f",), "none.py: no such file"), (("brightness",), "expected name=weight"),
-    (("exposure", "--batches=0"), "batches"), (("exposure", "--conditons=2"), "did you mean conditions")])
+    ((), "expected a reward"), (("none.py:f",), "none.py: no such file"),
+    (("brightness",), "expected name=weight"), (("exposure", "--batches=0"), "batches"),
+    (("exposure", "--conditons=2"), "did you mean conditions")])
 def test_trials_that_cannot_be(argv, why):
     with pytest.raises((ValueError, OSError), match=why):
         run(*argv)

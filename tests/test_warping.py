@@ -7,9 +7,9 @@ import pytest
 from scenes import clip, walk
 from scipy.spatial.transform import Rotation
 
-import evaluate
 import trajectories
 from data.video import read_video, write_video
+from evaluation.cases import find_generated
 from evaluation.scores import save_poses
 from evaluation.warping import Warp, fit_target_pose, target_pose, warp
 
@@ -79,7 +79,7 @@ def sent(config):
 
 
 def test_cognvs_there_and_back(config, tmp_path):
-    """49 frames there, the last repeated; what comes back is cut and resized, and enters the tables."""
+    """49 frames there, the last repeated; what comes back is cut and resized, and found by evaluate."""
     cases = sent(config)["cases"]
     video = read_video(tmp_path / "W/inputs/a.mp4")[0]
     assert len(video) == 49 and np.abs(video[12:].astype(int) - video[12]).max() < 3
@@ -93,14 +93,10 @@ def test_cognvs_there_and_back(config, tmp_path):
     assert not (tmp_path / "W/commands.sh").exists() and len(cases) == 4
     for case in list(cases)[:3]:
         write_video(tmp_path / f"R/{case}.mp4", clip(49, 60, 90), 8)
-        save_poses(tmp_path / f"poses/CogNVS/{case}.npz", trajectories.recammaster(5, 13))
     assert warp(dataclasses.replace(config, back=str(tmp_path / "R"))) == ["b_camera_9_speed_1"]
     back, fps = read_video(tmp_path / "W/CogNVS/a_camera_5_speed_1.mp4")
     assert back.shape == (13, 48, 64, 3) and fps == 24
-    evaluate.evaluate(evaluate.Evaluate(generated=f"{config.out}/CogNVS", estimator=str(tmp_path / "poses"),
-                                        paths="5,9", out=str(tmp_path / "T"), vbench=str(tmp_path / "none")))
-    made = json.loads((tmp_path / "T/results.json").read_text())["methods"]["CogNVS"]["cases"]
-    assert sum("failed" not in scores for scores in made.values()) == 3
+    assert set(find_generated(f"{config.out}/CogNVS")) == set(cases) - {"b_camera_9_speed_1"}
 
 
 def test_trajectorycrafter_there_and_back(config, sources, tmp_path):
@@ -109,8 +105,8 @@ def test_trajectorycrafter_there_and_back(config, sources, tmp_path):
     refused = sent(config)["refused"]
     lines = (tmp_path / "W/commands.sh").read_text().splitlines()
     assert len(lines) + len(refused) == 8 and len(read_video(tmp_path / "W/inputs/a.mp4")[0]) == 13
-    words = ("--video_length 13", "--mode gradual --mask --stride 1", "--exp_name a_camera_5_speed_1 --camera target",
-             "inputs/a.mp4")
+    words = ("--video_length 13", "--mode gradual --mask --stride 1", "inputs/a.mp4",
+             "--exp_name a_camera_5_speed_1 --camera target")
     assert all(word in lines[0] for word in words)
     back = dataclasses.replace(config, back=str(tmp_path / "R"))
     for frames in (13, 9):
@@ -132,8 +128,8 @@ def test_trajectorycrafter_there_and_back(config, sources, tmp_path):
 @pytest.mark.parametrize("changes, why", [
     (dict(method="Crafter"), "method: expected TrajectoryCrafter or CogNVS"),
     (dict(evaluation=""), "--evaluation=FOLDER is needed"), (dict(cameras=""), "no source cameras there"),
-    (dict(cameras="{}/cameras/none"), "no camera file"), (dict(paths="11"), "paths"), (dict(evaluation="{}"), "sources"),
-    (dict(speeds="1,-1"), "speeds: expected numbers such as"), (dict(speeds="nan"), "found nan"),
+    (dict(cameras="{}/cameras/none"), "no camera file"), (dict(paths="11"), "paths"),
+    (dict(evaluation="{}"), "sources"), (dict(speeds="1,-1"), "speeds: expected numbers such as"), (dict(speeds="nan"), "found nan"),
     (dict(back="{}/none"), "cases.json"), (dict(evaluation="{}/X"), "53 frames, CogNVS makes 49 at most")])
 def test_bad_input(config, sources, changes, why):
     changes = {key: x.format(sources) for key, x in changes.items()}
