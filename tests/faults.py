@@ -58,7 +58,7 @@ class Run:
         STARTED.extend(self.processes)
         return self
 
-    def until(self, ready, seconds=120):
+    def until(self, ready, seconds=300):
         end = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > end or self.processes[0].poll() is not None:
