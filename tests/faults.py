@@ -205,7 +205,7 @@ def bad_disk(folder, mount, spoil, mend, instead, says):
                 code == [1] and any(word in error for word in says) and kept and on)
     finally:
         if mounted:
-            subprocess.run(["umount", run.out])
+            subprocess.run(["umount", "-l", run.out])
 
 
 # ---- what befalls a run ----
