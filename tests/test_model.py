@@ -76,28 +76,22 @@ def assert_close(a, b, tolerance):
 # ---- recorded numbers ----
 
 @EACH
-@pytest.mark.parametrize("t", ["1000", "517", "37.5"])
-def test_recorded_velocity(policy, t):
-    """The official networks' output, and at t = 517 every block's and attention's."""
+def test_recorded_velocities_and_sample(policy):
+    """Every block's and attention's at t = 517; six Euler steps at shift 5 and guidance 5."""
     dit, (x, _, condition), seen = load_dit(WEIGHTS[policy], num_heads=2), recorded(policy), {}
+    negative = dataclasses.replace(condition, text=IO[policy]["negative_context"])
     for name, module in dit.named_modules():
         if (key := "hidden_block" + name.removeprefix("blocks.")) in IO[policy]:
             module.register_forward_hook(lambda module, inputs, out, key=key: seen.update({key: out}))
     with torch.no_grad():
-        assert_close(dit(x, torch.tensor(float(t) / 1000), condition), IO[policy][f"velocity_t{t}"], 1e-5)
-    assert len(seen) == 6
-    for key, value in seen.items() if t == "517" else ():
-        assert_close(value, IO[policy][key], 1e-5)
-
-
-@EACH
-def test_recorded_sample(policy):
-    """Six Euler steps at shift 5 and guidance 5, by the sampler's own steps."""
-    dit, (x, _, condition) = load_dit(WEIGHTS[policy], num_heads=2), recorded(policy)
-    negative = dataclasses.replace(condition, text=IO[policy]["negative_context"])
-    sigmas = schedule(6, 5.0)
-    with torch.no_grad():
+        for t in ("1000", "37.5", "517"):
+            v = dit(x, torch.tensor(float(t) / 1000), condition)
+            assert_close(v, IO[policy][f"velocity_t{t}"], 1e-5)
+        assert len(seen) == 6
+        for key, value in seen.items():
+            assert_close(value, IO[policy][key], 1e-5)
         condition, negative = dit.prepare(condition), dit.prepare(negative)
+        sigmas = schedule(6, 5.0)
         for t, t_next in zip(sigmas, sigmas[1:]):
             x = ode_step(x, velocity(dit, x, t, condition, negative, 5.0), t, t_next)
     assert_close(x, IO[policy]["euler6_cfg5"], 1e-4)
@@ -107,7 +101,7 @@ def test_recorded_sample(policy):
 
 def plain(dit, x, t, c, dtype):
     """Velocity of one row, all in `dtype` but RMSNorm (at least float32) and rotations (complex128)."""
-    s = {key: value.to(dtype) for key, value in dit.state_dict().items()}
+    s = {key: value.to(dtype) for key, value in dit.named_parameters()}
     x, c, cfg = x.to(dtype), c.to(dtype), dit.config
     heads, d = cfg.num_heads, cfg.dim // cfg.num_heads
     third = 2 * (d // 6)
@@ -192,12 +186,20 @@ def plain(dit, x, t, c, dtype):
 @pytest.mark.parametrize("changes", [{}, RECAM, {"roce": False}, T2V | {"image_dim": 24},
                                      {"image_dim": None, "dim": 64, "num_heads": 1}])
 def test_equals_the_equations_in_float64(monkeypatch, changes):
+    """So do the gradients of all that trains, with gradient checkpointing too."""
     dit = random_dit(**changes).double()
+    names = [name for name, _ in dit.named_parameters() if model.trains(name)]
     x, t, condition = random_inputs(dit, 1, dtype=torch.float64)
-    with torch.no_grad():
-        expected = plain(dit, x, t, condition, torch.float64)
+    expected = plain(dit, x, t, condition, torch.float64)
+    exact = torch.autograd.grad(expected.square().sum(), model.trainable(dit))
+    for dit.checkpoint in (False, True):
         assert_close(dit(x, t, condition), expected, 1e-11)
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # rotations in real numbers
+        found = gradients(dit, x, t, condition)
+        for name, g in zip(names, exact, strict=True):
+            assert g.any()
+            assert_close(found[name], g, 1e-9 * (1 + g.abs().max()))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # rotations in real numbers
+    with torch.no_grad():
         assert_close(dit(x, t, condition), expected, 1e-11)
 
 
@@ -274,26 +276,6 @@ def test_published_keys_and_shapes(changes, fingerprint):
     keys = [text for key, shape in shapes.items() for text in (f"{key}:{'_'.join(map(str, shape))}", key)]
     assert hashlib.md5(",".join(sorted(keys)).encode()).hexdigest() == fingerprint
     assert model.config_from(shapes) == config
-
-
-@BOTH
-def test_gradients_are_finite_differences(changes):
-    """Along a random direction in all that trains; recomputed ones are the same."""
-    dit = random_dit(**changes).double()
-    parameters = model.trainable(dit)
-    x, t, condition = random_inputs(dit, 2, dtype=torch.float64)
-    grads, moves = gradients(dit, x, t, condition), [torch.randn_like(p) for p in parameters]
-    assert len(grads) == len(parameters) and all(g.any() for g in grads.values())
-    dit.checkpoint = True
-    for name, g in gradients(dit, x, t, condition).items():
-        assert_close(g, grads[name], 1e-12 * (1 + g.abs().max()))
-    losses = []
-    for size in (1e-6, -2e-6):
-        with torch.no_grad():
-            torch._foreach_add_(parameters, moves, alpha=size)
-            losses.append(dit(x, t, condition).square().sum())
-    expected = sum((g * move).sum() for g, move in zip(grads.values(), moves))
-    assert float((losses[0] - losses[1]) / 2e-6) == pytest.approx(float(expected), 1e-4)
 
 
 @EACH
@@ -412,16 +394,12 @@ X = torch.zeros(2, 16, 3, 4, 6)
     (DIRECTOR, dict(x=X[:, :, :2]), "expected (16, 3, 4, 6)"),
     (DIRECTOR, dict(text=C.text[..., :9]), "text is (2, 7, 9), expected (2, any, 40)"),
     (DIRECTOR, dict(image=C.image[:1]), "condition.image is (1, 5, 24), expected (2, any, 24)"),
-    (DIRECTOR, dict(source=C.source[0]), "condition.source is"),
     (DIRECTOR, dict(source=C.source[:, :, :2]), "condition.camera is"),
     (DIRECTOR, dict(camera=None), "condition.camera: this model needs it"),
-    (DIRECTOR, dict(source_camera=C.camera[:, :, :2]), "condition.source_camera is"),
     (DIRECTOR, dict(source=None), "condition.source_camera: this model takes none"),
     (DIRECTOR, dict(source=None, source_camera=None, camera=C.camera[..., 8:, :]), "no multiple of 16"),
     (MASTER, dict(camera=M.camera[:, :2]), "camera is (2, 2, 12), expected (2, 3, 12)"),
-    (MASTER, dict(source=None), "condition.source: this model needs it"),
     (MASTER, dict(source=M.source[..., :5]), "no multiple of 2"),
-    (MASTER, dict(image=C.image), "condition.image: this model takes none"),
     (PLAIN, dict(camera=None), "condition.source: this model takes none")])
 def test_wrong_input_is_refused(dit, changes, message):
     given = {"x": X, "t": torch.tensor(0.5)} | changes

@@ -144,21 +144,13 @@ def test_videoalign_agrees_with_the_official_code(layout):
 
 @golden_vlm
 def test_videoalign_other_recorded_runs():
-    """8 frames of the first video are what 4 frames a second give; tables of frames and sizes."""
+    """8 frames of the first video are what 4 frames a second give."""
     facts, tensors = golden("videoreward")
     for name, i, options in (("num_frames_8", 0, {"rate": 4.0}), ("fps_4", 1, {"rate": 4.0}),
                              ("max_pixels_100352", 2, {"most": 100352})):
         case = facts["cases"][i]
         clip = reward_models.videoalign_frames(golden_video(i), case["mp4_fps"], **options)
         close(videoalign().read([clip], [case["prompt"]])[..., 0], tensors[f"extra.{name}.logits"])
-    for row in facts["frame_sampling_table"]:
-        n = row["total_frames"]
-        if row["ele"] == {"fps": 2.0} and n > 1:
-            count = reward_models.frame_count(n, row["video_fps"], 2.0)
-            assert reward_models.spread(count, n).tolist() == row["indices"]
-    for table, least in ((facts["video_smart_resize_table"], VIDEO_LEAST),
-                         (golden("hpsv3")[0]["image_smart_resize_table"], MOST)):
-        assert all(list(smart_size(*row["hw"], least, MOST)) == row["resized"] for row in table)
 
 
 @golden_vlm
@@ -255,22 +247,20 @@ def config(**changes):
 
 CONFIG, STEP = "VideoReward/model_config.json", "VideoReward/checkpoint-1"
 HEAD, MAP = "HPSv3/HPSv3.safetensors", "map-anything/model.safetensors"
+QWEN = "Qwen2-VL-2B-Instruct/tokenizer.json"
 
 
 @pytest.mark.parametrize("name, change, message", [
-    *((file, None, f"{file}: not found") for file in (MAP, CONFIG, HEAD)),
-    ("Qwen2-VL-2B-Instruct/tokenizer.json", None, "tokenizer.json: not found"),
+    *((file, None, f"{file}: not found") for file in (MAP, CONFIG, HEAD, QWEN)),
     (STEP, None, "VideoReward/checkpoint-<step>: not found"),
     (f"{STEP}/model.pth", None, f"{STEP}/adapter_model.safetensors: not found"),
     (f"{STEP}/model.pth", lambda file: file.read_bytes()[:9999], f"{STEP}/model.pth: truncated"),
-    (CONFIG, lambda _: b"{", "JSONDecodeError"), (CONFIG, lambda _: b"{}", "data_config"),
+    (CONFIG, lambda _: b"{", "JSONDecodeError"),
     (CONFIG, config(data_config={"num_frames": 8}), "found ('detailed_special', 8"),
     (CONFIG, config(data_config={"sample_type": "multi_pts"}), "sample_type to be"),
     (CONFIG, config(peft_lora_config={"use_rslora": True}), "True, 'uniform'"),
     (CONFIG, config(peft_lora_config={"lora_r": None}), "not VideoAlign's (TypeError"),
     (HEAD, rewritten(lambda key: not key.startswith("rm_head") and key), "found 0 head layers"),
-    (HEAD, rewritten(lambda key: key.startswith("rm_head") and key), "0 embeddings"),
-    (HEAD, rewritten(lambda key: key.replace("self_attn", "attention")), "layers.0.attention"),
     (HEAD, rewritten(lambda key: "layers.1." not in key and key), "missing language_model.layers.1"),
     (MAP, lambda _: save({"weight": torch.zeros(1)}), "no MapAnything checkpoint")])
 def test_files_that_are_missing_or_foreign(weights, stand_in, tmp_path, name, change, message):
@@ -283,11 +273,6 @@ def test_files_that_are_missing_or_foreign(weights, stand_in, tmp_path, name, ch
     reward = {"m": "trans=1", "H": "hpsv3=1"}.get(name[0], "vq=1")
     error = ValueError if change else FileNotFoundError
     refused(lambda: rewards.load(reward, tmp_path / "W"), message, error=error)
-
-
-def test_mapanything_not_installed(weights, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mapanything", None)
-    refused(lambda: rewards.load("trans=1", weights), "pip install git")
 
 
 # ---- MapAnything, with its real package (python -m pytest in an environment that has it) ----

@@ -24,15 +24,12 @@ def geometry_of(pred, target, **options):
 
 
 def test_no_error_costs_nothing_in_any_world_frame_but_half_the_size_does():
-    target, world = camera_path(), camera_path(2, 3.0, 1.0)[:, 1:]
-    for pred, atol in ((target.clone(), 0), (world @ target, 1e-7)):
-        scores = geometry_of(pred, target)
-        assert scores["trans"].abs() <= atol and scores["rot"].abs() <= atol
-    pred = camera_path(step=0.05)
-    expected = -(torch.arange(9) / 36 * 0.05 * torch.arange(9)).sum()  # 0.05 m a frame is missing
-    scores = geometry_of(pred, target)
-    close(scores["trans"], expected[None], rtol=1e-6, atol=0)
-    assert scores["rot"] == 0
+    missing = (torch.arange(9) / 36 * 0.05 * torch.arange(9)).sum().item()  # of 0.05 m a frame
+    moved = camera_path(2, 3.0, 1.0)[:, 1:] @ camera_path()
+    for pred, trans in ((camera_path(), 0), (moved, 0), (camera_path(step=0.05), -missing)):
+        scores = geometry_of(pred, camera_path())
+        close(scores["trans"], torch.tensor([trans]), rtol=1e-6, atol=1e-7, check_dtype=False)
+        assert scores["rot"].abs() <= 1e-7
 
 
 def test_late_drift_costs_more_than_early():
@@ -112,26 +109,19 @@ def test_blur_and_grain_both_lose_sharpness():
 
 # ---- scoring ----
 
-def test_micro_batches_agree_with_one_batch():
+@pytest.mark.parametrize("step", [None, 1, 2, 4])
+def test_micro_batches_agree_and_a_failing_video_costs_one_member(step):
     video, s = scene(5)
-    spec = {"sharpness": 1, "flicker": 0.5, "exposure": 0, "colour": 2}
-    loaded, weights = rewards.load(",".join(f"{name}={weight}" for name, weight in spec.items()))
-    assert weights == spec
+    loaded, weights = rewards.load("sharpness=1,flicker=0.5,exposure=0,colour=2")
+    assert weights == {"sharpness": 1, "flicker": 0.5, "exposure": 0, "colour": 2}
     whole, _ = rewards.score(loaded, video.roll(1, 0), s)
-    for step in (1, 2, 3):
-        parts, failures = rewards.score(loaded, video.roll(1, 0), s, micro_batch=step)
-        assert not any(failures.values())
-        for name in weights:
-            close(parts[name], whole[name], rtol=1e-6, atol=1e-7)
+    parts, failures = rewards.score(loaded, video.roll(1, 0), s, micro_batch=step)
+    for name in weights:
+        close(parts[name], whole[name], rtol=1e-6, atol=1e-7)
+        assert not failures[name]
     twice = s[[0, 0, 2]]
     assert twice.prompt == ["clip 0", "clip 0", "clip 2"] and s[1:3].prompt == ["clip 1", "clip 2"]
     assert torch.equal(twice.source, video[[0, 0, 2]]) and twice.source_c2w is None
-    assert twice.fps.tolist() == [16.0] * 3
-
-
-@pytest.mark.parametrize("step", [None, 1, 2, 4])
-def test_one_failing_video_costs_one_member(step):
-    video, s = scene(5)
     video[3] = 0
 
     def picky(videos, condition):
@@ -156,15 +146,19 @@ def own(tmp_path, code, spec="f=1"):
     return rewards.load(f"{file}:{spec}")
 
 
-def test_a_reward_of_ones_own(tmp_path):
+def test_a_reward_of_ones_own_which_draws_with_the_same_luck(tmp_path):
     code = ("def f(videos, scene):\n    return videos.float().mean((1, 2, 3, 4))\n"
-            "def g(videos, scene):\n    return {'g': videos.float().mean((1, 2, 3, 4))}\n")
+            "def g(videos, scene):\n    return {'g': torch.rand(len(videos)) + random.random() + "
+            "np.random.rand()}\n")
     loaded, weights = own(tmp_path, code, f"f=0.5, {tmp_path}/own.txt:g=2, exposure=1")
     assert weights == {"exposure": 1, "f": 0.5, "g": 2}
-    video, s = scene(3)
-    scores, _ = rewards.score(loaded, video, s)
-    assert torch.equal(scores["f"], video.float().mean((1, 2, 3, 4)))
-    assert torch.equal(scores["f"], scores["g"]) and set(scores) == set(weights)
+    (video, s), draws = scene(3), []
+    for key in ((0, 1), (0, 1), (0, 2), (1, 1)):
+        guard.seed_everything(*key)
+        scores, _ = rewards.score(loaded, video, s)
+        assert torch.equal(scores["f"], video.float().mean((1, 2, 3, 4)))
+        draws.append(scores["g"].tolist())
+    assert draws[0] == draws[1] and draws[0] != draws[2] and draws[0] != draws[3]
 
 
 CHANGED = "changed its videos or scene in place"
@@ -174,13 +168,10 @@ CHANGED = "changed its videos or scene in place"
     ("return {'other': torch.zeros(2)}", "expected a tensor, or tensors named"),
     ("return {1: 2, 'x': 3}", r"found \['1', 'x'\]"), ("return {'f': 1.0}", "found float"),
     ("return {'f': torch.zeros(2, 1)}", "float scores"), ("return torch.zeros(2).long()", "int64"),
-    ("return None", "found NoneType"), ("return torch.full((2,), torch.inf)", "finite"),
+    ("return torch.zeros(2, device='meta')", "float scores"), ("return None", "found NoneType"),
     ("return torch.full((2,), 1e300, dtype=torch.float64)", "finite"), ("undefined", "NameError"),
-    ("return torch.zeros(2, device='meta')", "expected float scores"),
-    ("os.no_such_name", "AttributeError"), ("sys.exit(0)", "SystemExit: 0"),
-    ("raise KeyboardInterrupt", "KeyboardInterrupt"), ("raise GeneratorExit", "GeneratorExit"),
-    ("videos.zero_()", CHANGED), ("scene.c2w.mul_(2)", CHANGED), ("videos.numpy()[:] = 0", CHANGED),
-    ("videos.data.zero_()", CHANGED), ("scene.source.numpy()[0] = 0", CHANGED)])
+    ("sys.exit(0)", "SystemExit: 0"), ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    ("videos.numpy()[:] = 0", CHANGED), ("scene.source.numpy()[0] = 0", CHANGED)])
 def test_a_wrong_reward_is_an_error_not_a_score(tmp_path, line, message):
     """Whatever it does to the copies that it gets, the videos and the scene stay as they are."""
     video, s = scene(2)
@@ -194,7 +185,7 @@ def test_a_wrong_reward_is_an_error_not_a_score(tmp_path, line, message):
 REFUSED = [  # call, arguments, message
     *((rewards.load, (spec,), message) for spec, message in (
         ("", "at least one"), ("sharpnes=1", "mean sharpness"), ("sharpness", "name=weight"),
-        ("sharpness=much", "number"), ("sharpness=nan", "number"), ("flicker=1,flicker=2", "once"),
+        ("sharpness=nan", "number"), ("flicker=1,flicker=2", "once"),
         ("my.py:flicker=1", "another"), ("none.py:f=1", "none.py: no such file"),
         (f"{os.__file__}:missing=1", "function missing.* found none"),
         (f"{os.__file__}:fsencode=1", r"found fsencode\(filename\)"))),
@@ -220,13 +211,12 @@ def f(videos, scene):
     os.chdir("/"); os.environ["ADDED"] = "1"; del os.environ["KEPT"]
     return torch.zeros(len(videos), device="cpu", dtype=torch.float32)
 """)
-    threads, errors = torch.get_num_threads(), np.geterr()
+    errors = np.geterr()
     with torch.no_grad():
         rewards.score(loaded, *scene(2))
         assert not torch.is_grad_enabled()
     assert torch.zeros(1).dtype == torch.float32 and torch.zeros(1).device.type == "cpu"
     assert os.getcwd() == str(tmp_path) and np.geterr() == errors
-    assert torch.get_num_threads() == threads
     assert os.environ["KEPT"] == "1" and "ADDED" not in os.environ
     said = capsys.readouterr().err
     assert "own.txt changed torch's default dtype; set back" in said
@@ -255,13 +245,3 @@ def f(videos, scene):
     again = load()
     put(tmp_path / "helper_b.py", "SCALE = 3.0\n")
     assert first.code == again.code != load().code and len(first.code) < 1000
-
-
-def test_the_same_luck_for_a_reward_that_draws(tmp_path):
-    loaded, _ = own(tmp_path, "def f(videos, scene):\n    return torch.rand(len(videos)) + "
-                              "random.random() + np.random.rand()\n")
-    draws = []
-    for key in ((0, 1), (0, 1), (0, 2), (1, 1)):
-        guard.seed_everything(*key)
-        draws.append(rewards.score(loaded, *scene(2))[0]["f"].tolist())
-    assert draws[0] == draws[1] and draws[0] != draws[2] and draws[0] != draws[3]
