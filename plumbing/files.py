@@ -64,8 +64,12 @@ def write_json(path, content):
 
 
 def read_json(path):
+    """A JSON object; ValueError that names the file where it is damaged, or holds anything else."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, found {type(content).__name__}")
+        return content
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({one_line(error)})") from None
 

@@ -1,4 +1,8 @@
 """Small videos, camera paths and scenes that several tests share."""
+import json
+import resource
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import rewards
@@ -12,7 +16,7 @@ NEEDS_CASES = pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is 
 
 
 def clip(frames=20, height=48, width=64):
-    """A grey ramp in time with a white square in the top left corner: every frame is recognisable."""
+    """A grey ramp in time with a white square in a corner: every frame is recognisable."""
     grey = 10 * np.arange(1, frames + 1, dtype=np.uint8)
     video = np.tile(grey[:, None, None, None], (1, height, width, 3))
     video[:, :height // 4, :width // 4] = 255
@@ -54,6 +58,33 @@ def scene(n, frames=5, height=16, width=24, source=True, seed=0):
     """n videos of noise, uint8 (n, T, H, W, 3), and the Scene of which they are the source."""
     generator = torch.Generator().manual_seed(seed)
     c2w = camera_path(frames, yaw=0).float().repeat(n, 1, 1, 1)
-    video = torch.randint(0, 256, (n, frames, height, width, 3), generator=generator, dtype=torch.uint8)
+    shape = (n, frames, height, width, 3)
+    video = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     prompts = [f"clip {i}" for i in range(n)]
-    return video, rewards.Scene(c2w, torch.full((n, 4), 0.5), prompts, 16.0, video if source else None)
+    intrinsics = torch.full((n, 4), 0.5)
+    return video, rewards.Scene(c2w, intrinsics, prompts, 16.0, video if source else None)
+
+
+def put(file, content):
+    """Write text, bytes, an array (.npy), arrays by name (.npz), or JSON; None: a folder."""
+    (file if content is None else file.parent).mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif isinstance(content, str):
+        file.write_text(content)
+    elif file.suffix == ".npy":
+        np.save(file, content)
+    elif file.suffix == ".npz":
+        np.savez(file, **content)
+    elif content is not None:
+        file.write_text(json.dumps(content))
+    return file
+
+
+@contextmanager
+def full_disk(room):
+    """A limit on a file's size stands in for the full disk: a write fails part way, as there."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
