@@ -41,7 +41,7 @@ class Recipe:
 class Kl(Recipe):
     """python -m benchmarks.learning kl"""
     out: Folder = "out/learning/kl"      # folder for runs and evaluation; goes on there
-    seeds: int = 2                       # runs of each arm
+    seeds: int = 1                       # runs of each arm
     iterations: int = 30                 # of each run
     steps: int = 6                       # denoising steps (the toy's)
     validate: int = 32                   # fixed conditions, sampled and scored every ten iterations
