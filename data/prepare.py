@@ -267,6 +267,7 @@ def prepare(config):
                 c2w, intrinsics = source_cameras(video, numbers, shown, name, cameras, fov, count)
             if text is None:
                 text = describe_frame(video[frames // 2], config.captioner, device, dtype)
+            check_caption(text, f"{config.captioner} describes it")
             encoded = encode_clip(video, text, vae, text_encoder, image_encoder)
         except (ValueError, FileNotFoundError) as error:
             skipped[name] = str(error).removeprefix(f"{path}: ")
