@@ -284,7 +284,7 @@ def load(spec, weights="toy/weights", device="cpu", dtype=None, park=False, esti
     rewards += [f for f in MODEL_FREE if f.__name__ in chosen]
     for name, path in files.items():
         function, code = load_function(path, name)
-        reward = functools.partial(function)  # takes attributes whatever it is
+        reward = functools.partial(function)  # can hold attributes, whatever it wraps
         reward.names = (name,)
         reward.code = code
         reward.estimate = estimate

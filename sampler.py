@@ -62,7 +62,7 @@ def sde_step(x, v, t, t_next, eta=1.0, tau=0.45, t_max=None, noise=None, x_next=
 
     Its diffusion is sigma_t = eta sqrt(t / (1 - t)), infinite at t = 1. Two cures: tau caps the
     step's std, in the drift too (LongCat-Video, the default); t_max, the schedule's second value,
-    replaces a larger t in 1 - t (Flow-GRPO, MixGRPO; then tau=None). With neither, t = 1 raises.
+    is the largest t that 1 - t is taken of (Flow-GRPO, MixGRPO; then tau=None). With neither, t = 1 raises.
     x, v (B, ...); t > t_next: noise levels, 0-dim or (B,).
     noise (B, ...) samples a step (None: torch's global generator); x_next (B, ...) scores one.
     Returns x_next (B, ...), log_prob (B,), mean (B, ...), std (0-dim, or (B, 1, ..., 1)), float32.
@@ -78,7 +78,7 @@ def sde_step(x, v, t, t_next, eta=1.0, tau=0.45, t_max=None, noise=None, x_next=
     std = sigma * dt.sqrt()
     if tau is not None:
         std = std.clamp(max=tau)
-    # sigma_t^2 dt = std^2, capped or not.
+    # The drift has std^2 for sigma_t^2 dt, so that a cap holds in it too.
     mean = x - dt * v - std.square() / (2 * t) * (x + (1 - t) * v)
     if x_next is None:
         x_next = mean + std * (torch.randn_like(x) if noise is None else noise.float())
@@ -111,10 +111,11 @@ def window(iteration, steps, size=4, strategy="progressive", stride=1, iters_per
            first=None, seed=0, condition=None, skip=0):
     """The steps that are stochastic and trained on at an iteration (from 0): consecutive indices.
 
-    A function of its arguments alone, so that it is right after a resume. Always `size` wide, never
+    A function of its arguments alone, so that a resumed run draws the same. Always `size` wide, never
     the last step (t -> 0), among the first `first` if given, without the first `skip` (at t = 1
     the step is so small that it decides little); ValueError where that cannot be.
-    progressive: moves by stride every iters_per_window iterations; to 0 before it would lose width
+    progressive: moves by stride every iters_per_window iterations; starts again where the next would
+      not fit
     random: starts anywhere, anew every iteration (LongCat-Video: size 1, first 6 of 16), and for
       each condition where its number is given (Flash-GRPO)
     all: every usable step (Flow-GRPO); size is not used
@@ -186,7 +187,7 @@ class Rollout:
     t: torch.Tensor         # (n,) noise levels of the window's steps; (n, C) where windows differ
     t_next: torch.Tensor    # likewise
     x: list                 # n of (C, G, ...) before the step; first (C, 1, ...) where shared
-    x_next: list            # n of (C, G, ...) after the step; x_next[k] is x[k + 1], not a copy
+    x_next: list            # n of (C, G, ...) after the step; x[k + 1] where all share a window
     log_prob: torch.Tensor  # (n, C, G)
     condition: object       # from here on: what an update must repeat for r to be 1
     negative: object
@@ -207,7 +208,7 @@ class Rollout:
         """t and t_next of window step k: 0-dim, or (c,) where a slice's windows differ."""
         if self.t.ndim == 1:
             return self.t[k], self.t_next[k]
-        if len(set(self.steps[conditions])) == 1:  # one number, as in the rollout
+        if len(set(self.steps[conditions])) == 1:  # the same for all: 0-dim, as in the rollout
             conditions = range(len(self.steps))[conditions][0]
         return self.t[k, conditions], self.t_next[k, conditions]
 
@@ -266,8 +267,8 @@ def rollout_together(policy, condition, members, window, *, sigmas, shape, seed,
       micro-batch.
     micro_batch: rows per network call at most, both branches of guidance counted (None: all).
     share_noise: groups start from one noise (LongCat-Video, MixGRPO).
-    share_prefix: then it is one latent up to the first window step, and needs one velocity there
-      too. Exact; False computes all G, for comparison.
+    share_prefix: then a group is one latent with one velocity, through the first window step. Exact;
+      False computes all G, for comparison.
     tail: share of the steps after the window to keep, by DPM-Solver++(2M) (MixGRPO-Flash: 0.4).
     """
     window = tuple(window)

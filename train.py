@@ -71,14 +71,14 @@ class Config:
     stride: int = 1                    # progressive: steps advanced ...
     iters_per_window: int = 25         # ... every so many iterations (MixGRPO)
     first: int = 0                     # window among the first so many steps; 0: all (LongCat: 6)
-    skip: int = 0                      # but not among the first so many of these (ours)
+    skip: int = 0                      # steps at the start that it leaves out (ours)
     window_per_condition: bool = False  # random: each condition has its own (Flash-GRPO)
     eta: float = 1.0                   # SDE noise (LongCat)
-    tau: float = 0.45                  # cap of a step's std (LongCat); 0: Flow-GRPO's cure instead
+    tau: float = 0.45                  # cap of a step's std (LongCat); 0: t_max instead (Flow-GRPO)
     guidance: float = 1.0              # classifier-free guidance of the policy; 1: off (ours)
     share_noise: bool = True           # one initial noise per group (LongCat, MixGRPO)
     share_prefix: bool = True          # compute once what a group shares; off: same numbers, slower
-    tail: float = 0.0                  # share of later steps kept (MixGRPO-Flash: 0.4); 0: all
+    tail: float = 0.0                  # share of later steps kept (MixGRPO-Flash: 0.4); 0: off
     micro_batch: int = 0               # network rows per call; 0: all at once
     # rewards and objective
     rewards: str = "trans=1,rot=1,vq=1,mq=1,hpsv3=1"  # also my_file.py:function=weight (ours)
@@ -97,7 +97,7 @@ class Config:
     betas: tuple = (0.9, 0.999)        # AdamW (torch)
     eps: float = 1e-15                 # AdamW; far below the gradient's size, 2e-9 at 1.3B (ours)
     weight_decay: float = 1e-4         # AdamW (MixGRPO)
-    grad_clip: float = 3.0             # longest gradient, in median norms so far; 0: any (ours)
+    grad_clip: float = 3.0             # longest gradient, in medians of the last 20; 0: any (ours)
     # the run
     iterations: int = 140              # (paper)
     seed: int = 0                      # of noise, conditions and paths
@@ -115,6 +115,7 @@ class Config:
     max_failures: float = 0.25         # stop where more than this share of videos fails
     max_skips: int = 3                 # stop at so many updates in a row with non-finite gradients
 
+    # Settings that a resumed run may change.
     FREE = ("out", "iterations", "save_every", "keep", "sample_every", "timeout", "max_failures",
             "max_skips", "threads", "park", "reward_batch", "rooms", "validate", "log_to")
 
@@ -226,7 +227,7 @@ def main(argv):
     optimizer = torch.optim.AdamW(parameters, config.lr, config.betas, config.eps,
                                   config.weight_decay)
 
-    # The run: its folder, and how far it came. The base is sampled first, while it is the base.
+    # The run: its folder, and how far it came. The base is sampled before a checkpoint is loaded.
     show = demonstration(world, config) if rank == 0 else None
     validate = validation(world, config, rank, ranks)
     trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
@@ -329,7 +330,7 @@ def score(world, videos, scene, config, iteration, warned):
     more than config.max_failures of all ranks' videos failed.
     """
     rows = torch.arange(len(videos) // config.members).repeat_interleave(config.members).tolist()
-    seed_everything(config.seed, iteration, rank_of()[0])  # a resumed run has the same luck
+    seed_everything(config.seed, iteration, rank_of()[0])  # a resumed run draws the same
     scores, failures = rewards.score(world.rewards, videos, scene[rows],
                                      config.reward_batch or None)
     scores = {name: gather(x.view(-1, config.members)) for name, x in scores.items()}
@@ -344,7 +345,7 @@ def score(world, videos, scene, config, iteration, warned):
 
 def statistics(scores):
     """For the log, of scores name -> (C, G): each reward's mean (None where all failed: JSON has
-    no NaN), its mean deviation inside a group, and how many videos failed."""
+    no NaN), the mean over groups of its standard deviation, and how many videos failed."""
     record = {}
     for name, x in scores.items():
         ok = x[x.isfinite()]

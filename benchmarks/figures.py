@@ -39,6 +39,12 @@ class Curves:
     out: str = "assets/curves.svg"          # the picture
 
 
+@dataclass
+class Tables:
+    """`python -m benchmarks.figures tables EVALUATION`"""
+    evaluation: str = "out/toy/evaluation"  # folder that an evaluation of the toy wrote
+
+
 def chosen_cases(results):
     """Names of the base's and the tuned method, and cases at speed 1 that move, at RANKS of how much their
     position error changed."""
@@ -150,6 +156,43 @@ def held_out(methods, left):
     return "".join(out)
 
 
+def print_tables(config):
+    """Of each method against the base, speed by speed: share of moving cases that improve, distance of the scale
+    ratio from 1, image by quarter of the cases (sorted by the base's), and position error by frame of those that
+    move."""
+    folder = Path(config.evaluation)
+    methods = read_json(folder / "results.json")["methods"]
+    base, *others = methods
+    before = methods[base]["cases"]
+    for speed in sorted({scores["speed"] for scores in before.values()}):
+        cases = [case for case, scores in before.items() if scores["speed"] == speed]
+        moving = [case for case in cases if before[case]["scale"] is not None]
+        by_image = sorted(cases, key=lambda case: before[case]["PSNR"])
+        error = by_frame(folder, base, moving)
+        print(f"speed {speed:g}, base by frame, m: " + " ".join(f"{x:.3f}" for x in error))
+        for name in others:
+            after = methods[name]["cases"]
+            improved = np.mean([after[case]["position"] < before[case]["position"] for case in moving])
+            off = [np.mean([abs(1 - scores[case]["scale"]) for case in moving]) for scores in (before, after)]
+            gained = [np.mean([after[case]["PSNR"] - before[case]["PSNR"] for case in quarter])
+                      for quarter in np.array_split(np.array(by_image), 4)]
+            changes = by_frame(folder, name, moving) / error - 1
+            print(f"{short(name)}: {improved:.0%} of {len(moving)} moving cases improve; scale off by "
+                  f"{off[0]:.3f} -> {off[1]:.3f} ({off[1] / off[0] - 1:+.0%}); PSNR by quarter, worst base first: "
+                  + " ".join(f"{x:+.2f}" for x in gained) + "; position error by frame: "
+                  + " ".join(f"{x:+.0%}" for x in changes))
+
+
+def by_frame(folder, method, cases):
+    """Mean position error of frames 1 to T-1 over cases, metres, both paths relative to their first frame."""
+    errors = []
+    for case in cases:
+        found, asked = (read_path(folder / where / f"{case}.npz") for where in (f"{method}/poses", "targets"))
+        errors.append(np.linalg.norm(found[1:, :3, 3] - asked[1:, :3, 3], axis=1))
+    return np.mean(errors, 0)
+
+
 if __name__ == "__main__":
-    commands = {"cases": (Cases, draw_cases, "evaluation"), "curves": (Curves, draw_curves, "runs")}
+    commands = {"cases": (Cases, draw_cases, "evaluation"), "curves": (Curves, draw_curves, "runs"),
+                "tables": (Tables, print_tables, "evaluation")}
     run_command("benchmarks.figures", __doc__, commands, sys.argv[1:])

@@ -80,7 +80,7 @@ def condition_and_scene(target, source, latents, videos):
 
 
 def open_toy(config, device):
-    """train.World of the toy: TRAIN_ROOMS rooms that no pretraining has seen, filmed once; target paths are
+    """data.world.World of the toy: TRAIN_ROOMS rooms that no pretraining has seen, filmed once; target paths are
     random walks of no scale, rescaled to metric speeds (Eq. 8-14)."""
     dit, codec, estimator = open_weights(config.weights)
     room, source, latents, videos = sources(TRAIN_ROOMS, 10_000_000, codec)
