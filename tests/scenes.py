@@ -66,7 +66,7 @@ def scene(n, frames=5, height=16, width=24, source=True, seed=0):
 
 
 def put(file, content):
-    """Write a file of text or bytes, of an array (.npy), arrays by name (.npz), or JSON; None: a folder."""
+    """Write text, bytes, an array (.npy), arrays by name (.npz), or JSON; None: a folder."""
     (file if content is None else file.parent).mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         file.write_bytes(content)
@@ -83,7 +83,7 @@ def put(file, content):
 
 @contextmanager
 def full_disk(room):
-    """A limit on the size of a file stands in for the full disk: a write fails part way, as there."""
+    """A limit on a file's size stands in for the full disk: a write fails part way, as there."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     yield

@@ -69,16 +69,16 @@ def world(tmp_path_factory):
             "paths/camera.npz": {"c2w": path_of(9), "intrinsics": [50.0, 60.0, 32.0, 24.0]},
             "broken.py": "lr = = 3\n", "binary.py": "lr = 1\0\n", "code.py": code,
             "call.py": "lr = float('1')\n", "key.py": "learning = 1\n", "good.py": "lr = 1e-4\n",
-            "own.py": f"rewards = '{w}/code.py:f=1'\n", "latin.csv": b"file_name,text\na.mp4,caf\xe9\n",
+            "own.py": f"rewards = '{w}/code.py:f=1'\n", "latin.csv": b"file_name,text\na,caf\xe9\n",
             **{f"leaves_{name}.py": code for name, code, _ in LEAVES},
-            "results.json": RESULTS, "bare.json": {"protocol": PROTOCOL}, "old.json": {"protocol": 0},
-            "cut.json": '{"protocol": 2, "met',
+            "results.json": RESULTS, "bare.json": {"protocol": PROTOCOL},
+            "old.json": {"protocol": 0}, "cut.json": '{"protocol": 2, "met',
             "log.jsonl": '{"iteration": 0}\nno json\n{"iteration": 2}\n', "clips.txt": "a\nb\n",
             "foreign.safetensors": save({"a": torch.zeros(2)}), "broken_index/" + INDEX: "{",
-            "list_index/" + INDEX: {"settings": {}, "clips": 3}, "others/" + INDEX: index(["a"], 64),
+            "list_index/" + INDEX: "[]", "others/" + INDEX: index(["a"], width=64),
             **{f"{name}/{NEGATIVE}": none for name in ("no_clips", "lost_clip", "cut_clip")},
             "no_clips/" + INDEX: index([]), "lost_clip/" + INDEX: index(["a.mp4"]),
-            "cut_clip/" + INDEX: index(["b.mp4"]), "cut_clip/b.mp4.safetensors": none[:-10]}.items():
+            "cut_clip/" + INDEX: index(["b"]), "cut_clip/b.safetensors": none[:-10]}.items():
         put(w / name, content)
     Evil.file = str(w / "ran")
     torch.save({"a": 1}, w / "other.pt")
@@ -87,8 +87,8 @@ def world(tmp_path_factory):
             ("cut_dit", DIT, dit[:-100]), ("other_dit", DIT, save({"conv.weight": torch.zeros(3)})),
             ("no_redirector", REDIRECTOR, None), ("cut_vae", VAE_FILE, codec[:5000]),
             ("evil_vae", VAE_FILE, pickle.dumps({"conv1.weight": Evil()}, protocol=2)),
-            ("other_vae", VAE_FILE, (w / "other.pt").read_bytes()), ("cut_text", TEXT_FILE, b"PK\3\4"),
-            ("toy_no_codec", "toy_codec.safetensors", None)):
+            ("other_vae", VAE_FILE, (w / "other.pt").read_bytes()),
+            ("cut_text", TEXT_FILE, b"PK\3\4"), ("toy_no_codec", "toy_codec.safetensors", None)):
         good = ROOT / "toy/weights" if name.startswith("toy") else w / "weights"
         shutil.copytree(good, w / name, copy_function=os.symlink)
         (w / name / file).unlink()
@@ -118,7 +118,7 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--member=3", "no setting 'member'; did you mean members?"),
         ("--lr", "expected --name=value"),
         *((f"--{name}={x}", f"expected {kind}") for name, kind, values in (
-            ("members", "int", ("3.5", "True", "99999999999999999999")), ("compile", "bool", ("yes",)),
+            ("members", "int", ("3.5", "True", 20 * "9")), ("compile", "bool", ("yes",)),
             ("lr", "float", ("fast", "1e999", "1" + 400 * "0")),
             ("v", "tuple", (500 * "(", "{{[]:1}}", "('a','b','c','d')"))) for x in values),
         *((f"--{name}={x}", f"{name}: {why}, found {x}") for name, x, why in (
@@ -132,7 +132,7 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--v=(1,2)", "v and omega: expected (lowest, highest, mean, sd)"),
         ("--v=(0.3,0.1,0.2,0.1)", "speed bounds 0.3, 0.1"),
         ("--updates=7", "updates: 7 do not divide"), ("--park", "park: the toy has no use for it"),
-        ("--keep=3", "max_skips: expected below keep, 3"), ("--size=6", "window size: expected 1 to"),
+        ("--keep=3", "max_skips: expected below keep, 3"), ("--size=6", "window size: expected 1"),
         ("--strategy=sideways", "expected progressive, random or all, found 'sideways'"),
         ("--rewards=a\0b=1", "expected text without null characters"),
         ("--out=", "--out=: expected a folder, found nothing"),
@@ -153,15 +153,15 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--trajectories={w}/bad_paths", "no usable camera path of 9 or more frames"),
         *(("--weights={w}/" + name, message) for name, message in (
             ("empty", "diffusion_pytorch_model.safetensors: no such file"),
-            ("no_redirector", "step20000.safetensors: no such file"), ("other_dit", "not a Wan DiT"),
+            ("no_redirector", "step20000.safetensors: no such"), ("other_dit", "not a Wan DiT"),
             ("cut_dit", "diffusion_pytorch_model.safetensors: not a whole safetensors file"),
             ("evil_vae", "Wan2.1_VAE.pth: refused"), ("cut_vae", "Wan2.1_VAE.pth: truncated"),
             ("other_vae", "Wan2.1_VAE.pth: holds other things than tensors"))),
         ("", "trans and rot need MapAnything: pip install"),
         ("--rewards=exposure=1", "a.mp4.safetensors"),
-        ("--clips={w}/cut_clip --rewards=exposure=1", "b.mp4.safetensors: truncated")],
+        ("--clips={w}/cut_clip --rewards=exposure=1", "b.safetensors: truncated")],
     PREPARE: [
-        ("--videos=", "--videos=FOLDER is needed"), ("--videos={w}/nowhere", "nowhere: no such folder"),
+        ("--videos=", "--videos=FOLDER is needed"), ("--videos={w}/nowhere", "nowhere: no such f"),
         ("--videos={w}/notes", "notes: no videos"), ("--captions={w}/nowhere.csv", "nowhere.csv"),
         ("--captions={w}/latin.csv", "latin.csv: expected UTF-8 csv"),
         ("--cameras={w}/nowhere", "nowhere: expected mapanything, a camera file or a folder"),
@@ -176,7 +176,8 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
     SCORE: [("--generated={w}/made", "<clip>_camera_<1-10>_speed_<s>.mp4, found anything.mp4"),
             ("--videos={w}/videos --clips={w}/clips.txt", "1 of 2 are not in"),
             ("--log={w}/log.jsonl", "log.jsonl, line 2: expected a JSON object")],
-    RETAKE: [("--camera=loop", "no path 'loop': expected 1-10"), ("--clip=", "expected a clip and")],
+    RETAKE: [("--camera=loop", "no path 'loop': expected 1-10"), ("--clip=", "expected a clip"),
+             ("--fov=-60", "fov: expected degrees between 0 and 180, found -60")],
     "evaluate.py toy ": [
         ("--speeds=nan", "speeds: expected numbers such as 1 and 1.5, found nan"),
         ("--estimator=guess", "estimator: expected judge or estimator, found 'guess'"),
@@ -185,13 +186,13 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
     COMPARE: [
         ("", "expected two different results.json, or their folders, or more"),
         ("{w}/nowhere.json", "nowhere.json"), ("{w}/cut.json", "cut.json: damaged"),
-        ("{w}/old.json", "old.json: protocol 0, expected"), ("{w}/bare.json", "bare.json: damaged")],
+        ("{w}/old.json", "old.json: protocol 0, expec"), ("{w}/bare.json", "bare.json: damaged")],
     "": [("evaluate.py compre", "no command 'compre'; did you mean compare?")]}
 ROWS = [(command + more, message) for command, rows in BAD.items() for more, message in rows]
 
 
 def call(command, monkeypatch):
-    """A command line in this process, by its script's own __main__ -> exit code, lines on stderr."""
+    """A command line in this process, by its script's __main__ -> exit code, lines on stderr."""
     def leave(code):
         raise SystemExit(code)
     monkeypatch.setattr(os, "_exit", leave)
@@ -199,12 +200,12 @@ def call(command, monkeypatch):
     words = command.split(" ")
     is_module = words[0] == "-m"
     monkeypatch.setattr(sys, "argv", [word for word in words[is_module:] if word])
-    run, name = (runpy.run_module, words[1]) if is_module else (runpy.run_path, str(ROOT / words[0]))
+    run = runpy.run_module if is_module else runpy.run_path
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     err, code = io.StringIO(), 0
     try:
         with redirect_stderr(err), redirect_stdout(io.StringIO()):
-            run(name, run_name="__main__")
+            run(words[1] if is_module else str(ROOT / words[0]), run_name="__main__")
     except SystemExit as leaving:
         code, said = (1, leaving.code) if isinstance(leaving.code, str) else (leaving.code, "")
         print(said, file=err)
@@ -232,8 +233,8 @@ def test_the_same_as_a_process(tmp_path):
 
 # ---- mutated files: nothing but our own error, or a value ----
 
-TOKENS = [b"NaN", b"-1", b"1e999", b"null", b"[[[[", b"]", b"}", b'"', b"{}", b"..", b"\\u0000", b"\xff",
-          b"0" * 40, b"9" * 400, b"true", b",", b"[" * 3000, b"(" * 300, b"-", b"0x"]
+TOKENS = [b"NaN", b"-1", b"1e999", b"null", b"[[[[", b"]", b"}", b'"', b"{}", b"..", b"\\u0000",
+          b"\xff", b"0" * 40, b"9" * 400, b"true", b",", b"[" * 3000, b"(" * 300, b"-", b"0x"]
 NUMBERS = [b"0", b"-1", b"1", b"4096", b"1e9", b"9" * 11, b"null", b'"a"']
 
 
@@ -246,7 +247,8 @@ def mutations(content, count):
             at = g.randrange(len(x) + 1)
             number = g.choice([m.span() for m in re.finditer(rb"\d+", x)] or [(at, at)])
             changes = [(at, at + 1, bytes([g.randrange(256)])), (at, at + g.randrange(20), b""),
-                       (at, at, x[at:at + 60]), (at, at, g.choice(TOKENS)), (*number, g.choice(NUMBERS))]
+                       (at, at, x[at:at + 60]), (at, at, g.choice(TOKENS)),
+                       (*number, g.choice(NUMBERS))]
             start, end, new = g.choice(changes * 6 + [(at, len(x), b"")])
             x[start:end] = new
         yield bytes(x)
@@ -261,6 +263,7 @@ def read_config(path):
 
 
 FACTS = {"name": "a", "video": "a.mp4", "caption": "c", "fps": 24.0, "text_length": 5}
+CLIP = save({key: torch.zeros(2, 3) for key in TENSORS}, {"clip": json.dumps(FACTS)})
 SMALL = save({"model.weight": torch.zeros(2, 3), "b": torch.zeros(4)})
 POSES = [np.eye(4).tolist()] * 2
 MATRIX = "[1 0 0 0] [0 1 0 0] [0 0 1 0] [0 0 0 1] "
@@ -269,7 +272,7 @@ FUZZED = [  # file, content, how it is read
     ("split_0.json", {"quats": [[1, 0, 0, 0], [0.8, 0.6, 0, 0]], "trans": [[0, 0, 0], [0, 0.5, 1]]},
      cameras.read_path),
     ("recon/split_0/info.json", {"extrinsics": POSES}, cameras.read_path),
-    ("camera_extrinsics.json", {f"frame{i}": {"cam01": MATRIX} for i in range(3)}, cameras.read_path),
+    ("extrinsics.json", {f"frame{i}": {"cam01": MATRIX} for i in range(3)}, cameras.read_path),
     (INDEX, {"settings": {"frames": 9}, "clips": ["a"], "skipped": {"b": "why"}},
      lambda path: read_index(path.parent)),
     ("results.json", RESULTS, read_results),
@@ -277,8 +280,7 @@ FUZZED = [  # file, content, how it is read
      lambda path: keep_settings(path.parent, {"frames": 9, "name": "x"})),
     ("a.safetensors", SMALL, open_tensors), ("b.safetensors", SMALL, read_weights),
     ("c.safetensors", SMALL, model.load_dit),
-    ("d.safetensors", save({key: torch.zeros(2, 3) for key in TENSORS}, {"clip": json.dumps(FACTS)}),
-     load_clip)]
+    ("d.safetensors", CLIP, load_clip)]
 
 
 @pytest.mark.parametrize("name, content, read", FUZZED, ids=[name for name, *_ in FUZZED])
@@ -297,18 +299,6 @@ def test_mutated_files_are_refused_in_one_line_or_read(tmp_path, name, content, 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun < 500_000  # kB
 
 
-def test_a_header_of_other_keys_and_shapes_is_no_dit(world, tmp_path):
-    content = (world / "weights" / DIT).read_bytes()
-    header = 8 + int.from_bytes(content[:8], "little")  # the first 8 bytes are its length
-    path = tmp_path / "x.safetensors"
-    for mutated in mutations(content[8:header].replace(b" ", b""), 50):
-        mutated += b" " * (-len(mutated) % 8)
-        path.write_bytes(len(mutated).to_bytes(8, "little") + mutated + content[header:])
-        with pytest.raises((ValueError, OSError)):
-            model.load_dit(path)
-            raise ValueError("loaded: the change did not matter")
-
-
 def test_a_mutated_checkpoint_is_never_half_restored(tmp_path):
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter])
@@ -317,7 +307,7 @@ def test_a_mutated_checkpoint_is_never_half_restored(tmp_path):
     made, names = vars(train.Config()), {"p": parameter}
     checkpoint.save_checkpoint(tmp_path, 2, names, optimizer, made)
     state, kept, found = tmp_path / "iteration_000002/state.json", parameter.detach().clone(), set()
-    for x in mutations(state.read_bytes(), 400):
+    for x in (b"{}", *mutations(state.read_bytes(), 400)):
         state.write_bytes(x)
         try:
             found.add(checkpoint.resume(tmp_path, names, optimizer, made, train.Config.FREE))

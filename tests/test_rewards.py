@@ -70,7 +70,8 @@ def test_an_estimator_is_asked_once_and_reported_where_it_fails():
             assert torch.isnan(scores[name]).tolist() == [False, True, False, False]
             assert (scores[name][[0, 2, 3]] == 0).all() and list(failures[name]) == [1]
     assert calls == [3, 1, 1, 1, 1]  # for both errors; of the failed batch, each alone
-    assert set(rewards.score(rewards.load("rot=2", estimator=not_finite)[0], video, s)[0]) == {"rot"}
+    loaded, _ = rewards.load("rot=2", estimator=not_finite)
+    assert set(rewards.score(loaded, video, s)[0]) == {"rot"}
     with pytest.raises(ValueError, match="estimator: expected c2w"):
         rewards.score([rewards.geometry(lambda videos, s: s.c2w[:, :5])], video, s)
     with pytest.raises(ValueError, match="weights"):
@@ -162,8 +163,8 @@ def test_a_reward_of_ones_own(tmp_path):
     assert weights == {"exposure": 1, "f": 0.5, "g": 2}
     video, s = scene(3)
     scores, _ = rewards.score(loaded, video, s)
-    assert torch.equal(scores["f"], video.float().mean((1, 2, 3, 4))) and set(scores) == set(weights)
-    assert torch.equal(scores["f"], scores["g"])
+    assert torch.equal(scores["f"], video.float().mean((1, 2, 3, 4)))
+    assert torch.equal(scores["f"], scores["g"]) and set(scores) == set(weights)
 
 
 CHANGED = "changed its videos or scene in place"
@@ -192,7 +193,7 @@ def test_a_wrong_reward_is_an_error_not_a_score(tmp_path, line, message):
 
 REFUSED = [  # call, arguments, message
     *((rewards.load, (spec,), message) for spec, message in (
-        ("", "at least one"), ("sharpnes=1", "did you mean sharpness"), ("sharpness", "name=weight"),
+        ("", "at least one"), ("sharpnes=1", "mean sharpness"), ("sharpness", "name=weight"),
         ("sharpness=much", "number"), ("sharpness=nan", "number"), ("flicker=1,flicker=2", "once"),
         ("my.py:flicker=1", "another"), ("none.py:f=1", "none.py: no such file"),
         (f"{os.__file__}:missing=1", "function missing.* found none"),
@@ -235,7 +236,7 @@ def f(videos, scene):
 
 
 def test_what_a_file_imports_belongs_to_its_code(tmp_path, monkeypatch):
-    """Postponed annotations, dataclasses work; a helper's helper counts; python's modules do not."""
+    """Dataclasses work; a helper's helper counts; python's own modules do not."""
     monkeypatch.syspath_prepend(tmp_path)
     put(tmp_path / "helper_a.py", "import helper_b\nfrom os import path\nimport math\n")
     put(tmp_path / "helper_b.py", "SCALE = 2.0\n")

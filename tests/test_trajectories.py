@@ -64,7 +64,7 @@ def test_rescaled_maximum_speeds_are_those_asked_for(seed):
 
 
 def test_rescaling_keeps_turns_and_rest():
-    """Turns of more than pi in all are kept, and made; what does not move or turn, does not then."""
+    """Turns of more than pi in all are kept, and made; what does not move does not then."""
     for total, omega, expected in ((5 * math.pi, 0.01 * math.pi, math.pi), (2.8, 0.05, 5)):
         out = tr.rescale(yaw(np.linspace(0, total, 101)), 0.1, omega)
         assert_allclose(out, yaw(np.linspace(0, expected, 101)), atol=1e-12)

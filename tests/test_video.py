@@ -13,8 +13,8 @@ from av.stream import Disposition
 from scenes import clip, full_disk
 
 import data.video
-from data.video import (FOLDER_FPS, open_video, read_frames, read_video, resize_to_cover, rgb,
-                        to_float, to_uint8, write_video)
+from data.video import (FOLDER_FPS, count_frames, open_video, read_frames, read_video,
+                        resize_to_cover, rgb, to_float, to_uint8, write_video)
 from plumbing.files import write_file
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), dtype=np.uint8)
@@ -256,7 +256,7 @@ FASTSTART = {"options": {"movflags": "faststart"}}  # the index comes first
 BAD = [  # name, how it is made, what is said, frames that can be read nevertheless
     ("a.mp4", lambda f: f.write_bytes(b""), "empty file", 0),
     ("a.mp4", lambda f: f.write_text("no video\n" * 50), "unreadable", 0),
-    ("a.mp4", lambda f: cut(f, 0.99), "unreadable or truncated", 0),  # the index, at its end, is gone
+    ("a.mp4", lambda f: cut(f, 0.99), "unreadable or truncated", 0),  # the index, at its end
     ("a.mp4", lambda f: cut(f, 0.6, muxer=FASTSTART), "truncated", 3),
     ("a.mkv", lambda f: cut(f, 0.5), "truncated", 3),
     *(("a.mp4", lambda f, text=text: f.write_text(text), "a list of other files", 0)
@@ -266,8 +266,8 @@ BAD = [  # name, how it is made, what is said, frames that can be read neverthel
     ("a.mp4", lambda f: f, "no such video", 0),
     ("a.mp4", lambda f: with_matrix(encode(f, PICTURE), (0.866, 0.5, -0.5, 0.866)),
      "is shown turned by 30 degrees; expected quarter turns", 0),
-    *(("a.mp4", lambda f, kind=kind: encode(f, PICTURE, tags={"color_trc": kind, "color_primaries": 9}),
-       f"its transfer is {name}", 0) for kind, name in ((16, "PQ"), (18, "HLG"), (8, "linear"))),
+    *(("a.mp4", lambda f, tag=tag: encode(f, PICTURE, tags={"color_trc": tag}),
+       f"its transfer is {name}", 0) for tag, name in ((16, "PQ"), (18, "HLG"), (8, "linear"))),
     ("a", lambda f: f.mkdir(), "a folder without images", 0)]
 
 
@@ -279,6 +279,9 @@ def test_bad_videos(tmp_path, name, make, reason, whole):
             read_video(tmp_path / name, frames)
         assert str(error.value).startswith(f"{tmp_path / name}: ")
         assert reason in str(error.value) and "\n" not in str(error.value)
+    if reason == "unreadable":
+        with pytest.raises(ValueError, match="a.mp4: its frames cannot be counted"):
+            count_frames(tmp_path / name)
     if whole:  # damage beyond what is needed does not matter
         assert len(read_video(tmp_path / name, whole)[0]) == whole
 
