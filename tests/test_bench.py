@@ -1,4 +1,4 @@
-"""What bench counts, against what torch counts; and its command for a card, at a size that a CPU does in seconds."""
+"""What bench counts, against what torch counts; and its command for a card, at a size for a CPU."""
 import json
 
 import pytest
@@ -12,8 +12,8 @@ TINY = dict(dim=128, layers=1, ffn=128, frames=5, height=16, width=16, dtype="fl
 
 
 def test_flops_of_a_forward():
-    config = bench.Bench(dim=256, layers=2, ffn=512, frames=5, height=32, width=48, dtype="float32")
-    dit, shape, _, prepared = bench.build(config)
+    sizes = TINY | dict(dim=256, layers=2, ffn=512, height=32, width=48)
+    dit, shape, _, prepared = bench.build(bench.Bench(**sizes))
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         dit(torch.zeros(1, *shape), torch.ones(()), prepared)
     counted = counter.get_total_flops()
@@ -23,8 +23,8 @@ def test_flops_of_a_forward():
 def test_one_iteration_marks_its_phases():
     dit, shape, _, prepared = bench.build(bench.Bench(**TINY))
     phases = []
-    bench.one_iteration(dit, prepared, shape, (1, 2), phases.append, members=2, steps=4, tail=0.4,
-                        micro_batch=1)
+    how = dict(members=2, steps=4, tail=0.4, micro_batch=1)
+    bench.one_iteration(dit, prepared, shape, (1, 2), phases.append, **how)
     assert phases == ["rollout", "decode", "update"]
     assert all(p.grad.abs().sum() > 0 for name, p in dit.named_parameters() if ".self_attn.q." in name)
 
@@ -38,6 +38,16 @@ def test_a_part_ends_at_its_limit():
                     pass
             except Exception:
                 pass
+
+
+@pytest.mark.parametrize("settings, how", [
+    ({"size": 2}, {}), ({"size": 1}, {"tail": 0.4}), ({"size": 2}, {"share_noise": False})])
+def test_plans_memory_is_that_of_real_tensors(settings, how):
+    """Peaks of one real iteration of the published VAE and a small network, counted live."""
+    rows = bench.measure_memory(bench.Bench(**TINY | dict(layers=3)), settings | how,
+                                tuple(range(settings["size"])), 3, 4, lambda phase: None, **how)
+    assert {row[""]: row["plan / tensors"] for row in rows} == pytest.approx(
+        {phase: 1 for phase in ("conditions", "rollout", "decode", "update")}, abs=0.1)
 
 
 @pytest.mark.parametrize("wrong, said", [({"lengths": "9,x"}, "lengths"), ({"lengths": "8"}, "lengths"),

@@ -50,11 +50,6 @@ def test_advantages_by_hand(case):
 
 # ---- the objective ----
 
-def make(steps=(2, 3, 4), C=3, G=4, seed=0, **options):
-    policy, condition, given = setting(C=C, seed=seed)
-    return policy, rollout(policy, condition, G, steps, **(given | options))
-
-
 def gradient(policy, out, a, rows=None, **options):
     """Gradient of L and the statistics, as a training loop collects them."""
     policy.zero_grad()
@@ -98,7 +93,9 @@ def eq_7(policy, reference, out, a, clip, kl, reweight):
 @pytest.mark.parametrize("kl, reweight", [(0.0, True), (0.2, True), (0.2, False)])
 def test_objective_is_eq_7(C, G, steps, name, kl, reweight):
     """Value and gradient of the shared, guided objective, off policy, some ratios clipped, against the equation."""
-    policy, out = make(steps, C, G, negative=Labels(normal(C, 3, seed=8)), guidance=2.5, **cure(name, schedule(8, 5)))
+    policy, condition, given = setting(C=C)
+    out = rollout(policy, condition, G, steps, negative=Labels(normal(C, 3, seed=8)), guidance=2.5,
+                  **given, **cure(name, given["sigmas"]))
     a, reference = normal(C, G, seed=1), copy.deepcopy(policy)
     with torch.no_grad():
         policy.b += 0.1 * normal(*policy.b.shape, seed=4)
@@ -159,8 +156,7 @@ def test_an_update_is_a_sum_over_micro_batches_conditions_and_ranks(name, steps,
         assert policy.rows == whole.branches * sum(x.shape[:2].numel() for x in whole.x)
         close(got, total_gradient)
         close(stats["loss"], expected["loss"])
-    shared = "share_noise" not in options and "share_prefix" not in options
-    assert [x.shape[1] for x in whole.x] == [1 if shared else 4, 4][:len(whole.x)] + [4] * (len(whole.x) - 2)
+    assert whole.x[0].shape[1] == (4 if "share_noise" in options or "share_prefix" in options else 1)
     parts = []
     for j in range(3):
         mine = given | {"condition_ids": [10 + j], "negative": given["negative"][j:j + 1], "share_prefix": False}
@@ -188,7 +184,7 @@ class GaussianPolicy(nn.Module):
         return a * x + b
 
 
-@pytest.mark.parametrize("seed, strategy, size", [(0, "progressive", 4), (1, "random", 1)])
+@pytest.mark.parametrize("seed, strategy, size", [(0, "progressive", 2), (1, "random", 1)])
 def test_policy_improvement(seed, strategy, size):
     """The reward -|x - target|^2 (best: 0): each of four conditions reaches 90 % of the possible in 200 iterations."""
     policy, condition, targets = GaussianPolicy(4), torch.arange(4), 2 * normal(4, 1, 2, seed=seed)
@@ -211,7 +207,7 @@ def test_policy_improvement(seed, strategy, size):
     ("weights", lambda: advantages({"a": torch.zeros(2, 2)}, {"b": 1.0})),
     ("shape", lambda: advantages({"a": normal(2, 3), "b": normal(3, 2)}, {"a": 1.0, "b": 1.0})),
     ("normalise", lambda: advantages({"a": torch.zeros(2, 2)}, {"a": 1.0}, normalise="batch")),
-    ("reference", lambda: policy_loss(*make(), 0, normal(3, 4), kl=0.1))])
+    ("reference", lambda: policy_loss(None, None, 0, None, kl=0.1))])
 def test_refusals(message, call):
     with pytest.raises(ValueError, match=message):
         call()

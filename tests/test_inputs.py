@@ -61,6 +61,7 @@ def world(tmp_path_factory):
     w = tmp_path_factory.mktemp("world")
     tiny_weights.write(w / "weights")
     write_video(put(w / "videos", None) / "a.mp4", clip(9), 24)
+    write_video(w / "short.mp4", clip(3), 24)
     video = (w / "videos/a.mp4").read_bytes()
     code, none = f"open({str(w / 'ran')!r}, 'w')\n", save({"text": torch.zeros(512, 32)})
     for name, content in {
@@ -171,13 +172,24 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         *((f"--{name}={x}", "expected 4k+1 frames, height and width divisible by 16")
           for name, x in (("frames", 10), ("frames", -3), ("height", -32))),
         ("--stride=0", "stride: expected at least 1")],
-    MAKE: [("--out={w}/no_cameras", "base takes the sources' cameras, which the poses in"),
-           ("--weights={w}/empty", "no such file, expected the published weights")],
-    SCORE: [("--generated={w}/made", "<clip>_camera_<1-10>_speed_<s>.mp4, found anything.mp4"),
-            ("--videos={w}/videos --clips={w}/clips.txt", "1 of 2 are not in"),
-            ("--log={w}/log.jsonl", "log.jsonl, line 2: expected a JSON object")],
-    RETAKE: [("--camera=loop", "no path 'loop': expected 1-10"), ("--clip=", "expected a clip"),
-             ("--fov=-60", "fov: expected degrees between 0 and 180, found -60")],
+    MAKE: [
+        ("--weights=", "give --weights=FOLDER"), ("--ckpt={w}/empty", "empty: no checkpoint"),
+        ("--out={w}/no_cameras", "base takes the sources' cameras, which the poses in"),
+        ("--weights={w}/empty", "no such file, expected the published weights")],
+    SCORE: [
+        ("--generated={w}/made", "<clip>_camera_<1-10>_speed_<s>.mp4, found anything.mp4"),
+        ("--generated={w}/nowhere", "nowhere: no such folder of videos"),
+        ("--paths=11", "no evaluation path '11'"), ("--show=b", "show: no case 'b'"),
+        ("--speeds=fast", "speeds: could not convert"), ("--speeds=-1", "speeds: expected numbers"),
+        ("--estimator={w}/nowhere", "expected vipe, mapanything or a folder"),
+        ("--videos={w}/videos --clips={w}/clips.txt", "1 of 2 are not in"),
+        ("--log={w}/log.jsonl", "log.jsonl, line 2: expected a JSON object")],
+    RETAKE: [
+        ("--camera=loop", "no path 'loop': expected 1-10"), ("--clip=", "expected a clip"),
+        ("--fov=-60", "fov: expected degrees"), ("--clip={w}/none.mp4", "none.mp4: no such video"),
+        ("--height=33", "height and width: expected multiples of 16, found 33 x 48"),
+        ("--clip={w}/short.mp4", "too short, 3 frames, expected at least"),
+        ("--cameras={w}/nowhere.npz", "nowhere.npz: no such camera file")],
     "evaluate.py toy ": [
         ("--speeds=nan", "speeds: expected numbers such as 1 and 1.5, found nan"),
         ("--estimator=guess", "estimator: expected judge or estimator, found 'guess'"),

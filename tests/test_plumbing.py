@@ -45,21 +45,21 @@ def tree(folder):
 def test_nothing_of_others_is_removed_or_written_through_a_link(tmp_path):
     """A user's files stay, also those that look like leftovers; only our own leftovers go."""
     victim, out = tmp_path / "victim/file", tmp_path / "out"
-    for file in (victim, out / "a.tmp", out / "checkpoint.tmp/b", out / "samples/c.tmp"):
+    for file in victim, out / "a.tmp", out / "checkpoint.tmp/b", out / "samples/c.tmp":
         files.write_file(file, b"theirs")
-    (out / "x.json").symlink_to(victim)
-    files.write_json(out / "x.json", 1)
     before = tree(tmp_path)
     files.write_file(files.temporary_name(out) / "half", b"")
     files.write_file(files.temporary_name(out / "samples"), b"")
     files.remove_leftovers(out, "samples")
-    assert tree(tmp_path) == before and not (out / "x.json").is_symlink()
+    assert tree(tmp_path) == before
     for name, target in ("log.jsonl", victim), ("links", victim.parent), ("lock", victim):
         (out / name).symlink_to(target)
         with pytest.raises((ValueError, OSError), match=name):
             checkpoint.open_log(out / name, 0) if name == "log.jsonl" else files.lock_folder(out)
         (out / name).unlink()
-    assert victim.read_bytes() == b"theirs"
+    (out / "x.json").symlink_to(victim)
+    files.write_json(out / "x.json", 1)
+    assert victim.read_bytes() == b"theirs" and not (out / "x.json").is_symlink()
 
 
 def test_one_run_a_folder(tmp_path, monkeypatch, capsys):
@@ -272,13 +272,12 @@ def test_a_rank_that_torchrun_would_not_name(monkeypatch, rank, world):
 @pytest.mark.parametrize("eps, rms, warnings", [(1e-15, 1.0, 0), (3e-6, 0.25, 1)])
 def test_an_eps_that_swallows_the_step_is_said_once(capsys, eps, rms, warnings):
     """AdamW's first step is g / (|g| + eps) of lr; gradients are tiny at video size: log-probs are means."""
-    p = torch.nn.Parameter(torch.zeros(100))
+    p, said = torch.nn.Parameter(torch.zeros(100)), set()
     p.grad = torch.full((100,), 1e-6)
-    optimizer, said = torch.optim.AdamW([p], 0.1, eps=eps), set()
+    optimizer = torch.optim.AdamW([p], 0.1, eps=eps)
     optimizer.step()
     found = tell.sizes([p], optimizer, p.grad.norm())
     assert found == pytest.approx({"grad_norm": 1e-5, "grad_rms": 1e-6, "update_rms": rms}, rel=1e-4)
-    assert p.detach().abs().mean() / 0.1 == pytest.approx(rms, rel=1e-4)
     [tell.warn_of_eps(found, eps, said) for _ in range(2)]
     assert capsys.readouterr().err.count("below 10 times eps") == warnings
 

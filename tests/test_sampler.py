@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CURES, ROOT, SHAPE, Labels, close, cure, gaussian, setting
+from conftest import CURES, ROOT, Labels, close, cure, gaussian, setting
 from safetensors.torch import load_file
 
 import sampler
@@ -31,14 +31,11 @@ def test_schedule_golden():
 @pytest.mark.parametrize("fraction", [0.1, 0.4, 1.0])
 def test_compressed_tail(steps, shift, start, fraction):
     """Evenly spaced before the shift, from the window's end to 0; all of the steps give the schedule again."""
-    sigmas = schedule(steps, shift)
-    levels = compress(sigmas, start, fraction)
-    keep = max(1, int(fraction * (steps - start)))
+    levels, keep = compress(schedule(steps, shift), start, fraction), max(1, int(fraction * (steps - start)))
     u = (1 - start / steps) * (1 - torch.arange(keep + 1, dtype=torch.float64) / keep)
-    assert levels[0] == sigmas[start] and levels[-1] == 0
     assert torch.allclose(levels.double(), shift * u / (1 + (shift - 1) * u), atol=2e-6)
-    if fraction == 1:
-        assert torch.allclose(levels, sigmas[start:], atol=2e-6)
+    assert levels[0] == schedule(steps, shift)[start] and levels[-1] == 0
+    assert fraction < 1 or torch.allclose(levels, schedule(steps, shift)[start:], atol=2e-6)
 
 
 # ---- steps ----
@@ -98,8 +95,8 @@ def test_window_is_of_full_width_and_of_the_iteration_alone(strategy, steps, siz
 
 # ---- Gaussian data, whose exact velocity is known ----
 
-def flow(steps, options, n=50, mean=1.0, std=0.5, count=80):
-    """n samples of data N(mean, std^2) under its exact velocity, two members of one condition."""
+def flow(steps, n=50, count=80, mean=1.0, std=0.5, **options):
+    """n samples of data N(mean, std^2) under its exact velocity, as two members of one condition."""
     def policy(x, t, condition):
         a, b = gaussian(t, mean, std)
         return a * x + b
@@ -108,20 +105,29 @@ def flow(steps, options, n=50, mean=1.0, std=0.5, count=80):
 
 
 @pytest.mark.parametrize("name", CURES)
-def test_the_sde_keeps_the_odes_marginals(name):
-    """Mean and variance at t = 0 are the data's, with the last three quarters of the steps stochastic as with none.
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_the_sde_keeps_the_odes_marginals_and_forgets_as_it_should(name, eta):
+    """With the last three quarters of the steps stochastic, mean and variance at t = 0 are the data's, as without; and
+    of where the ODE ends from the same start there remains the correlation exp(-int sigma_t^2 / (2 var_t) dt).
 
-    In the first few they are not: sigma_t^2 dt = t dt / (1 - t) is of order 1 there however fine the schedule is.
-    That is a property of the method (of Flow-GRPO's and LongCat's cures alike), not of this code.
+    In the first few steps it is not so: sigma_t^2 dt = t dt / (1 - t) is of order 1 there however fine the schedule
+    is. That is a property of the method (of Flow-GRPO's and LongCat's cures alike), not of this code.
     """
-    for steps in (), tuple(range(50, 199)):
-        x = flow(steps, cure(name, schedule(200, 3)), n=50_000, count=200).latents
+    sigmas, n = schedule(200, 3), 50_000
+    ode, sde = (flow(steps, n, 200, eta=eta, **cure(name, sigmas)).latents for steps in ((), tuple(range(50, 199))))
+    for x in ode, sde:
         assert abs(x.mean() - 1.0) < 0.01 and abs(x.var() / 0.5 ** 2 - 1) < 0.05
+    t = torch.linspace(sigmas[199], sigmas[50], 10_000, dtype=torch.float64)
+    rate = eta ** 2 * t / (1 - t) / (2 * ((1 - t) ** 2 * 0.5 ** 2 + t ** 2))
+    found = torch.corrcoef(torch.cat([ode, sde]).flatten(0, 1).flatten(1))  # of members 0, 1, and 0, 1
+    expected = float(torch.exp(-torch.trapezoid(rate, t)))
+    assert found[0, 2] == pytest.approx(expected, abs=0.02) and found[1, 3] == pytest.approx(expected, abs=0.02)
+    assert abs(found[2, 3]) < 5 / math.sqrt(n / 2)  # members have noise of their own
 
 
 def test_the_fast_tail_is_nearer_the_exact_flow():
     """With 2 in 5 of the steps, DPM-Solver++(2M) is nearer than Euler with all of them."""
-    euler, fast, whole = (flow((2,), {"tail": tail}) for tail in (None, 0.4, 1.0))
+    euler, fast, whole = (flow((2,), tail=tail) for tail in (None, 0.4, 1.0))
     x, t = euler.x_next[-1].double(), euler.t_next[-1].double()  # from the window's end, the exact flow to t = 0
     exact = 1 + (x - (1 - t)) * 0.5 / torch.sqrt((1 - t) ** 2 * 0.5 ** 2 + t ** 2)
     errors = [float((out.latents - exact).abs().max()) for out in (euler, fast, whole)]
@@ -138,34 +144,6 @@ def same(a, b, tolerance=0.0):
     pairs += [torch.broadcast_tensors(x, y) for x, y in zip(a.x, b.x)]
     for x, y in pairs:
         close(x, y, tolerance)
-
-
-@pytest.mark.parametrize("name", CURES)
-@pytest.mark.parametrize("steps, eta, seed", [((), 1.0, 0), ((0, 1, 2, 3, 4), 0.7, 3), ((2, 3), 1.0, 1)])
-def test_rollout_is_the_equations_step_by_step(name, steps, eta, seed):
-    """ODE steps outside the window, Flow-GRPO's inside, with the recorded noise: written out."""
-    policy, condition, given = setting(C=1, steps=6, seed=seed)
-    sigmas, G = given["sigmas"], 3
-    out = rollout(policy, condition, G, steps, eta=eta, **cure(name, sigmas), **given)
-    x = sampler.normal(SHAPE, seed, 0, 10, 0, "start").expand(G, *SHAPE)
-    noise = [sampler.normal((len(steps), *SHAPE), seed, 0, 10, g, "steps") for g in range(G)]
-    for i, (t, t_next) in enumerate(zip(sigmas, sigmas[1:])):
-        v, dt = policy(x, t, condition).detach(), t - t_next
-        if i not in steps:
-            x = x - dt * v
-            continue
-        k = steps.index(i)
-        close(out.x[k].expand(1, G, *SHAPE)[0], x)
-        s = eta * torch.sqrt(t / (1 - (sigmas[1] if name == "t_max" and i == 0 else t)))
-        s = min(s, 0.45 / dt.sqrt()) if name == "tau" else s
-        mean = x - dt * (v + s ** 2 / (2 * t) * (x + (1 - t) * v))
-        x = mean + s * dt.sqrt() * torch.stack(noise)[:, k]
-        close(out.x_next[k][0], x)
-        close(out.log_prob[k, 0], torch.distributions.Normal(mean, s * dt.sqrt()).log_prob(x).flatten(1).mean(1))
-        assert (out.t[k], out.t_next[k], out.steps) == (t, t_next, steps)
-    close(out.latents[0], x)
-    if not steps:
-        assert torch.equal(sample(policy, condition, **given), out.latents[:, 0])
 
 
 @pytest.mark.parametrize("steps, tail, guidance, share_noise", [
@@ -186,6 +164,7 @@ def test_how_it_is_computed_does_not_matter(steps, tail, guidance, share_noise):
                for share in (True, False)]
     same(*bitwise)
     assert bitwise[1].evaluations == branches * 4 * 6 * (once + after)
+    assert steps or torch.equal(sample(policy, condition, **given), whole.latents[:, 0])
     assert not steps or {out.x[0].shape[1] for out in bitwise} == ({1, 6} if share_noise else {6})
     for rows in 1, 4, 5, 13, 1000:
         policy.largest = 0

@@ -252,10 +252,12 @@ def cut(path, share, **more):
     path.write_bytes(content[:int(share * len(content))])
 
 
+Y4M = b"YUV4MPEG2 W16 H16 F24:1 C420jpeg\n" + (b"FRAME\n" + bytes(384)) * 40
 FASTSTART = {"options": {"movflags": "faststart"}}  # the index comes first
 BAD = [  # name, how it is made, what is said, frames that can be read nevertheless
     ("a.mp4", lambda f: f.write_bytes(b""), "empty file", 0),
     ("a.mp4", lambda f: f.write_text("no video\n" * 50), "unreadable", 0),
+    ("a.mp4", lambda f: f.write_bytes(Y4M), "unreadable", 0),  # of a format that is not let in
     ("a.mp4", lambda f: cut(f, 0.99), "unreadable or truncated", 0),  # the index, at its end
     ("a.mp4", lambda f: cut(f, 0.6, muxer=FASTSTART), "truncated", 3),
     ("a.mkv", lambda f: cut(f, 0.5), "truncated", 3),
