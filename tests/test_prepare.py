@@ -318,7 +318,7 @@ def test_full_disk_stops(source, weights, tmp_path):
 
 def test_two_ranks_make_what_one_makes(source, weights, cache, tmp_path):
     """As torchrun starts them."""
-    out, port = tmp_path / "out", str(20000 + os.getpid() % 20000)
+    out, port = tmp_path / "out", str(40000 + os.getpid() % 20000)
     command = [sys.executable, "-m", "data.prepare", *flags(source, weights, out)]
     place = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [subprocess.Popen(command, env=place | {"RANK": rank}, cwd=ROOT, text=True,
