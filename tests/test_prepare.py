@@ -323,7 +323,7 @@ def test_two_ranks_make_what_one_makes(source, weights, cache, tmp_path):
     place = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [subprocess.Popen(command, env=place | {"RANK": rank}, cwd=ROOT, text=True,
                               stdout=subprocess.PIPE) for rank in "01"]
-    said = "".join(rank.communicate(timeout=300)[0] for rank in ranks)
+    said = "".join(rank.communicate(timeout=1200)[0] for rank in ranks)
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert clips(out) == clips(cache) and read_index(out) == read_index(cache)
     assert said.count("4 clips made, 0 were there, 0 skipped") == 1
