@@ -11,8 +11,10 @@
     python evaluate.py try my.py:f                               is this reward any good?
     python evaluate.py retake clip.mp4 --camera=arc_left --speed=1.5 --weights=...   your own video
 
-`python evaluate.py [COMMAND] --help` lists the settings. The first two can run under torchrun; the
-ranks then share the cases. The same command again goes on from where it stopped. In --out:
+`python evaluate.py [COMMAND] --help` lists the settings. The first three may run under torchrun;
+the ranks then share the cases: `torchrun --nproc-per-node=8 -- evaluate.py ...` (without the `--`
+it takes --log for an option of its own). The same command again goes on from where it stopped. In
+--out:
     sources/<clip>.mp4                    the source as the model saw it
     conditions/<clip>.safetensors         and encoded (a baseline's: <method>/conditions)
     <method>/videos/<clip>_camera_<n>_speed_<s>.mp4, and the like in <method>/poses and /cases
@@ -30,32 +32,26 @@ import plumbing.early  # noqa: F401, before all: a signal during the imports end
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors.torch import load_file
-from tqdm import tqdm
 
-import trajectories
-from data.clips import NEGATIVE, load_clip
-from data.video import write_video
-from data.world import open_policy
+from evaluation import outside
 from evaluation.ablation import Ablation, ablation
-from evaluation.cases import say_what_is_asked, split_case, what_is_asked
+from evaluation.cases import folders_of, say_what_is_asked, what_is_asked
 from evaluation.compare import Compare, Curves, compare, draw_curves
-from evaluation.generate import Generating, rerender
+from evaluation.generate import Generating, generate_videos
 from evaluation.report import finish
 from evaluation.retake import Retake, retake
-from evaluation.scores import collect_scores, keep_all_settings, open_estimator, score_cases
-from evaluation.sources import prepare_sources
+from evaluation.scores import collect_scores, keep_settings, open_estimator, score_cases
+from evaluation.sources import prepare_sources, read_clip
 from evaluation.toy import Toy, evaluate_toy
 from evaluation.trial import try_reward
 from evaluation.warping import Warp, warp
 from plumbing.files import lock_folder
 from plumbing.ranks import connect, own_device, rank_of
 from plumbing.settings import run_command
-from pretrained.vae import load_vae
-from pretrained.weights import VAE_FILE
 from train import Config
 
 
@@ -84,64 +80,58 @@ def evaluate(config):
     """The paper's protocol; writes what the top of this file says, and prints three lines."""
     started = time.time()
     rank, ranks = rank_of()
+    quiet = rank > 0
     device = own_device()
-
-    # Whatever can be refused is refused now: settings, files, a folder made with other settings.
-    asked = what_is_asked(config)
     out = Path(config.out)
-    estimate = open_estimator(config, device)
+    sources = out / "sources"
+
+    # What is asked for, and with which tools. Whatever can be refused is refused now.
+    asked = what_is_asked(config)
+    estimate = open_estimator(config.estimator, config.weights, config.vipe, config.vipe_pipeline,
+                              device)
+    met3r = partial(outside.met3r, config.redirector_python or sys.executable, config.redirector)
+    met3r = met3r if config.redirector and asked.clips else None
+    vbench = partial(outside.vbench, config.vbench or sys.executable)
     lock = lock_folder(out) if rank == 0 else None  # noqa: F841, until this process ends
-    keep_all_settings(config, asked, out)
+    for folder, settings in folders_of(config, asked).items():
+        keep_settings(folder, settings)
     if ranks > 1:
         connect("gloo", timeout=30 * 24 * 3600)  # only to wait for each other
     wait = dist.barrier if ranks > 1 else lambda: None
     if rank == 0:
-        say_what_is_asked(config, asked)
+        say_what_is_asked(asked)
 
-    # Sources: the clips as the model sees them, and encoded once for all policies of one folder.
-    quiet = rank > 0
-    mine = list(asked.clips)[rank::ranks]  # this rank's share
-    folders = dict.fromkeys((weights, folder) for weights, _, folder in asked.policies.values())
-    for weights, conditions in folders or [("", out / "conditions")]:
-        prepare_sources(config, asked.clips, mine, weights, conditions, estimate, device, quiet)
+    # Sources: the clips as the model sees them, and encoded once for all methods of one policy.
+    mine = dict(list(asked.clips.items())[rank::ranks])  # this rank's share
+    read = partial(read_clip, frames=config.frames, size=(config.height, config.width))
+    policies = {model.conditions: model for model in asked.models.values()}
+    for model in policies.values() or [None]:
+        prepare_sources(mine, Path(config.videos), sources, model, read, config.captions,
+                        config.blip, config.cameras or estimate, config.fov, device, quiet)
     wait()
 
     # Videos: of base and tuned models and of baselines, from the same noise.
     mine = asked.cases[rank::ranks]
-    for method in asked.policies:
-        generate_videos(config, method, asked, mine, device, quiet)
+    sampling = {"steps": config.steps, "shift": config.shift, "guidance": config.guidance,
+                "seed": config.seed}
+    for method, model in asked.models.items():
+        videos = {case: asked.files[method][case] for case in mine}
+        generate_videos(method, model, videos, sampling, device, quiet)
 
     # Scores: cameras and MEt3R by every rank for its own cases, VBench by the first.
     notes = {}
-    for method in asked.files:
-        notes[method] = score_cases(config, method, asked, out, mine, estimate, quiet)
+    for method, videos in asked.files.items():
+        model = asked.models.get(method)
+        notes[method] = score_cases(out / method, {case: videos[case] for case in mine}, sources,
+                                    model and model.conditions, estimate, met3r, quiet)
     wait()
     if rank == 0:
         methods = {}
-        for method in asked.files:
-            methods[method] = collect_scores(config, method, asked, out, notes[method])
+        for method, videos in asked.files.items():
+            methods[method] = collect_scores(out / method, videos, sources, vbench, notes[method])
         finish(out, config, methods, asked.checkpoints, started, "clips")
     if ranks > 1:
         dist.destroy_process_group()
-
-
-def generate_videos(config, method, asked, mine, device, quiet):
-    """Generate the videos of the cases `mine` that are not there yet, by the published policy with
-    a checkpoint's weights, if any, laid over it. The noise depends on seed and case alone."""
-    weights, checkpoint, conditions = asked.policies[method]
-    todo = [case for case in mine if not asked.files[method][case].exists()
-            and (conditions / f"{split_case(case)[0]}.safetensors").exists()]
-    if not todo:
-        return
-    dit = open_policy(weights, checkpoint, device)
-    codec = load_vae(Path(weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
-    negative = load_file(conditions / NEGATIVE)["text"][None]
-    for case in tqdm(todo, method, unit="video", disable=quiet):
-        name, number, speed = split_case(case)
-        clip = load_clip(conditions / f"{name}.safetensors")
-        target = trajectories.recammaster(number, 4 * clip.latents.shape[1] - 3, speed)
-        video = rerender(dit, codec, clip, target, case, negative, config, device)
-        write_video(asked.files[method][case], video, clip.fps)
 
 
 @dataclass

@@ -283,7 +283,6 @@ def main(argv):
             share = config.members // config.updates
             for update in range(config.updates):
                 members = slice(update * share, (update + 1) * share)
-                optimizer.zero_grad(set_to_none=True)
                 stats = gradients(policy, base, sampled.part(members), A[mine, members], config)
                 if update == 0:  # the weights are still those of the rollout
                     ratio_error = check_on_policy(stats, config.clip, iteration == start)
@@ -294,6 +293,7 @@ def main(argv):
                 interrupts.hold()  # from the first step to the log's line, a signal waits
                 if not skipped:
                     optimizer.step()
+                optimizer.zero_grad(set_to_none=True)  # or gradients stay while videos are made
                 if iteration == start and update == 0:
                     assert_ranks_agree(parameters, "after the first update")
             clock("update")

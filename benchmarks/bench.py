@@ -443,6 +443,7 @@ def measure_memory(config, settings, at, members, steps, mark, **how):
         for p in trainable(dit):
             p.grad = torch.zeros_like(p)
         optimizer.step()
+        optimizer.zero_grad()  # as the loop does
         peaks.mark("building")
         del prepared
         with torch.no_grad():

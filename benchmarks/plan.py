@@ -272,8 +272,7 @@ class Sliced:
 
 def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     """`memory` of a DiT with as many blocks as dit_config says, under Live."""
-    # What stays: frozen weights, float32 masters, AdamW's two moments, gradients (and DDP's buckets
-    # of them).
+    # What stays: frozen weights, float32 masters, AdamW's two moments, DDP's buckets of gradients.
     dit = DiT(dit_config)
     if config.world != "toy":  # nothing else of it is a module
         state = {k: torch.empty(x.shape, dtype=dtype) for k, x in codec.state_dict().items()}
@@ -287,12 +286,11 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     stay = {"frozen weights": live.now - masters, "masters": masters}
     moments, stay["optimiser"] = live.extra(lambda: [torch.empty_like(p) for p in parameters + parameters])
     buckets = [torch.empty_like(p) for p in parameters] if ranks > 1 else []
-    stay["gradients"] = masters * (2 if buckets else 1)
+    if buckets:
+        stay["buckets"] = masters
     base = [torch.empty_like(p) for p in parameters] if config.kl else []  # that kl refers to
     if base:
         stay["base"] = masters
-    for p in parameters:
-        p.grad = torch.empty_like(p)  # of the iteration before, until the update
 
     # Conditions, and the source videos that rewards compare with.
     C = config.conditions // ranks
@@ -357,11 +355,12 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     videos = torch.empty(every, dtype=torch.uint8)
     peaks["rewards"] = live.now
 
-    # Update: the largest micro-batch. The first backward of several brings its own gradients.
+    # Update: the largest micro-batch. Gradients are there from the first backward of several on; the
+    # loop frees them after the step.
     batches = [(k, c, m) for k in range(len(sampled.x)) for c, m in micro_batches(sampled, k, rows)]
-    if len(batches) == 1:
+    if len(batches) > 1:
         for p in parameters:
-            p.grad = None
+            p.grad = torch.empty_like(p)
     k, c, m = max(batches, key=lambda at: sampled.x[at[0]][at[1]][:, at[2]].shape[:2].numel())
     live.peak = live.now
     policy_loss(dit, sampled, k, torch.empty(C, G), 1, c, m, config.clip)[0].backward()

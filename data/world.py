@@ -46,7 +46,12 @@ def clip_numbers(iteration, count, size, seed):
 
 def open_policy(weights, checkpoint, device):
     """The published policy in a folder of weights and, if any, a checkpoint laid over it -> DiT."""
-    files = [*find_policy(weights).files, *([checkpoint] if checkpoint else [])]
+    return load_policy(find_policy(weights).files, checkpoint, device)
+
+
+def load_policy(files, checkpoint, device):
+    """A published policy's files and, if any, a checkpoint laid over them -> DiT."""
+    files = [*files, *([checkpoint] if checkpoint else [])]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; pretrained/README.md lists what this "
@@ -62,14 +67,15 @@ def stacked(clips, name):
     return None if any(part is None for part in parts) else torch.stack(parts)
 
 
-def condition_of(dit, clips, target, config, device):
+def condition_of(dit, clips, target, device):
     """Clips and their target paths (C, T, 4, 4) -> what the policy takes of them: Condition, a row
     per clip."""
     take = lambda name: stacked(clips, name).to(device)
     target = torch.as_tensor(target).to(device)
     if dit.takes_poses:  # ReCamMaster: neither the source's path nor intrinsics
         return Condition(take("text"), source=take("latents"), camera=trajectories.poses(target))
-    maps = [trajectories.camera_maps(c2w, take("intrinsics"), config.height, config.width)
+    height, width = (8 * side for side in take("latents").shape[3:])  # pixels
+    maps = [trajectories.camera_maps(c2w, take("intrinsics"), height, width)
             for c2w in (target, take("c2w"))]
     return Condition(take("text"), take("image"), take("latents"), *maps)
 
@@ -97,7 +103,7 @@ def open_clips(config, device):
             speeds = trajectories.draw_speeds(rng, config.v, omega)
             target.append(trajectories.rescale(path, *speeds))
         target = torch.from_numpy(np.stack(target)).to(device)
-        condition = condition_of(dit, rows, target, config, device)
+        condition = condition_of(dit, rows, target, device)
         on_device = lambda x: None if x is None else x.to(device)
         videos = [read_source(clip, config, clips.settings) for clip in rows]
         videos = None if any(x is None for x in videos) else torch.stack(videos).to(device)

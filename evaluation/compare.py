@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation import page
-from evaluation.cases import items
+from evaluation.cases import is_same_case, items
 from evaluation.report import facts, short, table, trained_with, write_report
 from evaluation.scores import read_results
 
@@ -16,15 +16,15 @@ from evaluation.scores import read_results
 class Compare:
     """python evaluate.py compare A B: their tables together, and in pairs on the cases that both
     have."""
-    results: str = ""           # results.json, or folders of them or of runs, by commas or as plain arguments
+    results: str = ""           # results.json, or folders of them or of runs, by commas or plainly
     out: str = "out/compare"    # folder for report.html and tables.md
-    show: str = ""              # cases in the report, comma-separated; empty: best, median, worst change
+    show: str = ""              # cases in the report, by commas; empty: best, median, worst change
 
 
 @dataclass
 class Curves:
     """python evaluate.py curves A B: training logs in one page, also while the runs go on."""
-    logs: str = ""              # log.jsonl, or folders of runs, by commas or as plain arguments
+    logs: str = ""              # log.jsonl, or folders of runs, by commas or plainly
     out: str = "out/curves.html"  # the page
 
 
@@ -38,14 +38,15 @@ def compare(config):
         raise ValueError("compare: expected two different results.json, or their folders, or more")
     names = page.distinct(files)
     results = {name: read_results(file) for name, file in zip(names, files)}
-    refuse_what_differs(results)
+    check_comparable(results)
     methods, last, base_of = named_methods(results, dict(zip(names, files)))
     cases = {case for method in methods.values() for case in method["cases"]}
     if unknown := [case for case in items(config.show) if case not in cases]:
         raise ValueError(f"show: no case {unknown[0]!r}, expected for example {min(cases)}")
     pairs = [(last[a], last[b]) for a, b in itertools.combinations(names, 2)]
     pairs += [(base_of[name], last[name]) for name in names if base_of[name] is not None]
-    pairs = [(a, b) for a, b in pairs if a != b] or [(last[names[0]], last[names[0]])]  # the same base twice
+    pairs = [(a, b) for a, b in pairs if a != b]
+    pairs = pairs or [(last[names[0]], last[names[0]])]  # the same base twice
     paper = all(r.get("world") == "clips" for r in results.values())
     run = {}
     for name, r in results.items():
@@ -59,27 +60,33 @@ def find_results(path):
     files = [Path(path), Path(path, "results.json"), Path(path, "evaluation/results.json")]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"{path}: no results.json there, expected one that evaluate.py wrote")
+        raise FileNotFoundError(f"{path}: no results.json there, expected one that evaluate.py "
+                                "wrote")
     return file
 
 
-def refuse_what_differs(results):
+def check_comparable(results):
     """ValueError where evaluations {name: results} have other estimators, no case in common, or one
     name for cases of different sources or true paths."""
     estimators = {r["settings"]["estimator"] for r in results.values()}
     if len(estimators) > 1:
-        raise ValueError(f"compare: different estimators of cameras, {' and '.join(sorted(estimators))}")
-    of_case = {}  # case -> evaluation -> digests
+        raise ValueError("compare: different estimators of cameras, "
+                         f"{' and '.join(sorted(estimators))}")
+    found = {}  # case -> evaluations that have it, and digests
     for name, r in results.items():
         for method in r["methods"].values():
             for case, scores in method["cases"].items():
-                of_case.setdefault(case, {}).setdefault(name, set()).add(scores.get("digest"))
-    if not any(len(digests) == len(results) for digests in of_case.values()):
+                names, digests = found.setdefault(case, (set(), []))
+                names.add(name)
+                digests.append(scores.get("digest"))
+    if not any(len(names) == len(results) for names, _ in found.values()):
         raise ValueError(f"compare: {' and '.join(results)} have no case in common")
-    differ = [case for case, digests in of_case.items() if len(set.union(*digests.values())) > 1]
+    differ = [case for case, (names, digests) in found.items()
+              if len(names) > 1 and not all(is_same_case(digests[0], x) for x in digests)]
     if differ:
-        raise ValueError(f"compare: {len(differ)} cases of one name have different source videos or true "
-                         f"paths in {' and '.join(results)}, {differ[0]} first; evaluate both on the same")
+        raise ValueError(f"compare: {len(differ)} cases of one name have different source videos "
+                         f"or true paths in {' and '.join(results)}, {differ[0]} first; evaluate "
+                         "both on the same")
 
 
 def named_methods(results, files):
@@ -111,7 +118,7 @@ def named_methods(results, files):
 
 def is_same(a, b):
     """Whether two methods have the same scores in the cases of the one with fewer."""
-    scores = lambda case: {k: x for k, x in case.items() if k != "video"}
+    scores = lambda case: {k: x for k, x in case.items() if k not in ("video", "digest")}
     few, many = sorted((a["cases"], b["cases"]), key=len)
     return all(case in many and scores(few[case]) == scores(many[case]) for case in few)
 
@@ -133,8 +140,8 @@ def draw_curves(config):
 
 
 def settings_that_differ(logs):
-    """{name: log} of runs -> HTML of a table of the settings that are not the same in all of them, as their
-    newest checkpoints say; "" where there is no such setting."""
+    """{name: log} of runs -> HTML of a table of the settings that are not the same in all of them,
+    as their newest checkpoints say; "" where there is no such setting."""
     made = {}
     for name, log in logs.items():
         states = sorted(log.parent.glob("iteration_??????/state.json"))
@@ -168,9 +175,11 @@ def lines_of_run(records):
     series = page.series_of(records)
     lines = []
     for label, names, unit, factor in (
-            ("position error", ("trans",), "m", -1), ("rotation error", ("rot",), "deg", -180 / math.pi),
+            ("position error", ("trans",), "m", -1),
+            ("rotation error", ("rot",), "deg", -180 / math.pi),
             ("image", ("hpsv3", "vq", "mq", "sharpness"), "", 1)):
-        known = [key for name in names for key in (f"valid/{name}", f"reward/{name}") if key in series]
+        known = [key for name in names for key in (f"valid/{name}", f"reward/{name}")
+                 if key in series]
         if not known:
             lines.append(f"{label:16}no such reward in this run")
             continue

@@ -4,23 +4,26 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
 
 import rewards
-from data.cameras import source_cameras
-from data.clips import Clip
+from data.clips import NEGATIVE, load_clip
 from data.draw import PATH_COLORS, draw_paths, grid, upscale
-from data.prepare import encode_clip
-from data.video import count_frames, decode, read_frames, read_video, write_video
-from data.world import condition_of
+from data.video import decode, write_video
+from data.world import condition_of, load_policy
+from evaluation.cases import split_case
 from plumbing.files import write_json
 from plumbing.ranks import gather
 from plumbing.guard import seed_everything
-from pretrained.encoders import check_caption, describe_frame
+from pretrained.vae import load_vae
+from pretrained.weights import VAE_FILE
 from sampler import sample, schedule
-from trajectories import relative
+from trajectories import recammaster, relative
 
 
 @torch.no_grad()
@@ -42,8 +45,8 @@ def prepare(dit, condition, negative, guidance):
 
 
 @torch.no_grad()
-def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0, tail=None,
-             rows=1, shape=None):
+def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidance=1.0, seed=0,
+             tail=None, rows=1, shape=None):
     """Condition of C rows -> uint8 videos (C, T, H, W, 3), by the plain ODE.
 
     The noise depends on seed and ids (C names) alone, so two models get the same. negative: the
@@ -60,18 +63,19 @@ def generate(dit, codec, condition, ids, negative=None, *, steps, shift, guidanc
     return decode(codec, latents, rows)
 
 
-# ---- a clip of one's own ----
+# ---- a clip along another path ----
 
 @dataclass
 class Generating:
     """Settings of all that generates videos with the published weights."""
     weights: str = ""           # folder of the published weights
-    ckpt: str = ""              # laid over the policy in `weights`: files, checkpoints' or runs' folders
-    cameras: str = ""           # source cameras: a file, or a folder of one for each video; empty: estimated
-                                # where the policy takes them (ReCamMaster does not). NAME@w2c tells
-                                # a convention that files do not say (data/camera_files.py)
-    fov: float = 0.0            # horizontal field of view, degrees, where camera files have no intrinsics
-    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2's local folder or hub id, where captions are not given
+    ckpt: str = ""              # laid over that policy: files, checkpoints' or runs' folders
+    cameras: str = ""           # source cameras: a file, or a folder of one for each video; empty:
+                                # estimated where the policy takes them (ReCamMaster does not).
+                                # NAME@w2c tells a convention that files do not say
+                                # (data/camera_files.py)
+    fov: float = 0.0            # horizontal field of view, degrees, of files without intrinsics
+    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2, a folder or hub id; captions not given
     vipe: str = "vipe"          # ViPE's program
     vipe_pipeline: str = "default"  # its preset; only_pose where ReDirector's fork is installed
     height: int = 480           # pixels, a multiple of 16 (ReDirector)
@@ -82,59 +86,29 @@ class Generating:
     seed: int = 0               # of the noise
 
 
-def read_clip(path, config, stride=1):
-    """A video's largest 4k+1 frames, config.frames at most (0: all), scaled to cover and cropped ->
-    uint8 (T, H, W, 3), fps, and the frames' numbers (T,), rows of a camera file."""
-    size = config.height, config.width
-    if size[0] % 16 or size[1] % 16:
-        raise ValueError(f"height and width: expected multiples of 16, found {size[0]} x {size[1]}")
-    try:
-        video, fps, rows = read_frames(path, config.frames or None, stride, size)
-    except ValueError:
-        if not config.frames:
-            raise
-        video, fps, rows = read_frames(path, None, stride, size)  # shorter; if broken, it raises again
-    frames = (len(video) - 1) // 4 * 4 + 1
-    if frames < 5:
-        raise ValueError(f"{path}: too short, {len(video)} frames, expected at least 5")
-    return video[:frames], fps, rows[:frames]
-
-
-def find_cameras(path, name, clip, mp4, config, estimate):
-    """Cameras of a clip as read_clip returns it: c2w (T, 4, 4), metres, relative to the first, and
-    intrinsics (4,). From config.cameras, a file, or a folder that has one for the video called
-    `name`; where that is empty, estimated from `mp4`, the clip as the model sees it; without an
-    estimator either, None and None."""
-    video, _, rows = clip
-    cameras = config.cameras
-    if not cameras and estimate is None:
-        return None, None
-    if not cameras:
-        def cameras(_):
-            c2w, intrinsics = estimate(mp4)
-            if len(c2w) != len(video) or intrinsics is None:
-                raise ValueError(f"source cameras: expected {len(video)} and intrinsics, found {len(c2w)}")
-            return torch.from_numpy(c2w)[None], torch.from_numpy(intrinsics)[None]
-    shown = read_video(path, frames=1)[0].shape[1:3]
-    return source_cameras(video, rows, shown, name, cameras, config.fov or None, partial(count_frames, path))
-
-
-def make_clip(clip, path, caption, cameras, encoders, config, device):
-    """A clip as read_clip returns it, its caption (None: BLIP-2's) and cameras -> data.Clip."""
-    video, fps, _ = clip
-    if caption is None:
-        caption = describe_frame(video[len(video) // 2], config.blip, device, encoders[0].conv1.weight.dtype)
-        check_caption(caption, f"{config.blip} describes it")
-    latents, image, text = encode_clip(torch.from_numpy(video).to(device), caption, *encoders)
-    return Clip(str(path), str(path), caption, fps, latents, image, text, *cameras)
-
-
-def rerender(dit, codec, clip, target, name, negative, config, device):
+def rerender(dit, codec, clip, target, name, negative, sampling, device):
     """A data.Clip re-rendered along a target path (T, 4, 4) -> uint8 (T, H, W, 3); its noise is
-    named `name`."""
-    condition = condition_of(dit, [clip], target[None], config, device)
-    return generate(dit, codec, condition, [name], negative, steps=config.steps, shift=config.shift,
-                    guidance=config.guidance, seed=config.seed)[0].cpu().numpy()
+    named `name`; sampling: generate's steps, shift, guidance and seed."""
+    condition = condition_of(dit, [clip], target[None], device)
+    return generate(dit, codec, condition, [name], negative, **sampling)[0].cpu().numpy()
+
+
+def generate_videos(method, model, videos, sampling, device, quiet):
+    """Make those of {case: video} that are not there yet, by a cases.Model. The noise depends on
+    seed and case alone. sampling: generate's steps, shift, guidance and seed."""
+    todo = [case for case, video in videos.items() if not video.exists()
+            and (model.conditions / f"{split_case(case)[0]}.safetensors").exists()]
+    if not todo:
+        return
+    dit = load_policy(model.policy.files, model.checkpoint, device)
+    codec = load_vae(Path(model.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
+    negative = load_file(model.conditions / NEGATIVE)["text"][None]
+    for case in tqdm(todo, method, unit="video", disable=quiet):
+        name, number, speed = split_case(case)
+        clip = load_clip(model.conditions / f"{name}.safetensors")
+        target = recammaster(number, 4 * clip.latents.shape[1] - 3, speed)
+        video = rerender(dit, codec, clip, target, case, negative, sampling, device)
+        write_video(videos[case], video, clip.fps)
 
 
 # ---- what a run shows ----
@@ -153,8 +127,9 @@ def demonstration(world, config):
     now = partial(generate, world.dit, world.codec, condition, [f"show {j}" for j in numbers],
                   world.negative, steps=config.steps, shift=config.shift, guidance=config.guidance,
                   seed=config.seed, rows=config.reward_batch, shape=world.shape)
-    geometry = [reward for reward in world.rewards if set(getattr(reward, "names", ())) & set(rewards.POSES)]
-    estimate = rewards.estimator_of(geometry)  # of a run without these rewards, none is loaded for this
+    geometry = [reward for reward in world.rewards
+                if set(getattr(reward, "names", ())) & set(rewards.POSES)]
+    estimate = rewards.estimator_of(geometry)  # of a run without these rewards, none is loaded
 
     def with_paths(videos, colour):
         """uint8 (n, T, H, W, 3) -> n arrays, the paths drawn in, if there are any."""
@@ -204,8 +179,9 @@ def validation(world, config, rank, ranks):
 
     def measure():
         device = next(world.dit.parameters()).device
-        seed_everything(config.seed, "validation", rank)  # each time the same luck for rewards that draw
-        scores = {name: torch.full((most,), math.nan, device=device) for name in world.reward_weights}
+        seed_everything(config.seed, "validation", rank)  # the same luck for rewards that draw
+        scores = {name: torch.full((most,), math.nan, device=device)
+                  for name in world.reward_weights}
         for at in range(0, len(mine), part):
             numbers = mine[at:at + part]
             rngs = [np.random.default_rng((config.seed, 1 << 33, j)) for j in numbers]

@@ -24,7 +24,8 @@ from plumbing.files import one_line
 def call(command, cwd=None):
     """Run a program -> (exit code or None if there is no such program, the last line it wrote)."""
     env = {k: v for k, v in os.environ.items()  # a tool must not take itself for one of our ranks
-           if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+           if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                        "MASTER_PORT")
            and not k.startswith(("TORCHELASTIC", "GROUP_", "ROLE_"))}
     if os.sep in command[0]:  # an environment's programs call each other by name
         folder = os.path.dirname(os.path.abspath(command[0]))
@@ -35,8 +36,8 @@ def call(command, cwd=None):
         ours = local < len(devices) and devices[0]
         env["CUDA_VISIBLE_DEVICES"] = devices[local] if ours else str(local)
     try:
-        done = subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
+        done = subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except OSError as error:
         return None, one_line(error)
     lines = done.stdout.decode(errors="replace").strip().splitlines()
@@ -53,14 +54,16 @@ def vipe(program="vipe", pipeline="default"):
     """
     if shutil.which(next(iter(shlex.split(program)), "")) is None:
         raise ValueError(f"not installed: ViPE (no program {program!r}; pip install nvidia-vipe in "
-                         "an environment of its own, name it by --vipe, or use --estimator=mapanything)")
+                         "an environment of its own, name it by --vipe, or use "
+                         "--estimator=mapanything)")
 
     def estimate(path, method=""):
         with tempfile.TemporaryDirectory(prefix="vipe_") as folder:
             video = f"{folder}/video.mp4"
             out = Path(folder) / "out"
             shutil.copyfile(path, video)
-            code, last = call([*shlex.split(program), "infer", video, "-o", str(out), "-p", pipeline])
+            code, last = call([*shlex.split(program), "infer", video, "-o", str(out),
+                               "-p", pipeline])
             files = [out / kind / "video.npz" for kind in ("pose", "intrinsics")]
             if code != 0 or not all(f.is_file() for f in files):
                 raise ValueError(f"ViPE failed (exit code {code}: {last})")
@@ -69,13 +72,15 @@ def vipe(program="vipe", pipeline="default"):
                 focal = read_focal(files[1], read_video(path, frames=1)[0].shape[1:3])
                 return c2w, np.array([*focal, 0.5, 0.5], np.float32)
             except (ValueError, TypeError, EOFError, OSError, KeyError) as error:
-                raise ValueError(f"ViPE wrote no usable cameras ({str(error).replace(folder, '')})") from None
+                why = str(error).replace(folder, "")
+                raise ValueError(f"ViPE wrote no usable cameras ({why})") from None
 
     return estimate
 
 
-DIMENSIONS = ("subject_consistency", "background_consistency", "aesthetic_quality", "imaging_quality",
-              "temporal_flickering", "motion_smoothness")  # of VBench, those the paper reports
+DIMENSIONS = (  # of VBench, those the paper reports
+    "subject_consistency", "background_consistency", "aesthetic_quality", "imaging_quality",
+    "temporal_flickering", "motion_smoothness")
 VBENCH = """
 import os, sys, vbench, torch
 videos, out, dimension = sys.argv[1:]
@@ -98,16 +103,21 @@ def vbench(python, videos, dimension):
             (staged / f"{name}.mp4").symlink_to(Path(path).resolve())
         code, last = call([python, "-c", VBENCH, str(staged), str(out), dimension])
         if code is None or "No module named 'vbench" in last:
-            return {}, f"not installed: VBench ({last}; pip install vbench and name its python by --vbench)"
+            return {}, (f"not installed: VBench ({last}; pip install vbench and name its python by "
+                        "--vbench)")
         try:
             found = json.loads((out / "cases_eval_results.json").read_text())[dimension][1]
             found = {Path(x["video_path"]).stem: float(x["video_results"]) for x in found}
         except (OSError, ValueError, LookupError, TypeError) as error:
-            return {}, f"failed: VBench, {dimension} (exit code {code}: {last}; {type(error).__name__})"
+            return {}, (f"failed: VBench, {dimension} (exit code {code}: {last}; "
+                        f"{type(error).__name__})")
     scale = 100 if dimension == "imaging_quality" else 1  # single videos are in per cent there
-    scores = {name: found[name] / scale for name in videos if math.isfinite(found.get(name, math.nan))}
+    scores = {name: found[name] / scale for name in videos
+              if math.isfinite(found.get(name, math.nan))}
     lacks = [name for name in videos if name not in scores]
-    return scores, f"failed: VBench, {dimension} ({len(lacks)} videos, {lacks[0]} first)" if lacks else None
+    if lacks:
+        return scores, f"failed: VBench, {dimension} ({len(lacks)} videos, {lacks[0]} first)"
+    return scores, None
 
 
 def copy_as_long(source, video, path):
@@ -141,8 +151,8 @@ def met3r(python, checkout, source, video, number, speed):
             text = (Path(folder) / "results.txt").read_text()
         except (OSError, ValueError):
             if code is None or "No module named" in last:
-                return {}, (f"not installed: MEt3R ({last}; set up ReDirector's environment and name its "
-                            "python by --redirector_python)")
+                return {}, (f"not installed: MEt3R ({last}; set up ReDirector's environment and "
+                            "name its python by --redirector_python)")
             return {}, f"failed: MEt3R (exit code {code}: {last})"
     scores = {}
     for key, x in re.findall(r"^((?:Dyn-)?MEt3R): *(\S+)$", text, re.M):  # None where it failed

@@ -28,33 +28,37 @@ INK = {  # name -> light, dark
     "paper": ("#ffffff", "#16181b"), "ink": ("#1d1d1f", "#e8e8ea"), "faint": ("#595959", "#a8a8ad"),
     "rule": ("#dddddd", "#3a3d42"), "target": ("#6e6e6e", "#9a9aa0"),
     **{f"c{i}": pair for i, pair in enumerate(COLOURS)}}
-STYLE = (":root { color-scheme: light dark; " + "".join(f"--{k}: {x[0]}; " for k, x in INK.items()) + "}\n"
+STYLE = (":root { color-scheme: light dark; "
+         + "".join(f"--{k}: {x[0]}; " for k, x in INK.items()) + "}\n"
          "@media (prefers-color-scheme: dark) { :root { "
          + "".join(f"--{k}: {x[1]}; " for k, x in INK.items()) + "} }\n" +
          """
 * { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 1.5em auto;
-       max-width: 1280px; padding: 0 16px; overflow-wrap: break-word }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+       margin: 1.5em auto; max-width: 1280px; padding: 0 16px; overflow-wrap: break-word }
 h1 { font-size: 1.6em; line-height: 1.25 }
 h2 { font-size: 1.3em; margin: 2em 0 .4em; border-bottom: 1px solid var(--rule) }
 h3 { font-size: 1.05em; margin: 1.4em 0 .3em }
 .lines { font: 15px/1.6 ui-monospace, monospace; white-space: pre; overflow-x: auto; margin: 0 }
 .wide { overflow-x: auto; margin: 4px 0 }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-td, th { padding: 4px 8px; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top }
+td, th { padding: 4px 8px; text-align: right; border-bottom: 1px solid var(--rule);
+         vertical-align: top }
 th { border-bottom: 2px solid var(--faint); vertical-align: bottom }
 .words { text-align: left }
 small { white-space: nowrap; color: var(--faint) }
 .note { color: var(--faint); font-size: 14px; margin: 4px 0 }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 12px 16px }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr));
+          gap: 12px 16px }
 figure { margin: 0; min-width: 0 }
 figcaption { font-size: 14px; font-weight: 600 }
 figcaption span { font-weight: 400; color: var(--faint) }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 20px; list-style: none; padding: 0; margin: 8px 0;
-          font-size: 14px }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 20px; list-style: none; padding: 0;
+          margin: 8px 0; font-size: 14px }
 .legend svg { width: 28px; height: 10px; margin-right: 6px; vertical-align: middle }
 .player { overflow-x: auto }
-video { width: 100%; min-width: 560px; height: auto; display: block; background: #000; margin: 8px 0 }
+video { width: 100%; min-width: 560px; height: auto; display: block; background: #000;
+        margin: 8px 0 }
 svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; display: block }
 .legend svg { display: inline-block }
 svg text { fill: var(--faint) }
@@ -63,10 +67,13 @@ svg polyline, svg path { fill: none; stroke-width: 1.8 }
 .thin { stroke-width: 1; opacity: .35 }
 .target { stroke: var(--target); stroke-width: 5; stroke-opacity: .55 }
 """ + "".join(f".c{i} {{ stroke: var(--c{i}) }}\n" for i in range(len(COLOURS))) + """
-dl { display: grid; grid-template-columns: minmax(110px, max-content) 1fr; gap: 4px 16px; font-size: 14px }
+dl { display: grid; grid-template-columns: minmax(110px, max-content) 1fr; gap: 4px 16px;
+     font-size: 14px }
 dt { color: var(--faint) }
 dd { margin: 0; min-width: 0 }
-@media (max-width: 600px) { dl { grid-template-columns: 1fr } .lines { font-size: 10.5px; white-space: pre-wrap } }
+@media (max-width: 600px) {
+    dl { grid-template-columns: 1fr }
+    .lines { font-size: 10.5px; white-space: pre-wrap } }
 """)
 POLICY = "default-src 'none'; media-src data:; img-src data:; style-src 'unsafe-inline'"
 esc = html.escape
@@ -121,7 +128,8 @@ def html_table(t):
     def row(tag, cells):
         kinds = (' class="words"' if word else "" for word in words)
         shown = (re.sub(r" (\[.*\])$", r"<br><small>\1</small>", esc(cell)) for cell in cells)
-        return "<tr>" + "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, shown)) + "</tr>"
+        parts = (f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, shown))
+        return f"<tr>{''.join(parts)}</tr>"
 
     parts = [f"<h3>{esc(t['title'])}</h3>"] if t["title"] else []
     if t["rows"]:
@@ -139,12 +147,16 @@ def ticks(low, high):
     raw = (high - low) / 5
     step = 10.0 ** math.floor(math.log10(raw))
     step *= next(f for f in (1, 2, 5, 10) if f * step >= raw)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
 
 
 def widen(low, high, least):
     """The range from low to high, widened about its middle where it is shorter than `least`."""
-    return (low, high) if high - low >= least else ((low + high - least) / 2, (low + high + least) / 2)
+    if high - low >= least:
+        return low, high
+    return (low + high - least) / 2, (low + high + least) / 2
 
 
 def chart(title, series, x_unit, y_unit, least=0.0, equal=False, size=(340, 220), strokes=()):
@@ -165,7 +177,9 @@ def chart(title, series, x_unit, y_unit, least=0.0, equal=False, size=(340, 220)
         low = points.min()
         high = points.max()
         largest = abs(points).max()
-        constant = (0.2 * largest or 1) if high - low <= 1e-6 * largest else 0  # not rounding, drawn large
+        constant = 0  # of a constant series: its rounding is not drawn large
+        if high - low <= 1e-6 * largest:
+            constant = 0.2 * largest or 1
         ends.append(widen(low, high, max(constant, least if k or equal else 0)))
     if equal:
         sides = right - left, bottom - top
@@ -174,7 +188,9 @@ def chart(title, series, x_unit, y_unit, least=0.0, equal=False, size=(340, 220)
     (x0, x1), (y0, y1) = ends
     px = lambda x: f"{left + (x - x0) / (x1 - x0) * (right - left):.1f}"
     py = lambda y: f"{bottom - (y - y0) / (y1 - y0) * (bottom - top):.1f}"
-    text = lambda x, y, words, anchor: f'<text x="{x}" y="{y}" text-anchor="{anchor}">{esc(words)}</text>'
+
+    def text(x, y, words, anchor):
+        return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{esc(words)}</text>'
 
     parts = [text(right, bottom + 28, x_unit, "end")]
     for t in ticks(x0, x1):
@@ -186,11 +202,13 @@ def chart(title, series, x_unit, y_unit, least=0.0, equal=False, size=(340, 220)
     for kind, x, y in series:
         points = " ".join(f"{px(a)},{py(b)}" for a, b in zip(x, y))
         parts.append(f'<polyline class="{kind}" points="{points}"/>')
-    parts += [f'<path class="{kind}" d="M{px(a)},{py(b)}L{px(c)},{py(d)}"/>' for kind, a, b, c, d in strokes]
+    parts += [f'<path class="{kind}" d="M{px(a)},{py(b)}L{px(c)},{py(d)}"/>'
+              for kind, a, b, c, d in strokes]
     unit = f" <span>{esc(y_unit)}</span>" if y_unit else ""
     label = esc(f"{title}, {y_unit}, over {x_unit}")
-    return (f'<figure><figcaption>{esc(title)}{unit}</figcaption><svg viewBox="0 0 {width} {height}" '
-            f'role="img" aria-label="{label}">{"".join(parts)}</svg></figure>')
+    return (f'<figure><figcaption>{esc(title)}{unit}</figcaption>'
+            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
+            f'{"".join(parts)}</svg></figure>')
 
 
 def colour_of(k):
@@ -240,7 +258,8 @@ def path_charts(paths):
             dx, dz = reach * c2w[i, [0, 2], 2]
             looks.append((kind, x, z, x + dx, z + dz))
     return legend(names) + '<div class="charts">' + "".join([
-        chart("From above", above, "metres to the right", "metres forward", 0.2, True, (340, 300), looks),
+        chart("From above", above, "metres to the right", "metres forward", 0.2, True, (340, 300),
+              looks),
         chart("Height", height, "frame", "metres", 0.2, size=(340, 300)),
         chart("Turned right", right, "frame", "degrees", 4, size=(340, 300)),
         chart("Turned upwards", up, "frame", "degrees", 4, size=(340, 300))]) + "</div>"
@@ -256,7 +275,8 @@ def jpeg(frame):
         stream.height, stream.width = frame.shape[:2]
         stream.pix_fmt = "yuvj420p"
         stream.options = {"qscale": "4"}
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+        container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return file.getvalue()
 
@@ -270,8 +290,9 @@ def video(frames, fps, name):
         content = base64.b64encode(Path(f"{folder}/video.mp4").read_bytes()).decode()
     poster = base64.b64encode(jpeg(frames[-1])).decode()  # the last frame: there paths have parted
     height, width = frames.shape[1:3]
-    return (f'<div class="player"><video controls loop muted playsinline preload="auto" width="{width}" '
-            f'height="{height}" aria-label="{esc(name)}" poster="data:image/jpeg;base64,{poster}" '
+    return (f'<div class="player"><video controls loop muted playsinline preload="auto" '
+            f'width="{width}" height="{height}" aria-label="{esc(name)}" '
+            f'poster="data:image/jpeg;base64,{poster}" '
             f'src="data:video/mp4;base64,{content}"></video></div>')
 
 
@@ -282,7 +303,8 @@ def below(rows):
     padded = []
     for row in rows:
         row = row[np.minimum(np.arange(length), len(row) - 1)]
-        padded.append(np.pad(row, ((0, 0), (0, 4), (0, width - row.shape[2]), (0, 0)), constant_values=20))
+        edges = ((0, 0), (0, 4), (0, width - row.shape[2]), (0, 0))
+        padded.append(np.pad(row, edges, constant_values=20))
     return np.concatenate(padded, 1)
 
 
@@ -340,7 +362,7 @@ def cases(found):
         rest += [path_charts(case["paths"])] if case["paths"] else []
     videos = []
     for fps, of_rate in rows.items():
-        for k in range(0, len(of_rate), 4):  # a video of more than four rows is too high for a screen
+        for k in range(0, len(of_rate), 4):  # more than four rows are too high for a screen
             videos.append(video(below(of_rate[k:k + 4]), fps, "the cases, side by side"))
     words = "White: the path asked for; in colour: the camera found in the video. Seen from above."
     return section("Cases", *videos, note(words) if videos else "", *notes, *rest)
@@ -348,20 +370,23 @@ def cases(found):
 
 # ---- training logs ----
 
-UNITS = {"trans": "metres", "rot": "radians", "vq": "standard deviations", "mq": "standard deviations",
-         "ta": "standard deviations", "hpsv3": "HPSv3's own unit", "sharpness": "log ratio",
-         "flicker": "share of full scale", "exposure": "share of pixels", "colour": "share of full scale",
-         "ratio_error": "largest |r - 1|", "grad_norm": "norm", "grad_rms": "root mean square",
-         "update_rms": "share of the learning rate", "clip_fraction": "share of ratios",
-         "advantage_std": "standard deviation", "evaluations": "network rows", "failed": "videos",
-         "skipped": "updates in a row"}
+UNITS = {
+    "trans": "metres", "rot": "radians", "vq": "standard deviations", "mq": "standard deviations",
+    "ta": "standard deviations", "hpsv3": "HPSv3's own unit", "sharpness": "log ratio",
+    "flicker": "share of full scale", "exposure": "share of pixels",
+    "colour": "share of full scale", "ratio_error": "largest |r - 1|", "grad_norm": "norm",
+    "grad_rms": "root mean square", "update_rms": "share of the learning rate",
+    "clip_fraction": "share of ratios", "advantage_std": "standard deviation",
+    "evaluations": "network rows", "failed": "videos", "skipped": "updates in a row"}
 GROUPS = {  # what stands before a key's first slash -> heading, in the order of the page
     "valid": "Validation rewards (higher is better)",
     "reward": "Rewards, mean of all videos (higher is better)",
-    "spread": "Spread of rewards inside a group", "": "The update", "seconds": "Seconds of an iteration",
+    "spread": "Spread of rewards inside a group",
+    "": "The update",
+    "seconds": "Seconds of an iteration",
     "failed": "Failed videos"}
-LOSS = ("The loss is not drawn: its value is about zero by construction (the advantages of a group add up to "
-        "zero, and the ratio starts at 1). Only its gradient teaches.")
+LOSS = ("The loss is not drawn: its value is about zero by construction (the advantages of a group "
+        "add up to zero, and the ratio starts at 1). Only its gradient teaches.")
 
 
 def find_log(path):
@@ -369,7 +394,8 @@ def find_log(path):
     none."""
     file = Path(path, "log.jsonl") if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such training log, expected a log.jsonl or a run's folder")
+        raise FileNotFoundError(f"{file}: no such training log, expected a log.jsonl or a run's "
+                                "folder")
     return file
 
 
@@ -444,7 +470,8 @@ def curves(logs):
     parts = []
     if len(runs) > 1 and groups:
         parts.append(legend([(colour_of(k), name) for k, name in enumerate(runs)]))
-    for group in sorted(groups, key=lambda g: list(GROUPS).index(g) if g in GROUPS else len(GROUPS)):
+    known = [group for group in GROUPS if group in groups]
+    for group in known + [group for group in groups if group not in GROUPS]:
         parts.append(f'<h3>{esc(GROUPS.get(group, group))}</h3><div class="charts">')
         for name, key in groups[group]:
             lines = []

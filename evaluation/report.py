@@ -32,7 +32,8 @@ METRICS = {  # key -> (heading, better: 1 higher, -1 lower, 0 nearer to one); th
     "subject_consistency": ("Subject Consistency", 1),
     "background_consistency": ("Background Consistency", 1),
     "aesthetic_quality": ("Aesthetic Quality", 1), "imaging_quality": ("Imaging Quality", 1),
-    "temporal_flickering": ("Temporal Flickering", 1), "motion_smoothness": ("Motion Smoothness", 1),
+    "temporal_flickering": ("Temporal Flickering", 1),
+    "motion_smoothness": ("Motion Smoothness", 1),
     "Dyn-MEt3R": ("Dyn-MEt3R", 1), "MEt3R": ("MEt3R", -1),
     "TransErr": ("TransErr", -1), "RotErr": ("RotErr (deg)", -1),
     "TransErr_moving": ("TransErr, paths that move", -1), "position": ("Position error (m)", -1),
@@ -43,7 +44,8 @@ WARP = "explicit warping"
 IMPLICIT = "implicit condition"
 TABLE1 = {  # the paper's, metrics in the order of PAPER
     "CogNVS": (WARP, .9134, .9342, .4830, .6398, .9460, .9768, .8037, .2736, .0367, 6.9499),
-    "TrajectoryCrafter": (WARP, .9145, .9331, .5252, .6394, .9432, .98, .8244, .2136, .0293, 10.434),
+    "TrajectoryCrafter": (
+        WARP, .9145, .9331, .5252, .6394, .9432, .98, .8244, .2136, .0293, 10.434),
     "ReCamMaster": (IMPLICIT, .905, .919, .5146, .6611, .9644, .9867, .7971, .3485, .0245, 2.3175),
     "ReDirector": (IMPLICIT, .9098, .915, .5141, .6821, .9537, .9856, .8497, .313, .0149, 1.4635),
     "Geo-Align": (IMPLICIT, .9151, .9179, .5168, .6842, .9548, .9862, .8573, .3077, .0129, 1.3645)}
@@ -55,7 +57,7 @@ TABLE2 = {  # by camera speed, on 40 of the clips
     ("ReDirector", 2.0): (.8726, .8881, .4984, .6624, .9457, .9820, .8249, .3496, .0161, 1.9246),
     ("Geo-Align", 2.0): (.8783, .8911, .5017, .6668, .9469, .9828, .8338, .3444, .0153, 1.8821)}
 
-TABLE3 = {  # the ablation of the rewards; the paper's runs of it took 16 GPUs, those of Tables 1 and 2 took 64
+TABLE3 = {  # the ablation of the rewards; the paper's runs of it took 16 GPUs, the others 64
     "no RL": (.9098, .9150, .5141, .6821, .9537, .9856, .8497, .3130, .0149, 1.4635),
     "video quality reward": (.9130, .9174, .5145, .6818, .9549, .9861, .8531, .3117, .0147, 1.6082),
     "full reward": (.9147, .9181, .5163, .6828, .9548, .9863, .8550, .3082, .0140, 1.3895)}
@@ -88,7 +90,8 @@ def mean(cases, metric):
     if not found:
         return None, None, 0
     values = list(found.values())
-    return float(np.mean(values)), interval(values, [split_case(name)[0] for name in found]), len(found)
+    clips = [split_case(name)[0] for name in found]
+    return float(np.mean(values)), interval(values, clips), len(found)
 
 
 def can_move(case, metric):
@@ -118,11 +121,16 @@ def paired(a, b, metric):
         y = abs(y - 1)
     clips = [split_case(name)[0] for name in common]
     gain = (y - x) * (better or -1)
-    relative = float(y.mean() / x.mean() - 1) if x.mean() > 5e-5 else None  # else it prints as 0.0000
+    relative = None
+    relative_interval = None
+    if x.mean() > 5e-5:  # else it prints as 0.0000
+        relative = float(y.mean() / x.mean() - 1)
+        relative_interval = interval(y - x, clips, x)
     return {"cases": len(common), "a": float(x.mean()), "b": float(y.mean()),
-            "difference": float((y - x).mean()), "interval": interval(y - x, clips), "relative": relative,
-            "relative_interval": None if relative is None else interval(y - x, clips, x),
-            "improved": int((gain > 0).sum()), "movable": sum(can_move(name, metric) for name in common)}
+            "difference": float((y - x).mean()), "interval": interval(y - x, clips),
+            "relative": relative, "relative_interval": relative_interval,
+            "improved": int((gain > 0).sum()),
+            "movable": sum(can_move(name, metric) for name in common)}
 
 
 # ---- three lines ----
@@ -151,7 +159,8 @@ def three_lines(methods, a, b):
             line = f"{number(x['a'])} {unit}".rstrip()
             line += f" [{number(bounds[0])}, {number(bounds[1])}]" if bounds else ""
         else:
-            line = f"{number(x['a'])} -> {number(x['b'])} {unit}".rstrip() + f" ({change(x, metric)})"
+            line = f"{number(x['a'])} -> {number(x['b'])} {unit}".rstrip()
+            line += f" ({change(x, metric)})"
         lines.append(f"{label:16}{line}")
     if image is None:
         notes = [methods[b]["notes"].get("VBench", "no score of the image")]
@@ -162,11 +171,12 @@ def three_lines(methods, a, b):
 def change(x, metric):
     """"-35 % [-41, -28]" of what `paired` found; a difference where a share says nothing (dB)."""
     if metric == "PSNR" or x["relative"] is None:
-        return f"{x['difference']:+.2f}" + ("" if x["interval"] is None else
-                                            " [{:+.2f}, {:+.2f}]".format(*x["interval"]))
+        bounds = x["interval"]
+        text = f"{x['difference']:+.2f}"
+        return text if bounds is None else f"{text} [{bounds[0]:+.2f}, {bounds[1]:+.2f}]"
     bounds = x["relative_interval"]
-    return f"{100 * x['relative']:+.0f} %" + ("" if bounds is None else
-                                              " [{:+.0f}, {:+.0f}]".format(*(100 * v for v in bounds)))
+    text = f"{100 * x['relative']:+.0f} %"
+    return text if bounds is None else f"{text} [{100 * bounds[0]:+.0f}, {100 * bounds[1]:+.0f}]"
 
 
 def lines_of_pairs(methods, pairs):
@@ -234,8 +244,10 @@ def tables(methods, pairs=None, paper=True):
                          *(mean_text(cases, m) for m in camera)])
     out.append(table("Cameras, with and without alignment",
                      ["Method", "Speed", "Cases", *map(heading, camera)], rows,
-                     "TransErr aligns position, rotation and scale; position and rotation error nothing.",
-                     "Scale ratio: length of the estimated over that of the target path; above 1, too far."))
+                     "TransErr aligns position, rotation and scale; position and rotation error "
+                     "nothing.",
+                     "Scale ratio: length of the estimated over that of the target path; above 1, "
+                     "too far."))
     for a, b in pairs:
         for speed in [*speeds, None] if len(speeds) > 1 else [None]:
             out.append(comparison(methods, a, b, known, speed))
@@ -243,7 +255,8 @@ def tables(methods, pairs=None, paper=True):
     for n in paths:
         for name, method in methods.items():
             cases = only(method["cases"], None, n)
-            rows.append([f"{n} {trajectories.PATHS[n - 1]}", name, *(mean_text(cases, m) for m in camera)])
+            rows.append([f"{n} {trajectories.PATHS[n - 1]}", name,
+                         *(mean_text(cases, m) for m in camera)])
     out.append(table("By path, all speeds", ["Path", "Method", *map(heading, camera)], rows))
 
     rows = []
@@ -253,7 +266,8 @@ def tables(methods, pairs=None, paper=True):
             reasons = [scores["failed"]] if failed else scores.get("incomplete", {}).values()
             rows += [[name, case, reason] for reason in reasons]
     out.append(table(f"Failed: {len(rows)}", ["Method", "Case", "Why"], rows,
-                     "Means leave out what failed. Comparisons use the cases that both methods have."))
+                     "Means leave out what failed. Comparisons use the cases that both methods "
+                     "have."))
     return out
 
 
@@ -266,13 +280,15 @@ def papers_tables(methods, columns, speeds, paths, paper):
     for name, method in methods.items():
         cases = only(method["cases"], first)
         good = sum("failed" not in case for case in cases.values())
-        rows.append([name, f"here, {good} of {len(cases)} cases", *(mean_text(cases, m) for m in columns)])
+        rows.append([name, f"here, {good} of {len(cases)} cases",
+                     *(mean_text(cases, m) for m in columns)])
     notes = ["[a, b]: 95 % bootstrap interval over clips.",
              "On the four pure rotations TransErr is exactly 0 for any estimate."]
     if paper:
-        rows += [[f"{name} (paper)", kind, *pick(scores)] for name, (kind, *scores) in TABLE1.items()]
-        notes.append("(paper): 50 DAVIS clips, ten paths, ViPE; figures of other clips or by another "
-                     "estimator do not compare.")
+        rows += [[f"{name} (paper)", kind, *pick(scores)]
+                 for name, (kind, *scores) in TABLE1.items()]
+        notes.append("(paper): 50 DAVIS clips, ten paths, ViPE; figures of other clips or by "
+                     "another estimator do not compare.")
     notes += sorted({note for method in methods.values() for note in method["notes"].values()})
     out = [table(f"Table 1: {paths} paths at speed {first:g}",
                  ["Method", "Type", *map(heading, columns)], rows, *notes)]
@@ -281,13 +297,14 @@ def papers_tables(methods, columns, speeds, paths, paper):
 
     rows = []
     for speed in speeds:
-        rows += [[name, f"{speed:g}", *(mean_text(only(method["cases"], speed), m) for m in columns)]
-                 for name, method in methods.items()]
+        for name, method in methods.items():
+            cases = only(method["cases"], speed)
+            rows.append([name, f"{speed:g}", *(mean_text(cases, m) for m in columns)])
         rows += [[f"{name} (paper)", f"{speed:g}", *pick(scores)]
                  for (name, s), scores in TABLE2.items() if s == speed and paper]
     notes = ["(paper): on 40 of the clips."] if paper else []
-    out.append(table("Table 2: by camera speed", ["Method", "Camera Speed", *map(heading, columns)], rows,
-                     *notes))
+    out.append(table("Table 2: by camera speed",
+                     ["Method", "Camera Speed", *map(heading, columns)], rows, *notes))
     return out
 
 
@@ -324,9 +341,10 @@ def ablation_table(methods):
     for kind, scores in TABLE3.items():
         paper = dict(zip(PAPER, scores))
         rows.append([f"{kind} (paper)", "", *(text_of(paper.get(m)) for m in columns)])
-    return table(f"Table 3: rewards, at speed {first:g}", ["Reward", "Method", *map(heading, columns)], rows,
-                 "(paper): 140 iterations on 16 GPUs, where Tables 1 and 2 are of 64; 50 DAVIS clips, ten paths, "
-                 "ViPE. Figures of other clips do not compare, their changes do.")
+    return table(f"Table 3: rewards, at speed {first:g}",
+                 ["Reward", "Method", *map(heading, columns)], rows,
+                 "(paper): 140 iterations on 16 GPUs, where Tables 1 and 2 are of 64; 50 DAVIS "
+                 "clips, ten paths, ViPE. Figures of other clips do not compare, their changes do.")
 
 
 def comparison(methods, a, b, metrics, speed=None):
@@ -336,15 +354,17 @@ def comparison(methods, a, b, metrics, speed=None):
         x = paired(only(methods[a]["cases"], speed), only(methods[b]["cases"], speed), metric)
         if x is None:
             continue
-        title = heading(metric) if METRICS[metric][1] else f"{METRICS[metric][0]}, distance from 1 ↓"
+        name, better = METRICS[metric]
+        title = heading(metric) if better else f"{name}, distance from 1 ↓"
         bounds = f"[{x['interval'][0]:+.4f}, {x['interval'][1]:+.4f}]" if x["interval"] else ""
         relative = "" if x["relative"] is None else f"{100 * x['relative']:+.1f} %"
         improved = f"{x['improved']} of {x['movable']}" if x["movable"] else ""
-        rows.append([title, str(x["cases"]), text_of(x["a"]), text_of(x["b"]), f"{x['difference']:+.4f}",
-                     bounds, relative, improved])
+        rows.append([title, str(x["cases"]), text_of(x["a"]), text_of(x["b"]),
+                     f"{x['difference']:+.4f}", bounds, relative, improved])
     return table(f"{b} against {a}, " + (f"speed {speed:g}" if speed else "all speeds"),
-                 ["Metric", "Cases", a, b, "Difference", "95 % interval", "Relative", "Cases improved"], rows,
-                 *([] if rows else ["No case has a score from both."]))
+                 ["Metric", "Cases", a, b, "Difference", "95 % interval", "Relative",
+                  "Cases improved"],
+                 rows, *([] if rows else ["No case has a score from both."]))
 
 
 def markdown(tables):
@@ -430,8 +450,9 @@ def version():
     if not (root / ".git").exists():
         return "unknown (no git checkout)"
     try:
-        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty= and changes"],
-                              capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty= and changes"],
+            capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return "unknown (no git)"
     return done.stdout.strip() or "unknown"
@@ -440,7 +461,9 @@ def version():
 def facts(config, started):
     """What someone who wants the same figures again must know: {name: text}. started: time.time()
     then."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
+    device = f"{platform.machine()} CPU"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     differ = [f"{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(config)
               if getattr(config, f.name) != f.default]
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -448,7 +471,8 @@ def facts(config, started):
     for name in ("seed", "estimator"):
         if hasattr(config, name):
             found[name] = str(getattr(config, name))
-    return found | {"device": f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    threads = torch.get_num_threads()
+    return found | {"device": f"{device}, {threads} threads, torch {torch.__version__}",
                     "wall time": f"{time.time() - started:.0f} s (of this call)",
                     "settings that differ from the default": ", ".join(differ) or "none"}
 
@@ -469,26 +493,32 @@ def training_facts(checkpoints):
     for name, file in checkpoints.items():
         settings = trained_with(file) if file else {}
         if settings:
-            found[f"{short(name)} was trained with"] = ", ".join(f"{k} = {x!r}" for k, x in settings.items())
+            told = ", ".join(f"{k} = {x!r}" for k, x in settings.items())
+            found[f"{short(name)} was trained with"] = told
     return found
 
 
 # ---- the end ----
 
-def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=None):
-    """Write tables.md and report.html to the folder out; print three lines for each pair of
-    methods, how many cases failed, and the page's path."""
+def write_report(out, title, methods, pairs, *, paper, log="", asked=(), run=None, results=None):
+    """Write tables.md, report.html and, if there are any, results.json to the folder out; print
+    three lines for each pair of methods, how many cases failed, and the page's path."""
     lines = lines_of_pairs(methods, pairs)
     found = tables(methods, [pair for pair in pairs if pair[0] != pair[1]], paper)
-    failed = sum("failed" in case for method in methods.values() for case in method["cases"].values())
+    failed = sum("failed" in case
+                 for method in methods.values() for case in method["cases"].values())
     if failed:
         lines.append(f"{failed} cases failed; the report's last table says why")
     text = "\n".join(printable(line).replace("```", "` ` `") for line in lines)
+    sections = [page.html_lines(lines), page.cases(shown_cases(methods, pairs[0], asked)),
+                page.training(log), page.section("Tables", *map(page.html_table, found)),
+                page.html_facts(run or {})]
+
+    # All is made by now: what is written belongs together.
+    if results:
+        write_json(out / "results.json", results)
     write_file(out / "tables.md", f"```\n{text}\n```\n\n{markdown(found)}".encode())
-    page.write(out / "report.html", title, [
-        page.html_lines(lines), page.cases(shown_cases(methods, pairs[0], asked)),
-        page.training(log), page.section("Tables", *map(page.html_table, found)),
-        page.html_facts(run or {})])
+    page.write(out / "report.html", title, sections)
     print(f"{text}\n{out / 'report.html'}")
 
 
@@ -505,14 +535,14 @@ def finish(out, config, methods, checkpoints, started, world):
             file = checkpoints[name]
             method["rewards"] = trained_with(file).get("rewards") if file else ""
     run = facts(config, started)
-    write_json(out / "results.json", {"protocol": PROTOCOL, "world": world, "run": run,
-                                      "settings": dataclasses.asdict(config), "methods": methods})
+    results = {"protocol": PROTOCOL, "world": world, "run": run,
+               "settings": dataclasses.asdict(config), "methods": methods}
     named = {short(name): method | {"folder": out / name} for name, method in methods.items()}
     base, *others = named
     pairs = [(base, other) for other in others] or [(base, base)]
     title = " and ".join(others) + f" against {base}" if others else base
     write_report(out, f"Evaluation: {title}", named, pairs, paper=world == "clips", log=config.log,
-                 asked=items(config.show), run=run | training_facts(checkpoints))
+                 asked=items(config.show), run=run | training_facts(checkpoints), results=results)
     check_failures(methods)
 
 

@@ -6,14 +6,19 @@ from pathlib import Path
 import torch
 
 from data.cameras import check_fov, named_path, split_name
+from data.clips import Clip
 from data.draw import draw_paths, grid
+from data.prepare import encode_clip
 from data.video import write_video
-from data.world import open_policy
-from evaluation.generate import Generating, find_cameras, make_clip, read_clip, rerender
+from data.world import load_policy
+from evaluation.cases import check_size
+from evaluation.generate import Generating, rerender
 from evaluation.scores import open_estimator
+from evaluation.sources import find_cameras, read_clip
 from plumbing.checkpoint import find_checkpoint
 from plumbing.settings import at_least_1
-from pretrained.encoders import NEGATIVE_PROMPT, check_caption, load_captioner, open_encoders
+from pretrained.encoders import (
+    NEGATIVE_PROMPT, check_caption, describe_frame, load_captioner, open_encoders)
 from pretrained.weights import find_policy, weights_sizes
 
 
@@ -33,48 +38,56 @@ class Retake(Generating):
 def retake(config):
     """Write <clip>_<camera>_<speed>.mp4 and .._side_by_side.mp4 to config.out; returns the two
     paths."""
-    # What can be refused is refused before big files are read.
+    # What can be refused is refused before big files are read: settings first, then the clip.
     if not config.clip or not config.weights:
         raise ValueError("retake: expected a clip and --weights=FOLDER")
-    at_least_1(config, "frames", "height", "width", "stride", "steps")
-    path = Path(config.clip)
-    read = read_clip(path, config, config.stride)
-    video, fps, _ = read
-    if config.fov:
-        check_fov(config.fov)
-    check_caption(config.prompt, "--prompt")
-    target = named_path(config.camera, len(video), config.speed)
-    checkpoint = find_checkpoint(config.ckpt) if config.ckpt else None
-    weights_sizes(config.weights)  # all there?
     policy = find_policy(config.weights)
+    weights_sizes(config.weights)  # all there?
     if not policy.source:
         raise ValueError(f"{config.weights}: {policy.name} takes no source video")
     if config.cameras and not split_name(config.cameras)[0].is_file():
         raise FileNotFoundError(f"{config.cameras}: no such camera file")
+    check_caption(config.prompt, "--prompt")
+    checkpoint = find_checkpoint(config.ckpt) if config.ckpt else None
+    at_least_1(config, "frames", "height", "width", "stride", "steps")
+    check_size(config.height, config.width)
+    path = Path(config.clip)
+    seen = read_clip(path, config.frames, (config.height, config.width), config.stride)
+    video, fps, _ = seen
+    if config.fov:
+        check_fov(config.fov)
+    target = named_path(config.camera, len(video), config.speed)
 
     # The source's cameras: from a file, or estimated in the video as the model sees it.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source.mp4"
         write_video(source, video, fps)
-        estimated = "c2w" in policy.parts and not config.cameras
-        estimate = open_estimator(config, device) if estimated else None
-        cameras = find_cameras(path, path.name, read, source, config, estimate)
-    del estimate
+        told = config.cameras or None
+        if "c2w" in policy.parts and not told:
+            told = open_estimator(config.estimator, config.weights, config.vipe,
+                                  config.vipe_pipeline, device)
+        cameras = find_cameras(seen, path, path.name, source, told, config.fov)
+    del told  # makes room
 
     # Encoded, as one clip; the encoders make room for the policy.
     encoders = open_encoders(config.weights, device)
-    clip = make_clip(read, path, config.prompt or None, cameras, encoders, config, device)
     codec = encoders[0]
+    caption = config.prompt or describe_frame(video[len(video) // 2], config.blip, device,
+                                              codec.conv1.weight.dtype)
+    encoded = encode_clip(torch.from_numpy(video).to(device), caption, *encoders)
+    clip = Clip(str(path), str(path), caption, fps, *encoded, *cameras)
     negative = encoders[1].embed([NEGATIVE_PROMPT])
     del encoders
     load_captioner.cache_clear()
 
     # Re-rendered along the new path.
-    dit = open_policy(config.weights, checkpoint, device)
+    dit = load_policy(policy.files, checkpoint, device)
     title = f"{config.camera}, speed {config.speed:g}"
     print(f"{len(video)} frames of {config.height} x {config.width}, {title}: {clip.caption}")
-    new = rerender(dit, codec, clip, target, path.stem, negative, config, device)
+    sampling = {"steps": config.steps, "shift": config.shift, "guidance": config.guidance,
+                "seed": config.seed}
+    new = rerender(dit, codec, clip, target, path.stem, negative, sampling, device)
 
     # Written: the new video, and both side by side with the paths drawn in.
     camera_file, camera, _ = split_name(config.camera)

@@ -6,7 +6,6 @@ Scores are kept in files, whole or not at all, and made again where the video is
 import io
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,8 @@ from data.video import count_frames, read_video
 from evaluation import outside
 from evaluation.cases import case_digest, split_case
 from plumbing.checkpoint import differing
-from plumbing.files import TEMPORARY, digest, read_json, write_file, write_json
+from plumbing.files import TEMPORARY, read_json, write_file, write_json
 from pretrained import reward_models
-from pretrained.weights import weights_sizes
 
 PROTOCOL = 2  # of results.json: raised whenever a number would come out differently
 
@@ -35,12 +33,13 @@ def pose_scores(pred, target):
 
     TransErr (after alignment; dimensionless), TransErr_moving (None on pure rotations), RotErr
     (degrees, all pairs of frames): ReDirector's. position (metres), rotation (degrees): means over
-    frames, both paths relative to their first frame, nothing aligned. scale: length of the estimated over that
-    of the target path, None on pure rotations; jitter lengthens a path too. What is no estimate
-    gives {"failed": why}: poses that are not finite, a single one, or the same ones in every frame
-    of a path that moves or turns. ValueError for paths of different lengths.
+    frames, both paths relative to their first frame, nothing aligned. scale: length of the
+    estimated over that of the target path, None on pure rotations; jitter lengthens a path too.
+    What is no estimate gives {"failed": why}: poses that are not finite, a single one, or the same
+    ones in every frame of a path that moves or turns. ValueError for paths of different lengths.
     """
-    pred, target = (np.asarray(x, np.float64) for x in (pred, target))
+    pred = np.asarray(pred, np.float64)
+    target = np.asarray(target, np.float64)
     if not np.isfinite(pred).all():
         return {"failed": "the estimated poses are not finite"}
     if len(pred) == 1:
@@ -48,13 +47,19 @@ def pose_scores(pred, target):
     if np.ptp(pred, axis=0).max() == 0 and np.ptp(target, axis=0).max() > 1e-6:
         return {"failed": f"the estimated camera stands still: {len(pred)} equal poses"}
     both = torch.from_numpy(pred), torch.from_numpy(target)
-    position, rotation = map(float, trajectories.pose_errors(*both, schedule="uniform"))
-    length, wanted = (np.linalg.norm(np.diff(x[:, :3, 3], axis=0), axis=1).sum() for x in (pred, target))
+    position, rotation = trajectories.pose_errors(*both, schedule="uniform")
     aligned = trajectories.trans_err(pred, target)
+    wanted = length(target)
     moves = wanted > 1e-6
     return {"TransErr": aligned, "TransErr_moving": aligned if moves else None,
-            "RotErr": trajectories.rot_err(pred, target), "position": position,
-            "rotation": math.degrees(rotation), "scale": float(length / wanted) if moves else None}
+            "RotErr": trajectories.rot_err(pred, target), "position": float(position),
+            "rotation": math.degrees(float(rotation)),
+            "scale": float(length(pred) / wanted) if moves else None}
+
+
+def length(c2w):
+    """How far a camera c2w (T, 4, 4) goes, in metres."""
+    return np.linalg.norm(np.diff(c2w[:, :3, 3], axis=0), axis=1).sum()
 
 
 def pose_folder(folder):
@@ -64,7 +69,8 @@ def pose_folder(folder):
     told = suffix_of(folder)
     folder = split_name(folder)[0]
     if not folder.is_dir():
-        raise ValueError(f"estimator: expected vipe, mapanything or a folder, found {str(folder)!r}")
+        raise ValueError("estimator: expected vipe, mapanything or a folder, found "
+                         f"{str(folder)!r}")
 
     def estimate(path, method=""):
         files = [folder / method / where / f"{path.stem}.npz" for where in ("", "pose")]
@@ -74,21 +80,38 @@ def pose_folder(folder):
     return estimate
 
 
-def open_estimator(config, device):
-    """The pose estimator that config names: a function (video file, method's name) -> (c2w (N, 4,
-    4), normalised intrinsics (4,) or None) that raises ValueError or FileNotFoundError where it
-    fails."""
-    if config.estimator == "vipe":
-        return outside.vipe(config.vipe, config.vipe_pipeline)
-    ours = config.estimator == "mapanything"
-    folder = Path(config.weights, "map-anything") if ours else Path(config.estimator)
-    if not ours and not (folder / "model.safetensors").exists():
-        return pose_folder(config.estimator)
+def mapanything(folder, device):
+    """MapAnything in a folder, as an estimator of a video file's cameras."""
     cameras = reward_models.mapanything(folder, device).cameras
 
     def estimate(path, method=""):
         c2w, intrinsics = cameras(torch.from_numpy(read_video(path)[0])[None].to(device))
         return c2w[0].double().cpu().numpy(), intrinsics[0].float().cpu().numpy()
+
+    return estimate
+
+
+def open_estimator(name, weights, vipe, pipeline, device):
+    """The pose estimator called `name`: vipe (the program `vipe` and its pipeline), mapanything (in
+    the folder `weights`), a folder of MapAnything's, or a folder of poses.
+
+    Returns a function (video file, method's name) -> (c2w (T, 4, 4), one for every frame, and
+    normalised intrinsics (4,) or None) that raises ValueError or FileNotFoundError where it fails.
+    """
+    folder = Path(weights, "map-anything") if name == "mapanything" else Path(name)
+    if name == "vipe":
+        find = outside.vipe(vipe, pipeline)
+    elif name == "mapanything" or (folder / "model.safetensors").exists():
+        find = mapanything(folder, device)
+    else:
+        find = pose_folder(name)
+
+    def estimate(path, method=""):
+        c2w, intrinsics = find(path, method)
+        frames = count_frames(path, len(c2w))
+        if len(c2w) != frames:
+            raise ValueError(f"{len(c2w)} poses for {frames} frames")
+        return c2w, intrinsics
 
     return estimate
 
@@ -110,7 +133,8 @@ def read_results(path):
     results = read_json(path)
     found = results.get("protocol")
     if found != PROTOCOL:
-        raise ValueError(f"{path}: protocol {found}, expected {PROTOCOL}: evaluate again to compare")
+        raise ValueError(f"{path}: protocol {found}, expected {PROTOCOL}: evaluate again to "
+                         "compare")
     try:
         scores = [dict(case) for m in results["methods"].values() for case in m["cases"].values()]
         if not scores or not isinstance(results["settings"]["estimator"], str):
@@ -121,8 +145,11 @@ def read_results(path):
 
 
 def is_made(file):
-    """Whether a file of an evaluation's folder is a result, and no settings, nor the reason why there is none."""
-    if file.name in ("settings.json", NEGATIVE) or file.suffix == ".failed" or file.match(TEMPORARY):
+    """Whether a file of an evaluation's folder is a result, and no settings, nor the reason why
+    there is none."""
+    if file.name in ("settings.json", NEGATIVE) or file.suffix == ".failed":
+        return False
+    if file.match(TEMPORARY):
         return False
     return file.suffix != ".json" or "failed" not in read_json(file)
 
@@ -140,27 +167,6 @@ def keep_settings(folder, settings):
         raise ValueError(f"{folder}: made with {differ}; choose another --out")
 
 
-def keep_all_settings(config, asked, out):
-    """Make the folders of an evaluation; ValueError where one was made with other settings."""
-    shape = {"frames": config.frames, "height": config.height, "width": config.width}
-    made = {**shape, "cameras": config.cameras or config.estimator, "fov": config.fov,
-            "captions": config.captions}
-    sampling = {name: getattr(config, name) for name in ("steps", "shift", "guidance", "seed")}
-    keep_settings(out / "sources", shape)
-    for method, (weights, checkpoint, conditions) in asked.policies.items():
-        encoded = made | weights_sizes(weights)
-        keep_settings(conditions, encoded)
-        keep_settings(out / method / "videos",
-                      encoded | sampling | {"checkpoint": checkpoint_digest(checkpoint)})
-    for method in asked.files:
-        keep_settings(out / method / "cases",
-                      {"estimator": config.estimator, "pipeline": config.vipe_pipeline})
-
-
-def checkpoint_digest(path):
-    return digest(path.read_bytes()) if path else ""
-
-
 # ---- every score of a video ----
 
 def score_poses(folder, case, video, estimate, why):
@@ -169,8 +175,8 @@ def score_poses(folder, case, video, estimate, why):
     file = folder / "cases" / f"{case}.json"
     made = fingerprint(video)
     clip, number, speed = split_case(case)
-    scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed, "video": str(video),
-              "made": made}
+    scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed,
+              "video": str(video), "made": made}
     try:
         kept = json.loads(file.read_text())
         if made and kept["made"] == made:
@@ -183,9 +189,6 @@ def score_poses(folder, case, video, estimate, why):
         if not made:
             raise ValueError(why)
         pred, _ = estimate(video, folder.name)
-        frames = count_frames(video, len(pred))
-        if len(pred) != frames:
-            raise ValueError(f"{len(pred)} poses for {frames} frames")
         scores |= pose_scores(pred, trajectories.recammaster(number, len(pred), speed))
         save_poses(folder / "poses" / f"{case}.npz", pred)
     except (ValueError, FileNotFoundError) as error:
@@ -194,23 +197,23 @@ def score_poses(folder, case, video, estimate, why):
     return scores
 
 
-def score_met3r(config, folder, case, source, video, scores):
+def score_met3r(met3r, folder, case, source, video, scores):
     """Add MEt3R and Dyn-MEt3R to a case's scores, unless there -> note if they cannot be had at
-    all."""
+    all. met3r: outside.met3r, told all but videos and path."""
     if not scores["made"] or {"MEt3R", "Dyn-MEt3R"} <= set(scores) or not source.exists():
         return None
     _, number, speed = split_case(case)
-    python = config.redirector_python or sys.executable
-    found, note = outside.met3r(python, config.redirector, source, video, number, speed)
+    found, note = met3r(source, video, number, speed)
     if note and note.startswith("not installed"):
         return note
     scores = scores | found | {"incomplete": {"MEt3R": note} if note else {}}
     write_json(folder / "cases" / f"{case}.json", scores)
 
 
-def score_vbench(folder, python, videos):
+def score_vbench(vbench, folder, videos):
     """VBench's six dimensions of {case: file} -> ({case: {dimension: score}}, note or None). Each
-    is kept in folder/vbench while the videos are the same."""
+    is kept in folder/vbench while the videos are the same. vbench: outside.vbench, told its
+    python."""
     made = {case: fingerprint(path) for case, path in videos.items()}
     scores = {}
     notes = []
@@ -218,7 +221,7 @@ def score_vbench(folder, python, videos):
         file = folder / "vbench" / f"{dimension}.json"
         kept = read_json(file) if file.exists() else {}
         if kept.get("made") != made:
-            found, note = outside.vbench(python, videos, dimension)
+            found, note = vbench(videos, dimension)
             kept = {"made": made, "scores": found, "note": note}
             if note is None:
                 write_json(file, kept)
@@ -232,36 +235,40 @@ def score_vbench(folder, python, videos):
 
 # ---- every score of a method ----
 
-def score_cases(config, method, asked, out, mine, estimate, quiet):
-    """Camera scores and MEt3R of the cases `mine`, in out/<method>/cases -> notes {tool: note}."""
+def score_cases(folder, videos, sources, conditions, estimate, met3r, quiet):
+    """Camera scores and MEt3R of a method's {case: video}, in folder/cases -> notes {tool: note}.
+
+    sources, conditions: the folders of the sources' videos and, where this method's are made here,
+    of what they are made from; met3r: see score_met3r, None: not to be had.
+    """
     notes = {}
-    if not config.redirector or not asked.clips:
+    if met3r is None:
         notes["MEt3R"] = "not installed: MEt3R (needs --redirector, its checkout, and --videos)"
-    for case in tqdm(mine, f"{method}: scores", unit="video", disable=quiet):
+    for case, video in tqdm(videos.items(), f"{folder.name}: scores", unit="video", disable=quiet):
         clip, _, _ = split_case(case)
-        video = asked.files[method][case]
         why = "missing: there is no such video"
-        if method in asked.policies:  # generated here, unless its source was bad
-            _, _, conditions = asked.policies[method]
+        if conditions:
             failed = conditions / f"{clip}.failed"
             why = f"source: {failed.read_text()}" if failed.exists() else why
-        scores = score_poses(out / method, case, video, estimate, why)
+        scores = score_poses(folder, case, video, estimate, why)
         if "MEt3R" not in notes:
-            source = out / "sources" / f"{clip}.mp4"
-            note = score_met3r(config, out / method, case, source, video, scores)
+            source = sources / f"{clip}.mp4"
+            note = score_met3r(met3r, folder, case, source, video, scores)
             notes |= {"MEt3R": note} if note else {}
     return notes
 
 
-def collect_scores(config, method, asked, out, notes):
-    """All scores of a method, VBench's added -> {"cases": {case: scores}, "notes": {tool: note}}."""
-    scores = {case: read_json(out / method / "cases" / f"{case}.json") for case in asked.cases}
-    there = {case: asked.files[method][case] for case in asked.cases if scores[case]["made"]}
-    found, note = score_vbench(out / method, config.vbench or sys.executable, there)
-    for case in asked.cases:
+def collect_scores(folder, videos, sources, vbench, notes):
+    """All scores of a method's {case: video}, VBench's added -> {"cases": {case: scores}, "notes":
+    {tool: note}}."""
+    scores = {case: read_json(folder / "cases" / f"{case}.json") for case in videos}
+    there = {case: video for case, video in videos.items() if scores[case]["made"]}
+    found, note = score_vbench(vbench, folder, there)
+    for case in videos:
         clip, number, speed = split_case(case)
-        source = out / "sources" / f"{clip}.digest"
+        source = sources / f"{clip}.digest"
         seen = source.read_text() if source.exists() else ""
         scores[case] |= found.get(case, {})
-        scores[case]["digest"] = case_digest(seen, trajectories.recammaster(number, 81, speed))
+        path = case_digest(trajectories.recammaster(number, 81, speed))
+        scores[case]["digest"] = seen + path
     return {"cases": scores, "notes": notes | ({"VBench": note} if note else {})}

@@ -11,11 +11,12 @@ from tqdm import tqdm
 import trajectories
 from data.draw import upscale
 from data.video import to_float, write_video
-from evaluation.cases import case_digest, case_name, find_checkpoints, items, listed, split_case
+from evaluation.cases import (
+    case_digest, case_name, file_digest, find_checkpoints, items, listed, split_case)
 from evaluation.generate import generate
 from evaluation.page import read_log
 from evaluation.report import finish
-from evaluation.scores import checkpoint_digest, keep_settings, pose_scores, save_poses
+from evaluation.scores import keep_settings, pose_scores, save_poses
 from model import load_dit
 from plumbing.files import lock_folder, read_json, write_json
 from plumbing.settings import at_least_1, at_most
@@ -27,25 +28,25 @@ from toy.world import held_out, open_weights
 @dataclass
 class Toy:
     """python evaluate.py toy: the paper's Tables 1 and 2 in the toy world."""
-    ckpt: str = ""              # to compare with the base: files, checkpoints' or runs' folders, by commas
+    ckpt: str = ""              # beside the base: files, checkpoints' or runs' folders, by commas
     weights: str = "toy/weights"    # folder of the shipped base, codec and estimator
     out: str = "out/toy_evaluation"  # folder for all that is made; goes on there
     rooms: int = 8              # held-out rooms, ten paths each
     speeds: str = "1,1.5,2"     # of the paths (paper)
     steps: int = 6              # denoising steps
     shift: float = 5.0          # of the schedule
-    tail: float = 0.0           # share of the steps to keep, by DPM-Solver++; 0: all of them, by the ODE
+    tail: float = 0.0           # share of the steps kept, by DPM-Solver++; 0: all, by the ODE
     seed: int = 0               # of the noise
     estimator: str = "judge"    # of cameras: judge (independent), or estimator (the reward's)
-    log: str = ""               # training logs to draw in the report: files or runs' folders, by commas
-    show: str = ""              # cases in the report, comma-separated; empty: best, median, worst change
+    log: str = ""               # training logs for the report: files or runs' folders, by commas
+    show: str = ""              # cases in the report, by commas; empty: best, median, worst change
 
 
 def evaluate_toy(config):
     """Tables 1 and 2 in miniature; writes what evaluate.py's top says, and prints three lines."""
     started = time.time()
     speeds = listed(config.speeds, "speeds", float)
-    refuse_what_cannot_be(config, speeds)
+    check_settings(config, speeds)
     out = Path(config.out)
     checkpoints = find_checkpoints(config.ckpt)
     file = Path(config.weights) / "toy_base.safetensors"
@@ -56,7 +57,7 @@ def evaluate_toy(config):
                 for name in ("rooms", "steps", "shift", "tail", "seed", "estimator")}
     lock = lock_folder(out)  # noqa: F841, until this function ends
     for method, checkpoint in checkpoints.items():
-        digests = {"base": checkpoint_digest(file), "checkpoint": checkpoint_digest(checkpoint)}
+        digests = {"base": file_digest(file), "checkpoint": file_digest(checkpoint)}
         keep_settings(out / method / "cases", settings | digests)
 
     methods = {method: {"cases": {}, "notes": {}} for method in dits}
@@ -66,26 +67,30 @@ def evaluate_toy(config):
             # a room is ten rows, one for each path
             rows = slice(10 * k, 10 * k + 10)
             cases = [case_name(f"room{k}", number, speed) for number in range(1, 11)]
-            sought = scene[rows]
-            save_what_is_sought(out, cases, sought, truth[rows])
+            scenes = scene[rows]
+            save_truth(out, cases, scenes, truth[rows])
             for method, dit in dits.items():
                 folder = out / method
                 if not all((folder / "cases" / f"{case}.json").exists() for case in cases):
                     # the same noise for every method: it depends on the seed and the case's name
                     videos = generate(dit, codec, condition[rows], cases, steps=config.steps,
-                                      shift=config.shift, seed=config.seed, tail=config.tail or None)
+                                      shift=config.shift, seed=config.seed,
+                                      tail=config.tail or None)
                     if config.estimator == "judge":
                         seen = torch.stack([to_float(video) for video in videos])
-                        poses = judge(seen, room[rows], sought.c2w, codec)[0]
+                        poses = judge(seen, room[rows], scenes.c2w, codec)[0]
                     else:
                         poses = estimator(videos)
-                    save_scores(folder, cases, videos, poses, sought, truth[rows])
-                methods[method]["cases"] |= {
-                    case: read_json(folder / "cases" / f"{case}.json") for case in cases}
+                    save_scores(folder, cases, videos, poses, scenes, truth[rows])
+                for i, case in enumerate(cases):
+                    scores = read_json(folder / "cases" / f"{case}.json")
+                    scores["digest"] = case_digest(scenes.source[i], scenes.c2w[i],
+                                                   truth[rows][i])
+                    methods[method]["cases"][case] = scores
     finish(out, config, methods, checkpoints, started, "toy")
 
 
-def refuse_what_cannot_be(config, speeds):
+def check_settings(config, speeds):
     """ValueError, OSError for settings that cannot be."""
     at_least_1(config, "rooms", "steps")
     at_most(config, rooms=1 << 12, steps=1 << 12)
@@ -108,7 +113,7 @@ def enlarged(video):
     return upscale(video.numpy(), max(1, 240 // video.shape[1]))
 
 
-def save_what_is_sought(out, cases, scene, truth):
+def save_truth(out, cases, scene, truth):
     """The source video of one room's cases, and the path and the true view (uint8) of each."""
     write_video(out / "sources" / f"{split_case(cases[0])[0]}.mp4", enlarged(scene.source[0]), FPS)
     for case, c2w, video in zip(cases, scene.c2w, truth):
@@ -122,9 +127,10 @@ def save_scores(folder, cases, videos, poses, scene, truth):
     for i, case in enumerate(cases):
         clip, number, speed = split_case(case)
         video = folder / "videos" / f"{case}.mp4"
-        write_video(video, enlarged(videos[i]), FPS)
+        shown = enlarged(videos[i])
+        write_video(video, shown, FPS)
         save_poses(folder / "poses" / f"{case}.npz", poses[i])
-        scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed, "video": str(video),
-                  "digest": case_digest(scene.source[i], scene.c2w[i], truth[i]),
+        scores = {"clip": clip, "path": trajectories.PATHS[number - 1], "speed": speed,
+                  "video": str(video),
                   "PSNR": 10 * math.log10(255 ** 2 / float(error[i]))}
         write_json(folder / "cases" / f"{case}.json", scores | pose_scores(poses[i], scene.c2w[i]))

@@ -29,7 +29,8 @@ def try_reward(config):
     spec = config.reward.rpartition("=")[0] or config.reward
     name = spec.rpartition(":")[2]
     if not name:
-        raise ValueError("try: expected a reward, my.py:function or a name of rewards.py, found none")
+        raise ValueError("try: expected a reward, my.py:function or a name of rewards.py, found "
+                         "none")
     if config.batches < 1:
         raise ValueError(f"batches: expected at least 1, found {config.batches}")
     config.check(1)
@@ -38,7 +39,8 @@ def try_reward(config):
     open_world = {"toy": open_toy, "clips": open_clips, "captions": open_captions}[config.world]
     world = open_world(config, device)
     timed = [with_clock(reward, device) for reward in world.rewards]
-    print(f"{name} on {config.batches} batches of {config.conditions} conditions x {config.members} members")
+    print(f"{name} on {config.batches} batches of {config.conditions} conditions x "
+          f"{config.members} members")
 
     batches = []
     reasons = {}
@@ -46,7 +48,8 @@ def try_reward(config):
         scores, failures = score_batch(world, timed, config, iteration, device)
         batches.append(scores)
         reasons |= failures[name]
-    scores = {key: torch.cat([batch[key] for batch in batches]).double().cpu() for key in batches[0]}
+    scores = {key: torch.cat([batch[key] for batch in batches]).double().cpu()
+              for key in batches[0]}
     own = next(reward for reward in timed if name in reward.names)
     found = spread_and_correlation(scores, name) | {"seconds": own.seconds}
     say(name, found, scores[name].numel(), sum(reward.seconds for reward in timed), reasons)
@@ -90,8 +93,9 @@ def score_batch(world, timed, config, iteration, device):
     rngs = [np.random.default_rng((config.seed, iteration, j)) for j in range(config.conditions)]
     condition, scene = world.draw(numbers, rngs)
     prepared, negative = prepare(world.dit, condition, world.negative, config.guidance)
-    sampled = rollout(world.dit, prepared, config.members, config.window(iteration), iteration=iteration,
-                      negative=negative, condition_ids=range(config.conditions),
+    sampled = rollout(world.dit, prepared, config.members, config.window(iteration),
+                      iteration=iteration, negative=negative,
+                      condition_ids=range(config.conditions),
                       **config.sampling(world.shape, device))
     videos = decode(world.codec, sampled.latents.flatten(0, 1), config.reward_batch)
     rows = torch.arange(config.conditions).repeat_interleave(config.members).tolist()
@@ -131,6 +135,6 @@ def say(name, found, count, seconds, reasons):
     print(f"seconds                   {found['seconds']:.2f} of {seconds:.2f} for all rewards")
     print("correlation inside groups (1: another name for the same; -1: they pull apart)")
     for other, r in found["correlation"].items():
-        print(f"    {other[:40]:21} {r:+.2f}" if math.isfinite(r) else f"    {other[:40]:21} one is constant")
+        print(f"    {other[:40]:21} " + (f"{r:+.2f}" if math.isfinite(r) else "one is constant"))
     if found["inside"] < 1e-6 * max(1e-6, abs(found["mean"])):
         print(f"{name} does not tell the videos of a group apart: nothing can be learnt from it")

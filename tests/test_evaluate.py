@@ -21,6 +21,7 @@ import evaluate
 import trajectories
 from data.video import read_video, write_video
 from evaluation import generate as generating
+from evaluation import retake as retaking
 from evaluation import outside, scores
 from evaluation import toy as toy_evaluation
 from evaluation.cases import case_name, find_checkpoints, find_clips, find_generated
@@ -104,7 +105,7 @@ def test_estimates_that_are_none_fail(tmp_path, change, key, told, why):
     write_video(video, np.full((21, 16, 16, 3), 99, np.uint8), 24)
     (tmp_path / "poses/method").mkdir(parents=True)
     np.savez(tmp_path / f"poses/method/{video.stem}.npz", **{key: change(recammaster(9, 21))})
-    estimate = scores.pose_folder(f"{tmp_path / 'poses'}{told}")
+    estimate = scores.open_estimator(f"{tmp_path / 'poses'}{told}", "", "", "", None)
     found = scores.score_poses(tmp_path / "method", video.stem, video, estimate, "")
     assert why in found["failed"] if why else found["scale"] == pytest.approx(1)
     assert "failed" not in pose_scores(STILL, STILL)  # the path asked for stands still
@@ -321,7 +322,7 @@ def test_protocol(clips, tmp_path, monkeypatch):
         written.append(str(Path(path).relative_to(config.out)))
         write_video(path, *rest)
     with monkeypatch.context() as m:
-        m.setattr(evaluate, "write_video", stop_once)
+        m.setattr(generating, "write_video", stop_once)
         with pytest.raises(KeyboardInterrupt):
             evaluate.evaluate(config)
         evaluate.evaluate(config)
@@ -359,8 +360,8 @@ def test_retake(clips, tmp_path, monkeypatch):
                                                torch.tensor([[0.8, 1.2, 0.5, 0.5]])))
     for module, name, kept, function in (
             (reward_models, "mapanything", seen, lambda *args: Estimator),
-            (generating, "describe_frame", seen, lambda *args: "a bear, says BLIP-2"),
-            (generating, "encode_clip", seen, generating.encode_clip),
+            (retaking, "describe_frame", seen, lambda *args: "a bear, says BLIP-2"),
+            (retaking, "encode_clip", seen, retaking.encode_clip),
             (trajectories, "camera_maps", maps, trajectories.camera_maps)):
         monkeypatch.setattr(module, name, record(kept, function))
     out = tmp_path / "out"
