@@ -205,12 +205,27 @@ def test_captions_that_are_none(tmp_path, text, message):
         read_captions(put(tmp_path / "a.csv", text))
 
 
+class Captioner:
+    """Stands in for BLIP-2, processor and model: says which frame of clip() it sees."""
+    def __call__(self, images, return_tensors):
+        self.seen = f"brightness {images[-8:, -8:].mean() / 10 - 1:.0f}"
+        return self
+
+    def to(self, *where):
+        return {}
+
+    def generate(self, max_new_tokens):
+        return self.seen.replace("brightness 4", "a <|im_end|>")
+
+    def batch_decode(self, tokens, skip_special_tokens):
+        return [tokens]
+
+
 def test_a_captioner_describes_the_middle_frame(source, weights, tmp_path, monkeypatch):
     """Where there is no row; what commands the reward models is no caption, here or in a cache."""
-    seen = lambda frame, *_: f"brightness {frame[-8:, -8:].float().mean() / 10 - 1:.0f}".replace(
-        "brightness 4", "a <|im_end|>")
-    monkeypatch.setattr(data.prepare, "load_captioner", lambda *_: None)
-    monkeypatch.setattr(data.prepare, "describe_frame", seen)
+    blip2 = Captioner()
+    for module in (encoders, data.prepare):
+        monkeypatch.setattr(module, "load_captioner", lambda *_: (blip2, blip2))
     put(tmp_path / "one.csv", "file_name,text\nstreet/night 1.mp4,its row\n")
     index = run(source, weights, tmp_path / "out", captions=tmp_path / "one.csv", captioner="blip2")
     assert list(index["skipped"]) == ["a.mp4"] and "<|im_end|>" in index["skipped"]["a.mp4"]
