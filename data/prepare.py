@@ -329,6 +329,7 @@ def make_clip(path, name, caption, cameras, models, config, device, dtype):
         c2w, intrinsics = source_cameras(video, numbers, shown, name, cameras, fov, count)
     if caption is None:
         caption = describe_frame(video[config.frames // 2], config.captioner, device, dtype)
+    check_caption(caption, f"{config.captioner} describes it")
     encoded = encode_clip(video, caption, *models)
     return Clip(name, str(path.resolve()), caption, fps, *encoded, c2w, intrinsics)
 

@@ -75,6 +75,7 @@ def retake(config):
     codec = encoders[0]
     caption = config.prompt or describe_frame(video[len(video) // 2], config.blip, device,
                                               codec.conv1.weight.dtype)
+    check_caption(caption, f"{config.blip} describes it")
     encoded = encode_clip(torch.from_numpy(video).to(device), caption, *encoders)
     clip = Clip(str(path), str(path), caption, fps, *encoded, *cameras)
     negative = encoders[1].embed([NEGATIVE_PROMPT])

@@ -11,7 +11,8 @@ from data.prepare import encode_clip, find_caption, read_captions
 from data.video import count_frames, read_frames, read_video, write_video
 from evaluation.cases import case_digest
 from plumbing.files import printable, write_file
-from pretrained.encoders import NEGATIVE_PROMPT, describe_frame, load_captioner, open_encoders
+from pretrained.encoders import (
+    NEGATIVE_PROMPT, check_caption, describe_frame, load_captioner, open_encoders)
 
 
 def read_clip(path, frames, size, stride=1):
@@ -94,6 +95,7 @@ def prepare_sources(clips, videos, sources, model, read, captions, blip, cameras
                     raise ValueError(f"no caption in {captions}")
                 if caption is None:
                     caption = describe_frame(video[len(video) // 2], blip, device, dtype)
+                    check_caption(caption, f"{blip} describes it")
                 known = find_cameras(seen, path, name, mp4, cameras, fov)
                 encoded = encode_clip(torch.from_numpy(video).to(device), caption, *encoders)
                 clip_file = conditions / f"{clip}.safetensors"

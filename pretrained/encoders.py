@@ -294,8 +294,8 @@ def load_captioner(folder_or_id, device, dtype):
 def describe_frame(frame, folder_or_id="Salesforce/blip2-opt-2.7b", device="cpu",
                    dtype=torch.float32):
     """One frame, uint8 (H,W,3) RGB, array or tensor -> what BLIP-2 (by local folder or hub id) sees
-    in it, a string. Made for a clip's middle frame. ValueError for another kind of frame, without
-    the model, or for a caption that check_caption refuses."""
+    in it, a string. Made for a clip's middle frame. ValueError for another kind of frame, or
+    without the model."""
     frame = torch.as_tensor(frame)
     if frame.dtype != torch.uint8 or frame.dim() != 3 or frame.shape[2] != 3 or not frame.numel():
         raise ValueError(f"frame: {frame.dtype} {tuple(frame.shape)}, expected torch.uint8 "
@@ -303,6 +303,4 @@ def describe_frame(frame, folder_or_id="Salesforce/blip2-opt-2.7b", device="cpu"
     processor, model = load_captioner(str(folder_or_id), str(device), dtype)
     inputs = processor(images=frame.cpu().numpy(), return_tensors="pt").to(device, dtype)
     tokens = model.generate(**inputs, max_new_tokens=20)  # as many as ReDirector's
-    caption = processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
-    check_caption(caption, f"{folder_or_id} describes it")
-    return caption
+    return processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()

@@ -58,7 +58,7 @@ class Run:
         STARTED.extend(self.processes)
         return self
 
-    def until(self, ready, seconds=120):
+    def until(self, ready, seconds=300):
         end = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > end or self.processes[0].poll() is not None:
@@ -205,7 +205,7 @@ def bad_disk(folder, mount, spoil, mend, instead, says):
                 code == [1] and any(word in error for word in says) and kept and on)
     finally:
         if mounted:
-            subprocess.run(["umount", run.out])
+            subprocess.run(["umount", "-l", run.out])
 
 
 # ---- what befalls a run ----

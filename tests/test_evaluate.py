@@ -253,7 +253,8 @@ def test_interrupted_or_shared_by_two_ranks_it_comes_to_the_same(elsewhere, monk
     ({"clips": "bear"}, "--videos=FOLDER is needed"), ({"speeds": "1.5"}, "none of its 6 videos"),
     ({"ckpt": "x"}, "--weights=FOLDER is needed"), ({"redirector": "nowhere"}, "nowhere/evaluate.py"),
     ({"estimator": "vipe", "vipe": "no/vipe"}, "not installed: ViPE"),
-    ({"log": "nowhere.jsonl"}, "nowhere.jsonl: no such training log")])
+    ({"log": "nowhere.jsonl"}, "nowhere.jsonl: no such training log"),
+    ({"paths": ""}, "paths: expected a comma-separated list")])
 def test_settings_that_cannot_be(elsewhere, options, why):
     with pytest.raises((ValueError, OSError), match=why):
         evaluate.evaluate(dataclasses.replace(elsewhere, **options))

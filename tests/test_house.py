@@ -47,6 +47,11 @@ def test_no_import_goes_up_or_in_a_circle():
     graphlib.TopologicalSorter(graph).prepare()  # CycleError names a circle
 
 
+def test_no_test_imports_a_test():
+    files = {file.stem: set(imports(file)) for file in (ROOT / "tests").glob("test_*.py")}
+    assert not {name: found for name, others in files.items() if (found := others & files.keys())}
+
+
 @pytest.mark.parametrize("folder", sorted(FOLDERS - {"config", "assets", "tests"}))
 def test_each_folder_says_what_is_in_it(folder):
     """In a package docstring of ten lines at most that names every file."""

@@ -31,21 +31,27 @@ def filmed(n, far=1.0, turned=1.0):
 
 # ---- geometry ----
 
-def test_floor_depth_is_that_of_a_plane():
-    """Where nothing stands, a ray at angle a below level meets the floor EYE / sin(a) away."""
+def test_floor_and_ball_are_where_they_should_be():
+    """Where nothing stands, a ray at angle a below level meets the floor EYE / sin(a) away; one to the
+    ball's centre meets its surface before, or something that stands in front."""
     room = rooms(64, 1)
     depth = render(room, torch.eye(4).repeat(64, 1, 1, 1))[1][:, 0]
     d = torch.einsum("nij,hwj->nhwi", room.pose[:, :3, :3], rays(INTRINSICS, HEIGHT, WIDTH))
     plane = EYE / d[..., 1]
     assert ((depth - plane).abs() < 1e-4)[:, -1].float().mean() > 0.5  # of the lowest row
     assert (depth[d[..., 1] > 0] <= plane[d[..., 1] > 0] + 1e-4).all()  # and nothing lies below it
+    ball = torch.einsum("nji,nj->ni", room.pose[:, :3, :3], room.ball[:, :3] - room.pose[:, :3, 3])
+    u, v = (ball[:, :2] / ball[:, 2:] * torch.tensor(INTRINSICS[:2]) + 0.5).mT
+    there = depth[range(64), (v * HEIGHT).long().clamp(0, HEIGHT - 1), (u * WIDTH).long().clamp(0, WIDTH - 1)]
+    inside = (u - 0.5).abs().maximum((v - 0.5).abs()) < 0.5
+    assert inside.sum() > 32 and (there < ball[:, 2] - 0.5 * room.ball[:, 6])[inside].all()
 
 
 def test_what_one_camera_sees_another_sees_there():
     """A surface point seen by two cameras has one colour, but for occlusion and fading texture. A path
     is the exponential of its turns."""
     end = integrate(torch.ones(1, 4, 3), torch.tensor([0, 0.1, 0]).expand(1, 4, 3))[0, -1]
-    assert end[0, 0] == pytest.approx(math.cos(0.4), abs=1e-6) and end[2, 3] == 4
+    assert end[0, [0, 2]].tolist() == pytest.approx([math.cos(0.4), math.sin(0.4)]) and end[2, 3] == 4
     room, c2w = filmed(4, 0.3, 0.3)
     video, depth = render(room, c2w)
     point = depth[:, 0, ..., None] * rays(INTRINSICS, HEIGHT, WIDTH)
