@@ -105,7 +105,7 @@ def test_clips_of_one_policy_serve_the_other(world, tmp_path):
     trains; a clip to which it cannot be added leaves the index."""
     lean = cache(world, tmp_path, "ReCamMaster")  # neither CLIP nor cameras, nor a model of either
     assert sorted(lean["settings"]["without"]) == ["c2w", "image", "intrinsics"]
-    part = shutil.copytree(tmp_path, tmp_path / "part")  # with a camera for one clip of two
+    part = shutil.copytree(tmp_path, tmp_path.with_name("part"))  # with a camera for one clip of two
     np.savez(part / "clip0.npz", c2w=trajectories.recammaster(9, 13))
     index = cache(world, part, "ReDirector", cameras=str(part), fov=60.0)
     assert index["clips"] == ["clip0.mp4"] and list(index["skipped"]) == ["clip1.mp4"]

@@ -44,7 +44,8 @@ def test_late_drift_costs_more_than_early():
     close(drift(1, schedule="uniform")["trans"], torch.tensor([-0.3 / 9]))
 
 
-@pytest.mark.parametrize("step, asked", [(None, [4, 1, 1, 1, 1]), (3, [3, 1, 1, 1, 1]), (1, [1] * 4)])
+@pytest.mark.parametrize("step, asked", [
+    (None, [4, 1, 1, 1, 1]), (3, [3, 1, 1, 1, 1]), (2, [2, 2, 1, 1]), (1, [1, 1, 1, 1])])
 def test_an_estimator_is_asked_once_and_a_failing_video_costs_one_member(step, asked):
     calls, (video, s) = [], scene(4, frames=9)
     video[1] = 0  # nothing to see
