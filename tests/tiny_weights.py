@@ -125,7 +125,8 @@ def save_qwen_base(folder):
               "spatial_patch_size": 14, "temporal_patch_size": 2}
     config = {"model_type": "qwen2_vl", "hidden_size": 32, "intermediate_size": 48,
               "num_attention_heads": 1, "num_hidden_layers": 2, "num_key_value_heads": 1,
-              "vocab_size": len(fast), "tie_word_embeddings": True, **ids,
+              "vocab_size": len(fast), "rms_norm_eps": 1e-6, "max_position_embeddings": 32768,
+              "tie_word_embeddings": True, **ids, "bos_token_id": 0, "eos_token_id": 2,
               "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "vision_config": vision}
     (folder / "config.json").write_text(json.dumps(config))
     return len(fast)
@@ -182,17 +183,20 @@ class MapAnything(torch.nn.Module):
 
     def infer(self, views, **options):
         """A view's thumbnail through a matrix, less the first's: its rotation vector and position."""
-        images = torch.stack([view["img"].float() for view in views])  # (F, B, 3, H, W)
-        seen = torch.nn.functional.adaptive_avg_pool3d(images, (3, 4, 4)).flatten(2)
-        seen = 0.1 * torch.tanh(seen @ self.weight.T)
-        turn, position = (seen - seen[:1]).split(3, 2)
-        c2w = torch.eye(4).to(seen).repeat(*seen.shape[:2], 1, 1)
-        skew = torch.linalg.cross(turn[..., None, :], torch.eye(3).to(turn))
-        c2w[..., :3, :3] = torch.matrix_exp(skew)
-        c2w[..., :3, 3] = position
-        height, width = images.shape[-2:]
-        focal = torch.tensor([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]]).to(seen)
-        return [{"camera_poses": x, "intrinsics": focal.expand(len(x), 3, 3)} for x in c2w]
+        thumbnail = torch.nn.AdaptiveAvgPool2d(4)
+        seen = [0.1 * torch.tanh(thumbnail(view["img"].float()).flatten(1) @ self.weight.T)
+                for view in views]
+        height, width = views[0]["img"].shape[-2:]
+        focal = torch.tensor([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])
+        out = []
+        for x in seen:
+            turn, position = (x - seen[0]).split(3, 1)
+            c2w = torch.eye(4).to(x).repeat(len(x), 1, 1)
+            skew = torch.linalg.cross(turn[:, None], torch.eye(3).to(x)[None])
+            c2w[:, :3, :3] = torch.matrix_exp(skew)
+            c2w[:, :3, 3] = position
+            out.append({"camera_poses": c2w, "intrinsics": focal.to(x).expand(len(x), 3, 3)})
+        return out
 
 
 def vipe(video, out):
