@@ -183,7 +183,12 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--speeds=fast", "speeds: could not convert"), ("--speeds=-1", "speeds: expected numbers"),
         ("--estimator={w}/nowhere", "expected vipe, mapanything or a folder"),
         ("--videos={w}/videos --clips={w}/clips.txt", "1 of 2 are not in"),
-        ("--log={w}/log.jsonl", "log.jsonl, line 2: expected a JSON object")],
+        ("--log={w}/log.jsonl", "log.jsonl, line 2: expected a JSON object"),
+        ("--clips=a", "--videos=FOLDER is needed"), ("--speeds=1.5", "none of its 1 videos"),
+        ("--ckpt=x", "--weights=FOLDER is needed"), ("--redirector=nowhere", "nowhere/evaluate.py"),
+        ("--estimator=vipe --vipe=no/vipe", "not installed: ViPE"),
+        ("--log=nowhere.jsonl", "nowhere.jsonl: no such training log"),
+        ("--paths=", "paths: expected a comma-separated list")],
     RETAKE: [
         ("--camera=loop", "no path 'loop': expected 1-10"), ("--clip=", "expected a clip"),
         ("--fov=-60", "fov: expected degrees"), ("--clip={w}/none.mp4", "none.mp4: no such video"),
