@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_weights
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 from safetensors.torch import load_file, save_file
 from scenes import pose, put
 from scipy.spatial.transform import Rotation
@@ -111,8 +111,7 @@ def test_what_is_found_by_name(tmp_path):
     clips = touch(tmp_path / "clips", "bear.mp4", "b/cat.MOV", "dog/00000.jpg", "dog/00001.jpg")
     assert find_clips(clips) == {"b_cat": "b/cat.MOV", "bear": "bear.mp4", "dog": "dog"}
     assert list(find_clips(clips, str(put(tmp_path / "s.txt", "dog\n\nbear.mp4\n")))) == ["dog", "bear"]
-    with pytest.raises(ValueError, match="clips: 2 of 3 are not in .*: beer, wolf; did you mean bear?"):
-        find_clips(clips, "dog, beer, wolf")
+    refused(lambda: find_clips(clips, "dog, beer, wolf"), "2 of 3 are", "wolf; did you mean bear?")
     made = touch(tmp_path / "made", "x_camera_9_speed_1.0.mp4", "sub/x_camera_1_speed_1.5.mp4")
     assert set(find_generated(made)) == {"x_camera_9_speed_1", "x_camera_1_speed_1.5"}
     run = touch(tmp_path / "run", *(f"iteration_{n:06d}/self_attn.safetensors" for n in (2, 10)))
@@ -120,17 +119,11 @@ def test_what_is_found_by_name(tmp_path):
     found = find_checkpoints(f"{run},{run / 'iteration_000002'}, {mine}")
     assert list(found) == ["base", "run-iteration_000010", "run-iteration_000002", "mine"]
     assert found["base"] is None and found["mine"] == mine
-    with pytest.raises(ValueError, match="different names"):
-        find_checkpoints(f"{run},{run}")
-
-
-@pytest.mark.parametrize("find, names, both", [
-    (find_clips, ("b/cat.mp4", "b_cat.mp4"), "would both be called b_cat"),
-    (find_generated, ("a/x_camera_01_speed_1.0.mkv", "x_camera_1_speed_1.mp4"), "are both x_camera_1")])
-def test_two_videos_of_one_name_are_refused(tmp_path, find, names, both):
-    with pytest.raises(ValueError, match=both) as error:
-        find(touch(tmp_path, *names))
-    assert all(name in str(error.value) for name in names)
+    refused(lambda: find_checkpoints(f"{run},{run}"), "different names")
+    for find, why, names in ((find_clips, "would both be called b_cat", ("b/cat.mp4", "b_cat.mp4")),
+                             (find_generated, "are both x_camera_1_speed_1; expected one video",
+                              ("a/x_camera_01_speed_1.0.mkv", "x_camera_1_speed_1.mp4"))):
+        refused(lambda: find(touch(tmp_path / why, *names)), why, *names)
 
 
 # ---- videos made elsewhere ----
@@ -248,12 +241,10 @@ def test_comparing_evaluations(elsewhere, capsys):
     for change, why in (
             ({"settings": made["settings"] | {"estimator": "vipe"}}, "different estimators"),
             ({"methods": {"B": {"cases": {"x_camera_1_speed_1": {"failed": "x"}}}}}, "no case in common"),
-            ({"methods": {"B": {"cases": cases}}}, "1 cases of one name .* a and d, cat_camera_5_speed_1")):
+            ({"methods": {"B": {"cases": cases}}}, "a and d, cat_camera_5_speed_1")):
         put(Path("d/results.json"), made | change)
-        with pytest.raises(ValueError, match=why):
-            main("compare", "a", "d")
-    with pytest.raises(ValueError, match="show: no case 'x'"):
-        main("compare", "a", "b", "--show=x")
+        refused(lambda: main("compare", "a", "d"), why)
+    refused(lambda: main("compare", "a", "b", "--show=x"), "show: no case 'x'")
 
 
 # ---- the whole of it, on tiny random weights in the official layout ----
@@ -310,8 +301,8 @@ def test_protocol(clips, tmp_path, monkeypatch):
     for seed in (0, 1):
         evaluate.evaluate(dataclasses.replace(alone, seed=seed, out=str(tmp_path / f"seed{seed}")))
         assert ((tmp_path / f"seed{seed}" / videos[1]).read_bytes() == base9) == (seed == 0)
-    with pytest.raises(ValueError, match="base/videos: made with steps = 1, now 50; choose another --out"):
-        evaluate.evaluate(dataclasses.replace(config, steps=50))
+    more = dataclasses.replace(config, steps=50)
+    refused(lambda: evaluate.evaluate(more), "base/videos: made with steps = 1, now 50; choose another")
     scores.keep_settings(tmp_path / "new", {"steps": 50})  # may change where nothing was made
     put(touch(tmp_path / "new", "clip.failed") / "case.json", {"failed": "why"})
     scores.keep_settings(tmp_path / "new", {"steps": 25})
@@ -377,5 +368,4 @@ def test_toy(tmp_path, monkeypatch):
     assert judged == [10] * 4  # room by room; nothing twice
     for flag, why in (("--steps=2", "base/cases: made with steps = 1, now 2"),
                       ("--show=room9_camera_1_speed_1", "show: no case")):
-        with pytest.raises(ValueError, match=why):
-            main(*argv, flag)
+        refused(lambda: main(*argv, flag), why)

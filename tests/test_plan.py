@@ -1,14 +1,13 @@
 """Plan: rows against the real rollout's, memory against the real loop's, and what the command says."""
-import json
-
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 
 import train
 from benchmarks import plan
 from grpo import micro_batches, policy_loss
 from plumbing.settings import parse, run_command
+from scenes import put
 from sampler import rollout, schedule
 from toy.rooms import FRAMES, HEIGHT, WIDTH
 
@@ -151,12 +150,10 @@ def test_time_is_arithmetic_over_the_rate(tmp_path):
     wanted = {"rollout": 2 * rolled * hour, "update": 2 * updated * 4 * hour, "rewards": 0,
               "validation": 8 / 10 / 2 * 6 * hour}
     assert {phase: by_phase[phase] for phase in wanted} == pytest.approx(wanted)
-    config.measured = str(tmp_path / "card.json")
     rates = {"forward": 2e14, "update": 1e14, "decode": 1e14}
-    (tmp_path / "card.json").write_text(json.dumps({"rates": rates}))
+    config.measured = str(put(tmp_path / "card.json", {"rates": rates}))
     measured = plan.hours(config, 2)
     for phase in ("rollout", "decode"):  # decode is not taken at half the rate then
         assert measured[phase][0] == pytest.approx(by_phase[phase] / 2)
-    (tmp_path / "card.json").write_text("{}")
-    with pytest.raises(ValueError, match="card.json: expected the json file"):
-        plan.hours(config, 2)
+    put(tmp_path / "card.json", {})
+    refused(lambda: plan.hours(config, 2), "card.json: expected the json file")
