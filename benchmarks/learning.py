@@ -5,7 +5,7 @@
     python -m benchmarks.learning updates    one, two and four updates of one rollout
 
 Each arm trains once a seed and is judged in rooms never trained on. The same command again goes on
-where it stopped; --iterations, --conditions and the like make the runs larger or smaller.
+where it stopped; --iterations, --conditions and so on make runs larger.
 """
 import json
 import subprocess
@@ -20,7 +20,6 @@ from evaluation.toy import Toy, evaluate_toy
 from plumbing.files import read_json
 from plumbing.settings import Folder, at_least_1, parse, run_command
 from train import Config
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,12 +28,13 @@ class Recipe:
     """python -m benchmarks.learning recipe"""
     out: Folder = "out/learning/recipe"  # folder for runs and evaluation; goes on there
     seeds: int = 3                       # runs of each arm
-    iterations: int = 40                 # of each run
+    iterations: int = 20                 # of each run
     conditions: int = 8                  # per iteration
-    members: int = 8                     # videos per condition (geo_align.py's)
-    steps: int = 25                      # denoising steps (geo_align.py's)
-    lr: float = 4e-4                     # twice the toy's: a quarter of its videos, half its iterations
-    rooms: int = 4                       # judged at the end, ten paths each; 0: no judge
+    members: int = 8                     # videos per condition
+    steps: int = 25                      # denoising steps
+    lr: float = 4e-4                     # twice the toy's, for a quarter of its videos
+    validate: int = 16                   # fixed conditions, sampled and scored every ten iterations
+    rooms: int = 3                       # judged at the end, ten paths each; 0: no judge
 
 
 @dataclass
@@ -42,11 +42,9 @@ class Kl(Recipe):
     """python -m benchmarks.learning kl"""
     out: Folder = "out/learning/kl"      # folder for runs and evaluation; goes on there
     seeds: int = 1                       # runs of each arm
-    iterations: int = 80                 # the toy's
-    conditions: int = 16                 # the toy's
-    members: int = 16                    # the toy's
-    steps: int = 6                       # the toy's
-    lr: float = 2e-4                     # the toy's
+    iterations: int = 30                 # of each run
+    steps: int = 6                       # denoising steps (the toy's)
+    validate: int = 32                   # fixed conditions, sampled and scored every ten iterations
 
 
 @dataclass
@@ -57,20 +55,21 @@ class Updates(Kl):
 
 # The paper's loop computes every member alone; its samples and gradients are those of geo_align.
 PAPER = ("--strategy=progressive", "--size=4", "--first=0", "--iters_per_window=25", "--tail=0")
+FAST = ("--strategy=random", "--size=1", "--window_per_condition=True", "--tail=0.4")
 ARMS = {
     Recipe: {"geo_align": PAPER,
-             "fast": ("--strategy=random", "--size=1", "--first=6", "--window_per_condition=True",
-                      "--tail=0.4")},
-    Kl: {f"kl{kl:g}": (f"--kl={kl}",) for kl in (0.0, 0.01, 0.1, 1.0)},
+             "fast": (*FAST, "--first=6"),
+             "later": (*FAST, "--skip=5", "--first=10")},
+    Kl: {f"kl{kl:g}": (f"--kl={kl}",) for kl in (0.0, 0.001, 0.01, 0.1)},
     Updates: {f"updates{n}": (f"--updates={n}",) for n in (1, 2, 4)}}
 
 
 def settings_of(config, arm, seed):
-    """The command line of one run."""
+    """One run's command line."""
     same = [f"--{name}={getattr(config, name)}"
-            for name in ("iterations", "conditions", "members", "steps", "lr")]
-    return [*ARMS[type(config)][arm], *same, f"--seed={seed}", "--rooms=0", "--validate=16",
-            "--sample_every=10", "--save_every=10", f"--out={Path(config.out) / f'{arm}_{seed}'}"]
+            for name in ("iterations", "conditions", "members", "steps", "lr", "validate")]
+    return [*ARMS[type(config)][arm], *same, f"--seed={seed}", "--rooms=0", "--sample_every=10",
+            "--save_every=10", f"--out={Path(config.out) / f'{arm}_{seed}'}"]
 
 
 def rows_of(flags):

@@ -1,8 +1,8 @@
-"""Which steps are worth training on? `python -m benchmarks.steps CONFIG`, before a run.
+"""On which steps do conditions agree? `python -m benchmarks.steps CONFIG`; nothing is trained.
 
-For a window at each of some steps, one iteration's gradient is taken apart by conditions. If two
-halves of the conditions point the same way the step carries signal, if not it is noise that a run
-pays for. Nothing is trained. The cosine of two halves is computed for all halves at once, from the
+For a window at each of some steps, one iteration's gradient is taken apart by conditions, to see
+whether two halves of them point the same way. A guide, not a verdict: in the toy, windows at steps
+with a cosine of 0.03 learnt no worse than at those with 0.2 (learning.md). The cosine of two halves is computed for all halves at once, from the
 gradients' products: with s the mean product of two conditions', n the mean square of one, and h
 conditions in a half, it is s / (n / h + s (h - 1) / h), up to chance about 0 where there is no signal.
 """

@@ -1,6 +1,7 @@
 """The fast recipe: the least cost for the same learning. Where it differs from geo_align.py is marked *.
 
 73 network rows per condition and iteration, where geo_align.py takes 277 and every member alone 328.
+In the toy, steps 5 to 9 learnt no better than the first 6 (benchmarks/learning.md).
 """
 world = "clips"
 frames = 81                        # ReDirector (the paper's own number is missing from our copy)
