@@ -97,9 +97,9 @@ def test_cognvs_there_and_back(config, tmp_path):
 def test_trajectorycrafter_there_and_back(config, sources, tmp_path):
     """A command a case; what --target_pose cannot express is refused, its poses are there all the same."""
     config = dataclasses.replace(config, method="TrajectoryCrafter", speeds="1,2")
-    refused = sent(config)["refused"]
+    inexpressible = sent(config)["refused"]
     lines = (tmp_path / "W/commands.sh").read_text().splitlines()
-    assert len(lines) + len(refused) == 8 and len(read_video(tmp_path / "W/inputs/a.mp4")[0]) == 13
+    assert len(lines) + len(inexpressible) == 8 and len(read_video(tmp_path / "W/inputs/a.mp4")[0]) == 13
     words = ("--video_length 13", "--mode gradual --mask --stride 1", "inputs/a.mp4",
              "--exp_name a_camera_5_speed_1 --camera target")
     assert all(word in lines[0] for word in words)
