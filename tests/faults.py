@@ -123,8 +123,6 @@ def own_reward(folder, body):
     return f"--rewards=trans=1,{folder / 'mine.py'}:f=1"
 
 
-# ---- harnesses: folder, what goes wrong -> what happened, whether that is right ----
-
 def interrupted(folder, times=1, ranks=1, signals=(SIGKILL,), code=-9, lost=2, reward="", args=()):
     """Stopped at random moments, it goes on from its newest checkpoint each time, loses `lost`
     iterations at most, and ends where a run without interruption does, bit by bit."""
@@ -208,8 +206,6 @@ def bad_disk(folder, mount, spoil, mend, instead, says):
             subprocess.run(["umount", "-l", run.out])
 
 
-# ---- what befalls a run ----
-
 TERM, KILL, HANGUP = (lambda run, signum=signum: run.send(signum) for signum in (SIGTERM, SIGKILL, SIGHUP))
 
 
@@ -234,8 +230,6 @@ def rescued(run):
     saved = [*run.out.parent.glob("run_rescued_*/iteration_*/state.json")]
     return bool(saved) and run.said(str(saved[0].parent.parent)) != ""
 
-
-# ---- all of them: name, what goes wrong, harness, its arguments ----
 
 AGENT = lambda: dict(restarts=0)
 ANY = range(-64, 256)  # exit codes: torchrun's own mean little

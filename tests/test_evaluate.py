@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tiny_weights
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 from safetensors.torch import load_file, save_file
-from scenes import pose
+from scenes import pose, put
 from scipy.spatial.transform import Rotation
 
 import evaluate
@@ -42,8 +42,7 @@ def main(*argv):
 
 def touch(folder, *names):
     for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        put(folder / name, "")
     return folder
 
 
@@ -74,8 +73,7 @@ WALKED[:, 2, 3] = np.linspace(0, 1, 41)
     ((1,), lambda c2w: c2w + WALKED, lambda length, angle: {"position": 0.5})],
     ids=["right", "too far", "turned too far", "walked on the spot"])
 def test_what_is_off_and_nothing_else_is_scored(numbers, change, wanted):
-    """Closed forms: 0 and a scale of 1 where a camera is right, in whatever world frame; a scale and
-    TransErr_moving only of paths that move; TransErr aligns, position does not."""
+    """Closed forms, any world frame. TransErr aligns, position does not; no scale if still."""
     for path in (recammaster(number, 41) for number in numbers):
         length = np.linalg.norm(path[:, :3, 3], axis=1)
         angle = np.degrees(Rotation.from_matrix(path[:, :3, :3]).magnitude())
@@ -92,59 +90,40 @@ STILL = np.tile(np.eye(4), (21, 1, 1))
 @pytest.mark.parametrize("change, key, told, why", [
     (lambda c2w: c2w, "c2w", "", None), (lambda c2w: c2w, "pose", "@c2w", None),
     (np.linalg.inv, "w2c", "", None), (np.linalg.inv, "pose", "@w2c", None),
-    (lambda c2w: STILL, "c2w", "", "the estimated camera stands still: 21 equal poses"),
     (lambda c2w: c2w[[7] * 21], "c2w", "", "the estimated camera stands still: 21 equal poses"),
-    (lambda c2w: c2w[:1], "c2w", "", "1 poses for 21 frames"),
     (lambda c2w: c2w[::4], "pose", "@c2w", "6 poses for 21 frames"),
-    (lambda c2w: recammaster(9, 25), "c2w", "", "25 poses for 21 frames"),
     (lambda c2w: c2w * np.nan, "c2w", "", "frame 0: not finite")])
 def test_estimates_that_are_none_fail(tmp_path, change, key, told, why):
-    """Poses from elsewhere: as many as the video has frames, in a convention that their key or the
-    folder's name tells."""
+    """Poses from elsewhere: one a frame, in the convention of their key or folder's name."""
     video = tmp_path / "x_camera_9_speed_1.mp4"
     write_video(video, np.full((21, 16, 16, 3), 99, np.uint8), 24)
-    (tmp_path / "poses/method").mkdir(parents=True)
-    np.savez(tmp_path / f"poses/method/{video.stem}.npz", **{key: change(recammaster(9, 21))})
+    put(tmp_path / f"poses/method/{video.stem}.npz", {key: change(recammaster(9, 21))})
     estimate = scores.open_estimator(f"{tmp_path / 'poses'}{told}", "", "", "", None)
     found = scores.score_poses(tmp_path / "method", video.stem, video, estimate, "")
     assert why in found["failed"] if why else found["scale"] == pytest.approx(1)
     assert "failed" not in pose_scores(STILL, STILL)  # the path asked for stands still
-    assert pose_scores(STILL[:1], STILL[:1]) == {"failed": "1 pose, which is no path"}
-    assert pose_scores(STILL * np.nan, STILL) == {"failed": "the estimated poses are not finite"}
+    assert pose_scores(STILL[:1], STILL[:1])["failed"] == "1 pose, which is no path"
+    assert "not finite" in pose_scores(STILL * np.nan, STILL)["failed"]
 
-
-# ---- what is to be evaluated ----
 
 def test_what_is_found_by_name(tmp_path):
     """Clips, those asked for in their order; videos made elsewhere; checkpoints, runs by their last."""
     clips = touch(tmp_path / "clips", "bear.mp4", "b/cat.MOV", "dog/00000.jpg", "dog/00001.jpg")
     assert find_clips(clips) == {"b_cat": "b/cat.MOV", "bear": "bear.mp4", "dog": "dog"}
-    (tmp_path / "subset.txt").write_text("dog\n\nbear.mp4\n")
-    assert list(find_clips(clips, str(tmp_path / "subset.txt"))) == ["dog", "bear"]
-    with pytest.raises(ValueError, match="clips: 2 of 3 are not in .*: beer, wolf; did you mean bear?"):
-        find_clips(clips, "dog, beer, wolf")
+    assert list(find_clips(clips, str(put(tmp_path / "s.txt", "dog\n\nbear.mp4\n")))) == ["dog", "bear"]
+    refused(lambda: find_clips(clips, "dog, beer, wolf"), "2 of 3 are", "wolf; did you mean bear?")
     made = touch(tmp_path / "made", "x_camera_9_speed_1.0.mp4", "sub/x_camera_1_speed_1.5.mp4")
     assert set(find_generated(made)) == {"x_camera_9_speed_1", "x_camera_1_speed_1.5"}
     run = touch(tmp_path / "run", *(f"iteration_{n:06d}/self_attn.safetensors" for n in (2, 10)))
-    mine = touch(tmp_path, "mine.safetensors") / "mine.safetensors"
+    mine = put(tmp_path / "mine.safetensors", "")
     found = find_checkpoints(f"{run},{run / 'iteration_000002'}, {mine}")
     assert list(found) == ["base", "run-iteration_000010", "run-iteration_000002", "mine"]
     assert found["base"] is None and found["mine"] == mine
-    with pytest.raises(ValueError, match="different names"):
-        find_checkpoints(f"{run},{run}")
-
-
-@pytest.mark.parametrize("find, names, both", [
-    (find_clips, ("b/cat.mp4", "b_cat.mp4"), "would both be called b_cat"),
-    *[(find_generated, names, "are both x_camera_1_speed_1; expected one video") for names in (
-        ("seed0/x_camera_1_speed_1.mp4", "seed1/x_camera_1_speed_1.mp4"),
-        ("x_camera_01_speed_1.mp4", "x_camera_1_speed_1.mp4"),
-        ("x_camera_1_speed_1.mkv", "x_camera_1_speed_1.mp4"),
-        ("x_camera_1_speed_1.0.mp4", "x_camera_1_speed_1.mp4"))]])
-def test_two_videos_of_one_name_are_refused(tmp_path, find, names, both):
-    with pytest.raises(ValueError, match=both) as error:
-        find(touch(tmp_path, *names))
-    assert all(name in str(error.value) for name in names)
+    refused(lambda: find_checkpoints(f"{run},{run}"), "different names")
+    for find, why, names in ((find_clips, "would both be called b_cat", ("b/cat.mp4", "b_cat.mp4")),
+                             (find_generated, "are both x_camera_1_speed_1; expected one video",
+                              ("a/x_camera_01_speed_1.0.mkv", "x_camera_1_speed_1.mp4"))):
+        refused(lambda: find(touch(tmp_path / why, *names)), why, *names)
 
 
 # ---- videos made elsewhere ----
@@ -171,7 +150,7 @@ def elsewhere(tmp_path, monkeypatch):
 def test_videos_made_elsewhere(elsewhere, monkeypatch, capsys):
     """Cameras, VBench and MEt3R reach results and tables; an estimate of n frames is compared with the
     path of n frames; what is missing or failed is listed, and it alone is tried again."""
-    calls = []
+    calls, seen = [], []
 
     def vbench(python, videos, dimension):
         calls.append(dimension)
@@ -208,7 +187,7 @@ def test_videos_made_elsewhere(elsewhere, monkeypatch, capsys):
     assert text.count("failed: VBench, motion_smoothness (exit code 1)") == 1
     bad.write_bytes(kept)
     Path("elsewhere.mp4").rename(lost)
-    seen, estimate = [], scores.pose_folder("poses")
+    estimate = scores.pose_folder("poses")
     monkeypatch.setattr(scores, "pose_folder", lambda x: lambda *a: seen.append(str(a[0])) or estimate(*a))
     calls.clear()
     capsys.readouterr()
@@ -216,9 +195,7 @@ def test_videos_made_elsewhere(elsewhere, monkeypatch, capsys):
     assert seen == [str(lost), f"B/{bad.stem}.mp4"]
     assert calls.count("met3r") == 3 and calls.count("motion_smoothness") == 2
     printed = capsys.readouterr().out.splitlines()
-    assert [line[:14] for line in printed[-4:-1]] == ["position error", "rotation error", "imaging qualit"]
-    assert " -> " in printed[-4] and printed[-1] == "out/report.html" and Path(printed[-1]).exists()
-    assert max(map(len, printed)) <= 80
+    assert " -> " in printed[-4] and Path(printed[-1]).exists() and max(map(len, printed)) <= 80
 
 
 def test_interrupted_or_shared_by_two_ranks_it_comes_to_the_same(elsewhere, monkeypatch):
@@ -249,58 +226,41 @@ def test_interrupted_or_shared_by_two_ranks_it_comes_to_the_same(elsewhere, monk
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0] and results("two") == whole
 
 
-@pytest.mark.parametrize("options, why", [
-    ({"clips": "bear"}, "--videos=FOLDER is needed"), ({"speeds": "1.5"}, "none of its 6 videos"),
-    ({"ckpt": "x"}, "--weights=FOLDER is needed"), ({"redirector": "nowhere"}, "nowhere/evaluate.py"),
-    ({"estimator": "vipe", "vipe": "no/vipe"}, "not installed: ViPE"),
-    ({"log": "nowhere.jsonl"}, "nowhere.jsonl: no such training log"),
-    ({"paths": ""}, "paths: expected a comma-separated list")])
-def test_settings_that_cannot_be(elsewhere, options, why):
-    with pytest.raises((ValueError, OSError), match=why):
-        evaluate.evaluate(dataclasses.replace(elsewhere, **options))
-    assert not Path("out").exists()
-
-
 def test_comparing_evaluations(elsewhere, capsys):
     """On the cases that both have; what cannot be compared is refused."""
     for name, paths in (("A", "1,5"), ("B", "5,9")):
         evaluate.evaluate(dataclasses.replace(elsewhere, generated=name, paths=paths, out=name.lower()))
-    capsys.readouterr()
     main("compare", "a", "b/results.json", "--out=c")
-    printed = capsys.readouterr().out.splitlines()
+    assert capsys.readouterr().out.splitlines()[-1] == "c/report.html"
     text = Path("c/tables.md").read_text()
     assert "## B against A, all speeds" in text and "| Position error (m) ↓ | 2 |" in text
-    assert printed[-1] == "c/report.html" and "<h3>B against A" in Path("c/report.html").read_text()
+    assert "<h3>B against A" in Path("c/report.html").read_text()
     made = json.loads(Path("b/results.json").read_text())
     cases = made["methods"]["B"]["cases"]
     cases["cat_camera_5_speed_1"]["digest"] = "another"
     for change, why in (
             ({"settings": made["settings"] | {"estimator": "vipe"}}, "different estimators"),
             ({"methods": {"B": {"cases": {"x_camera_1_speed_1": {"failed": "x"}}}}}, "no case in common"),
-            ({"methods": {"B": {"cases": cases}}}, "1 cases of one name .* a and d, cat_camera_5_speed_1")):
-        touch(Path("d"), "results.json").joinpath("results.json").write_text(json.dumps(made | change))
-        with pytest.raises(ValueError, match=why):
-            main("compare", "a", "d")
-    with pytest.raises(ValueError, match="show: no case 'x'"):
-        main("compare", "a", "b", "--show=x")
+            ({"methods": {"B": {"cases": cases}}}, "a and d, cat_camera_5_speed_1")):
+        put(Path("d/results.json"), made | change)
+        refused(lambda: main("compare", "a", "d"), why)
+    refused(lambda: main("compare", "a", "b", "--show=x"), "show: no case 'x'")
 
 
 # ---- the whole of it, on tiny random weights in the official layout ----
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Weights, a checkpoint equal to ReDirector's and one that is not, two clips, one broken, cameras,
-    captions."""
+    """Weights, a checkpoint like ReDirector's and another, two clips, one of them broken."""
     folder = tmp_path_factory.mktemp("clips")
     state = load_file(tiny_weights.write(folder / "weights") / tiny_weights.REDIRECTOR)
     save_file(state, folder / "same.safetensors")
     save_file({k: 1.5 * v for k, v in state.items()}, folder / "other.safetensors")
     video = np.random.default_rng(0).integers(0, 255, (8, 40, 32, 3), np.uint8)
     write_video(folder / "videos/bear.mp4", video, 24)
-    (folder / "videos/broken.mp4").write_bytes(b"garbage")
-    (folder / "cameras").mkdir()
-    np.savez(folder / "cameras/bear.npz", c2w=recammaster(5, 8), intrinsics=np.array([1, 1, 0.5, 0.5]))
-    (folder / "captions.csv").write_text("file_name,text\nbear.mp4,a bear\nbroken.mp4,nothing\n")
+    put(folder / "videos/broken.mp4", b"garbage")
+    put(folder / "cameras/bear.npz", {"c2w": recammaster(5, 8), "intrinsics": [1, 1, 0.5, 0.5]})
+    put(folder / "captions.csv", "file_name,text\nbear.mp4,a bear\nbroken.mp4,nothing\n")
     for method, n in [(method, n) for method in ("base", "same", "other") for n in (1, 9)]:
         save_poses(folder / f"poses/{method}/bear_camera_{n}_speed_1.npz", noisy(n, 5))
     return folder
@@ -341,10 +301,10 @@ def test_protocol(clips, tmp_path, monkeypatch):
     for seed in (0, 1):
         evaluate.evaluate(dataclasses.replace(alone, seed=seed, out=str(tmp_path / f"seed{seed}")))
         assert ((tmp_path / f"seed{seed}" / videos[1]).read_bytes() == base9) == (seed == 0)
-    with pytest.raises(ValueError, match="base/videos: made with steps = 1, now 50; choose another --out"):
-        evaluate.evaluate(dataclasses.replace(config, steps=50))
+    more = dataclasses.replace(config, steps=50)
+    refused(lambda: evaluate.evaluate(more), "base/videos: made with steps = 1, now 50; choose another")
     scores.keep_settings(tmp_path / "new", {"steps": 50})  # may change where nothing was made
-    touch(tmp_path / "new", "clip.failed").joinpath("case.json").write_text('{"failed": "why"}')
+    put(touch(tmp_path / "new", "clip.failed") / "case.json", {"failed": "why"})
     scores.keep_settings(tmp_path / "new", {"steps": 25})
 
 
@@ -352,9 +312,7 @@ def test_retake(clips, tmp_path, monkeypatch):
     """The largest 4k + 1 of 8 frames, re-rendered, and both side by side. What is not given is
     estimated: source cameras by MapAnything, the caption by BLIP-2 from the middle frame."""
     seen, maps = [], []
-
-    def record(kept, function):
-        return lambda *args: kept.append(args) or function(*args)
+    record = lambda kept, function: lambda *args: kept.append(args) or function(*args)
 
     class Estimator:
         cameras = staticmethod(lambda videos: (torch.from_numpy(noisy(9, videos.shape[1]))[None],
@@ -380,11 +338,8 @@ def test_retake(clips, tmp_path, monkeypatch):
     assert read_video(out / "bear_arc_left_1.5_side_by_side.mp4")[0].shape[::2] == (5, 2 * 48 + 4)
 
 
-# ---- the toy ----
-
 def test_toy(tmp_path, monkeypatch):
-    """The base and a checkpoint of it, in a room of ten paths at two speeds; a judge who sees every
-    camera go 20 % too far, but for NaN once."""
+    """Base and checkpoint, one room; a judge who sees all go 20 % too far, but for NaN once."""
     state = load_file(ROOT / "toy/weights/toy_base.safetensors")
     save_file({k: v + 0.1 for k, v in state.items() if ".self_attn." in k}, tmp_path / "tuned.safetensors")
     judged = []
@@ -404,16 +359,13 @@ def test_toy(tmp_path, monkeypatch):
     case = found["tuned"]["room0_camera_9_speed_2"]
     assert (case["scale"], case["TransErr"]) == pytest.approx((1.2, 0), abs=1e-4)
     assert "not finite" in found["base"]["room0_camera_5_speed_1"]["failed"]
-    text = (tmp_path / "out/tables.md").read_text()
-    assert "## Failed: 4" in text and "## Table 2: by camera speed" in text and "(paper)" not in text
+    assert "(paper)" not in (tmp_path / "out/tables.md").read_text()
     digests = [{case: x["digest"] for case, x in cases.items()} for cases in found.values()]
     assert digests[0] == digests[1] and len(set(digests[0].values())) == 20
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("<video") == 1 and "of 18 cases by change of position error" in page
-    assert "speeds = &#x27;1,2&#x27;" in page  # a setting that is not the default
     main(*argv)
     assert judged == [10] * 4  # room by room; nothing twice
     for flag, why in (("--steps=2", "base/cases: made with steps = 1, now 2"),
                       ("--show=room9_camera_1_speed_1", "show: no case")):
-        with pytest.raises(ValueError, match=why):
-            main(*argv, flag)
+        refused(lambda: main(*argv, flag), why)

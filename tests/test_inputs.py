@@ -183,7 +183,12 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--speeds=fast", "speeds: could not convert"), ("--speeds=-1", "speeds: expected numbers"),
         ("--estimator={w}/nowhere", "expected vipe, mapanything or a folder"),
         ("--videos={w}/videos --clips={w}/clips.txt", "1 of 2 are not in"),
-        ("--log={w}/log.jsonl", "log.jsonl, line 2: expected a JSON object")],
+        ("--log={w}/log.jsonl", "log.jsonl, line 2: expected a JSON object"),
+        ("--clips=a", "--videos=FOLDER is needed"), ("--speeds=1.5", "none of its 1 videos"),
+        ("--ckpt=x", "--weights=FOLDER is needed"), ("--redirector=nowhere", "nowhere/evaluate.py"),
+        ("--estimator=vipe --vipe=no/vipe", "not installed: ViPE"),
+        ("--log=nowhere.jsonl", "nowhere.jsonl: no such training log"),
+        ("--paths=", "paths: expected a comma-separated list")],
     RETAKE: [
         ("--camera=loop", "no path 'loop': expected 1-10"), ("--clip=", "expected a clip"),
         ("--fov=-60", "fov: expected degrees"), ("--clip={w}/none.mp4", "none.mp4: no such video"),
@@ -199,6 +204,9 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("", "expected two different results.json, or their folders, or more"),
         ("{w}/nowhere.json", "nowhere.json"), ("{w}/cut.json", "cut.json: damaged"),
         ("{w}/old.json", "old.json: protocol 0, expec"), ("{w}/bare.json", "bare.json: damaged")],
+    "evaluate.py try ": [
+        ("", "expected a reward"), ("{w}/none.py:f", "none.py: no such file"),
+        ("brightness", "expected name=weight"), ("exposure --batches=0", "batches")],
     "": [("evaluate.py compre", "no command 'compre'; did you mean compare?")]}
 ROWS = [(command + more, message) for command, rows in BAD.items() for more, message in rows]
 
@@ -231,7 +239,8 @@ def call(command, monkeypatch):
 @pytest.mark.parametrize("command, message", ROWS, ids=[f"{i}" for i in range(len(ROWS))])
 def test_bad_input_is_one_line(world, tmp_path, monkeypatch, command, message):
     monkeypatch.chdir(ROOT)
-    out = "" if " compare" in command or " --out=" in command else f" --out={tmp_path / 'out'}"
+    no_out = any(word in command for word in (" compare", " try ", " --out="))
+    out = "" if no_out else f" --out={tmp_path / 'out'}"
     code, lines = call(command.format(w=world) + out, monkeypatch)
     assert code == 1 and len(lines) == 1 and message in lines[0], lines
     assert len(lines[0]) < 1000 and not (tmp_path / "out").exists()

@@ -1,24 +1,20 @@
 """Plan: rows against the real rollout's, memory against the real loop's, and what the command says."""
-import json
-
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 
 import train
 from benchmarks import plan
 from grpo import micro_batches, policy_loss
 from plumbing.settings import parse, run_command
+from scenes import put
 from sampler import rollout, schedule
 from toy.rooms import FRAMES, HEIGHT, WIDTH
 
 WEIGHTS = ROOT / "toy/weights"
 
 
-# ---- network rows ----
-
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("tail", [None, 0.4])
+@pytest.mark.parametrize("share, tail", [(True, None), (True, 0.4), (False, None), (False, 0.4)])
 @pytest.mark.parametrize("steps, at, members, micro_batch", [
     (25, (0,), 8, None), (25, (23,), 8, 3), (25, (5,), 1, None), (16, (3, 4, 5, 6), 4, 1)])
 def test_evaluations_are_the_rollouts(share, tail, steps, at, members, micro_batch):
@@ -43,15 +39,10 @@ def test_evaluations_are_the_rollouts(share, tail, steps, at, members, micro_bat
 
 
 def test_savings_on_paper():
-    """8 members, 25 steps, backward 2 and recomputation 1: a mean over where the window may be."""
+    """8 members, 25 steps, backward 2 and recomputation 1; and what the fast recipe's comments say."""
     assert plan.cost(plan.evaluations((0,), 25, 8, False)) == 200 + 8 * 4
     assert plan.cost(plan.evaluations((0,), 25, 8)) == 1 + 24 * 8 + 4
-    for starts, size, exact, with_tail in ((24, 1, 1.9, 4.2), (6, 1, 1.25, 3.1), (21, 4, 1.4, 1.9)):
-        windows = [tuple(range(w, w + size)) for w in range(starts)]
-        alone, ours, tail = (sum(plan.cost(plan.evaluations(w, 25, 8, *how)) for w in windows)
-                             for how in ((False,), (True,), (True, 0.4)))
-        assert alone / ours > exact and alone / tail > with_tail
-    fast = parse(plan.Plan, [str(ROOT / "config/geo_align_fast.py")])  # what its comments say
+    fast = parse(plan.Plan, [str(ROOT / "config/geo_align_fast.py")])
     assert len(plan.windows(fast)) == 140 * 64
     assert plan.cost(plan.mean_evaluations(fast, True, 0.4)) == pytest.approx(73, abs=1)
 
@@ -77,8 +68,7 @@ def test_live_bytes():
     dict(size=1, micro_batch=1, guidance=2.0, kl=0.1),
     dict(size=2, members=4, share_noise=False, micro_batch=3, checkpointing=False)])
 def test_two_and_three_tell_of_all(settings):
-    """Of blocks and of conditions: four blocks and six conditions, measured, are what a line through two
-    and three says. (test_bench.py compares it with what real tensors need.)"""
+    """Four blocks and six conditions, measured, are what a line through two and three says."""
     config = train.Config(**{"frames": 9, "height": HEIGHT, "width": WIDTH, "conditions": 6, "members": 8,
                              "reward_batch": 5, "weights": str(WEIGHTS)} | settings)
     told = tuple((name, x) for name, x in vars(config).items() if name not in plan.ELSEWHERE)
@@ -86,8 +76,6 @@ def test_two_and_three_tell_of_all(settings):
     for found, wanted in zip(plan.memory(config), measured):
         assert found == pytest.approx(wanted, rel=0.05)
 
-
-# ---- does it fit ----
 
 def test_reward_models_are_in_the_sum(monkeypatch):
     """Side by side they add up; parked, the largest counts while it judges, and only then."""
@@ -124,19 +112,18 @@ def test_the_last_that_fits(power, at, limit):
 
 def run_plan(capsys, *argv):
     """(what the command prints, its exit code)"""
-    code = 0
     try:
         run_command("plan", "", {"plan": (plan.Plan, plan.plan, None)}, [str(x) for x in argv])
     except SystemExit as end:
-        code = end.code
-    return capsys.readouterr().out, code
+        return capsys.readouterr().out, end.code
+    return capsys.readouterr().out, 0
 
 
 def test_plan_needs_nothing(tmp_path, capsys):
     out, code = run_plan(capsys, ROOT / "config/geo_align.py", "--weights=nowhere", "--conditions=1",
                          f"--out={tmp_path / 'o'}")
-    for fact in ("of which 329,840,640 train", "65,520 a network row", "4.0 GB a checkpoint",
-                 "+ 25.0 update x 4 = 276.8", "971 TFLOP at 150 TFLOP/s", "HPSv3 15.5 GB"):
+    for fact in ("of which 329,840,640 train", "65,520 a network row", "+ 25.0 update x 4 = 276.8",
+                 "971 TFLOP at 150 TFLOP/s"):
         assert fact in out
     assert code == 0 and "verdict" not in out and not (tmp_path / "o").exists()
 
@@ -163,12 +150,10 @@ def test_time_is_arithmetic_over_the_rate(tmp_path):
     wanted = {"rollout": 2 * rolled * hour, "update": 2 * updated * 4 * hour, "rewards": 0,
               "validation": 8 / 10 / 2 * 6 * hour}
     assert {phase: by_phase[phase] for phase in wanted} == pytest.approx(wanted)
-    config.measured = str(tmp_path / "card.json")
     rates = {"forward": 2e14, "update": 1e14, "decode": 1e14}
-    (tmp_path / "card.json").write_text(json.dumps({"rates": rates}))
+    config.measured = str(put(tmp_path / "card.json", {"rates": rates}))
     measured = plan.hours(config, 2)
     for phase in ("rollout", "decode"):  # decode is not taken at half the rate then
         assert measured[phase][0] == pytest.approx(by_phase[phase] / 2)
-    (tmp_path / "card.json").write_text("{}")
-    with pytest.raises(ValueError, match="card.json: expected the json file"):
-        plan.hours(config, 2)
+    put(tmp_path / "card.json", {})
+    refused(lambda: plan.hours(config, 2), "card.json: expected the json file")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import refused
 from safetensors.torch import load, save
 
 import train
@@ -63,20 +64,17 @@ def test_nothing_of_others_is_removed_or_written_through_a_link(tmp_path):
 
 
 def test_one_run_a_folder(tmp_path, monkeypatch, capsys):
-    """It is claimed before anything is read, until the run ends; who waits changes nothing. The claim is of the open
-    file: it outlives closed descriptors and a removed lock. Where there are no locks, that is said."""
+    """Claimed before anything is read, till the run ends, also of a removed lock; no locks: said."""
     Policy().save(tmp_path, 2).joinpath(STATE).unlink()  # damage that is not looked at before the claim
     lock = files.lock_folder(tmp_path)
     open(tmp_path / "lock").close()  # POSIX locks would be gone now
     before = tree(tmp_path)
     monkeypatch.setattr(checkpoint, "lock_folder", lambda folder: files.lock_folder(folder, patience=0.3))
-    with pytest.raises(ValueError, match="another process is writing there; wait for it or choose another --out"):
-        Policy().run(tmp_path)
+    refused(lambda: Policy().run(tmp_path), "another process is writing there; wait for it or choose")
     assert tree(tmp_path) == before
     monkeypatch.undo()
     threading.Timer(0.3, lock.close).start()
-    with pytest.raises(ValueError, match="state.json: missing"):
-        Policy().run(tmp_path)
+    refused(lambda: Policy().run(tmp_path), "state.json: missing")
     lock = Policy().run(tmp_path / "new").lock
     (tmp_path / "new/lock").unlink()
     assert not files.is_still(lock, tmp_path / "new/lock")
@@ -100,7 +98,7 @@ def test_contents_tell_not_places(tmp_path, monkeypatch):
 # ---- checkpoints ----
 
 def test_rotation_removes_only_what_this_run_wrote(tmp_path, capsys):
-    """The newest of the run's own stay. What stands in a checkpoint's place is moved aside, whatever it is."""
+    """The newest of its own stay. What stands in a checkpoint's place is moved aside."""
     policy = Policy()
     (tmp_path / "iteration_000001").write_text("a file")
     (tmp_path / "iteration_000002").symlink_to(policy.save(tmp_path / "elsewhere", 2))
@@ -134,11 +132,10 @@ def forge(folder, name, change):
     ("state.json: damaged .expected iteration", lambda f: (f / STATE).write_text("{}")),
     ("state.json: iteration 4", lambda f: f.rename(f.with_name("iteration_000005"))),
     ("other parameters", lambda f: forge(f, WEIGHTS, lambda x: {"p": x["p"].half()})),
-    ("p: expected finite", lambda f: forge(f, WEIGHTS, lambda x: {"p": x["p"].long()})),
     ("exp_avg.p: expected finite", lambda f: forge(f, MOMENTS, lambda x: x | {"exp_avg.p": x["exp_avg.p"] / 0})),
     ("other moments", lambda f: forge(f, MOMENTS, lambda x: {"step.p": x["step.p"]}))])
 def test_a_bad_checkpoint_is_passed_over_or_refused(tmp_path, message, change, capsys):
-    """The one before it is gone on from; where there is none, nothing is begun; other settings are refused."""
+    """The one before is gone on from; without one nothing is begun; no other settings."""
     change(Policy(2.0).save(tmp_path, 4))
     policy = Policy()
     before, kept = tree(tmp_path), policy.p.detach().clone()
@@ -149,8 +146,7 @@ def test_a_bad_checkpoint_is_passed_over_or_refused(tmp_path, message, change, c
     older.save(tmp_path, 2)
     assert policy.resume(tmp_path) == 2 and torch.equal(policy.p, older.p)
     assert "going on from iteration_000002" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="made with lr = 1.0, now 2.0; choose another"):
-        policy.resume(tmp_path, lr=2.0)
+    refused(lambda: policy.resume(tmp_path, lr=2.0), "made with lr = 1.0, now 2.0", error=RuntimeError)
 
 
 def test_what_is_damaged_is_not_evaluated_and_what_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, capsys):
@@ -159,14 +155,10 @@ def test_what_is_damaged_is_not_evaluated_and_what_cannot_be_read_is_not_damaged
     assert checkpoint.find_checkpoint(tmp_path) == whole / WEIGHTS
     assert "iteration_000004/self_attn.safetensors: skipped, its checksum" in capsys.readouterr().err
     for path in cut, cut / WEIGHTS, tmp_path / "none":
-        with pytest.raises((ValueError, FileNotFoundError), match="no checkpoint"):
-            checkpoint.find_checkpoint(path)
+        refused(lambda: checkpoint.find_checkpoint(path), "no checkpoint", error=(ValueError, OSError))
     monkeypatch.setattr(type(tmp_path), "read_bytes", lambda path: open(path / "no folder"))
-    with pytest.raises(OSError, match="iteration_000004"):
-        Policy().resume(tmp_path)
+    refused(lambda: Policy().resume(tmp_path), "iteration_000004", error=OSError)
 
-
-# ---- the log ----
 
 LINE = '{"iteration": 0, "loss": 1}\n'
 
@@ -189,8 +181,7 @@ RECORD = {"loss": 1.0, "skipped": 0}
 
 
 def test_what_is_done_is_saved_when_a_run_ends(tmp_path, capsys):
-    """But not half an update, nor a skipped one; what is no number is null in the log. Of a folder that was removed
-    while the run goes on, it is saved beside it: the weights are whole, only the log's line is missing."""
+    """No half update, nor a skipped one; beside, where the folder was removed."""
     run = Policy().run(tmp_path / "out")
     run.log(RECORD | {"iteration": 0, "norm": float("nan"), "valid": {"x": [float("inf")]}})
     run.save_rest(half_done=True)
@@ -199,15 +190,14 @@ def test_what_is_done_is_saved_when_a_run_ends(tmp_path, capsys):
     assert not list(tmp_path.glob("*/iteration_*")) and capsys.readouterr().err.count("0 of them, saved;") == 2
     assert '"norm": null, "valid": {"x": [null]}' in (tmp_path / "out/log.jsonl").read_text()
     (tmp_path / "out").rename(tmp_path / "moved")
-    with pytest.raises(OSError, match="removed or replaced while the run goes on"):
-        run.log(RECORD | {"iteration": 2})
+    refused(lambda: run.log(RECORD | {"iteration": 2}), "removed or replaced", error=OSError)
     run.save_rest(half_done=True)
     saved, = tmp_path.glob("out_rescued_*/iteration_000003/state.json")
     assert f"stopped after 3 iterations, saved in {saved.parent.parent}" in capsys.readouterr().err
 
 
 def test_inputs_that_changed_under_the_same_name_are_noticed(tmp_path):
-    """Weights and a reward's code; wherever they lie. A checkpoint that does not tell of them is gone on from."""
+    """Weights and a reward's code, wherever they lie; where none was told, it goes on."""
     def run(weights, content, code, rewards="a/my.py:f=1"):
         files.write_file(tmp_path / weights, content)
         found = Policy().run(tmp_path / "out", f"--rewards={rewards}", inputs={"weights": [tmp_path / weights]},
@@ -234,10 +224,8 @@ def test_ranks_are_compared(monkeypatch):
     for name, act in (("is_initialized", lambda: True), ("get_world_size", lambda: 3), ("all_gather", gather),
                       ("all_gather_object", gather)):
         monkeypatch.setattr(ranks.dist, name, act)
-    with pytest.raises(ValueError, match=r"rank 2: lr = 3.0, rank 0 has 1.0"):
-        ranks.compare_ranks({"lr": 1.0})
-    with pytest.raises(RuntimeError, match="after 1: weights of rank 2 differ from rank 0's"):
-        ranks.assert_ranks_agree([torch.ones(2)], "after 1")
+    refused(lambda: ranks.compare_ranks({"lr": 1.0}), "rank 2: lr = 3.0, rank 0 has 1.0")
+    refused(lambda: ranks.assert_ranks_agree([torch.ones(2)], "x"), "weights of rank 2", error=RuntimeError)
     ranks.compare_ranks({"lr": 3.0})
 
 
@@ -255,19 +243,16 @@ def test_ranks_meet_anew_in_a_store_that_outlives_them(monkeypatch):
     assert met[0] == met[1] != met[2] == met[3]
     for rank in 0, 1:
         monkeypatch.setattr(ranks, "rendezvous", lambda patience: (store, rank, 2))
-        with pytest.raises(TimeoutError, match=f"rank {1 - rank} did not start in 0.1 s"):
-            ranks.connect("gloo", 0.1)
+        words = f"rank {1 - rank} did not start in 0.1 s"
+        refused(lambda: ranks.connect("gloo", 0.1), words, error=TimeoutError)
 
 
-@pytest.mark.parametrize("rank, world", [("", "0"), ("-1", ""), ("2", "2"), ("x", ""), ("1", "")])
-def test_a_rank_that_torchrun_would_not_name(monkeypatch, rank, world):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", world)
-    with pytest.raises(ValueError, match="expected 0 <= RANK < WORLD_SIZE"):
-        ranks.rank_of()
+def test_a_rank_that_torchrun_would_not_name(monkeypatch):
+    for rank, world in ("", "0"), ("-1", ""), ("2", "2"), ("x", ""), ("1", ""):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        refused(ranks.rank_of, "expected 0 <= RANK < WORLD_SIZE")
 
-
-# ---- what is said ----
 
 @pytest.mark.parametrize("eps, rms, warnings", [(1e-15, 1.0, 0), (3e-6, 0.25, 1)])
 def test_an_eps_that_swallows_the_step_is_said_once(capsys, eps, rms, warnings):

@@ -9,6 +9,7 @@ import torch
 import evaluate
 import rewards
 import trajectories
+from conftest import refused
 from data.video import read_video
 from data.world import World
 from evaluation.generate import demonstration
@@ -30,9 +31,7 @@ def looking(asked):
         c2w = torch.eye(4).repeat(len(videos), T, 1, 1)
         c2w[:, :, 0, 3] = videos.float().mean((1, 2, 3, 4))[:, None] * torch.arange(T) + 7
         return c2w, torch.arange(len(videos))[:, None].expand(-1, 4) + 0.5
-
-    def estimator(videos, scene=None):
-        return cameras(videos)[0]
+    estimator = lambda videos, scene=None: cameras(videos)[0]
     estimator.cameras = cameras
     return estimator
 
@@ -41,8 +40,6 @@ def own_file(folder, body="return scene.cameras.c2w[:, -1, 0, 3]"):
     (folder / "own.py").write_text(f"def own(videos, scene):\n    {body}\n")
     return folder / "own.py"
 
-
-# ---- statistics ----
 
 def test_statistics_of_a_reward_by_hand():
     """Two groups of two: deviations inside 1 and 1, means 2 apart; others are twice it, and minus it."""
@@ -56,16 +53,13 @@ def test_statistics_of_a_reward_by_hand():
     assert found["failed"] == 1 and found["inside"] == pytest.approx((2 / 3) ** 0.5)
 
 
-# ---- scene.cameras ----
-
 @pytest.mark.parametrize("body, n, batch, asked, own, trans", [
     ("return scene.cameras.c2w[:, -1, 0, 3]", 4, 3, [3, 1], [0, 4, 8, 12], True),
     ("c2w, lens = scene[[1, 0]].cameras; c2w.zero_(); return lens[:, 0].float()", 2, None, [2],
      [1.5, 0.5], True),
     ("return videos.float().mean((1, 2, 3, 4))", 2, None, [], [0, 1], False)])
 def test_cameras_are_estimated_once_for_all_who_ask(tmp_path, body, n, batch, asked, own, trans):
-    """Once a micro-batch, relative to the first frame, which stands at 7; rows of a scene have rows of
-    them; what one reward does to its cameras is not another's; and not at all where nobody asks."""
+    """Once a micro-batch, relative to the first frame; each reward has its own; or not at all."""
     counted = []
     spec = f"{own_file(tmp_path, body)}:own=1,exposure=0" + ",trans=1" * trans
     loaded, _ = rewards.load(spec, estimator=looking(counted))
@@ -84,17 +78,8 @@ def test_cameras_that_cannot_be_had(tmp_path):
     loaded, _ = rewards.load(f"{lens}:own=1", estimator=lambda videos, scene: scene.c2w)
     assert rewards.score(loaded, videos, scene(2))[0]["own"].tolist() == [1, 1]
     loaded, _ = rewards.load(f"{lens}:own=1", tmp_path)  # MapAnything, whose files are not there
-    with pytest.raises(ValueError, match="reward own: FileNotFoundError: .*map-anything"):
-        rewards.score(loaded, videos, scene(2))
-    with pytest.raises(TypeError, match="scene.cameras"):
-        scene(2).cameras
-
-
-# ---- try ----
-
-def run(*argv):
-    settings, function = choose_command(evaluate.COMMANDS, ["try", *argv])
-    return function(settings)
+    refused(lambda: rewards.score(loaded, videos, scene(2)), "own: FileNotFoundError", "map-anything")
+    refused(lambda: scene(2).cameras, "scene.cameras", error=TypeError)
 
 
 @pytest.mark.parametrize("body, words", [
@@ -104,7 +89,9 @@ def run(*argv):
 def test_try_in_the_toy(tmp_path, capsys, body, words):
     """Beside the run's rewards and those that need no model; it says what is wrong with a reward."""
     small = "--conditions=2", "--members=3", "--steps=2", "--first=1", "--batches=1"
-    found = run(f"{own_file(tmp_path, body)}:own", *small)
+    argv = ["try", f"{own_file(tmp_path, body)}:own", *small]
+    settings, function = choose_command(evaluate.COMMANDS, argv)
+    found = function(settings)
     printed = capsys.readouterr().out
     assert words in printed and max(map(len, printed.splitlines())) <= 80
     assert found["correlation"].keys() == {"trans", "rot", *(f.__name__ for f in rewards.MODEL_FREE)}
@@ -112,20 +99,9 @@ def test_try_in_the_toy(tmp_path, capsys, body, words):
     assert with_others("trans=1,my.py:f=2", "my.py:f", "f").count("my.py") == 1
 
 
-@pytest.mark.parametrize("argv, why", [
-    ((), "expected a reward"), (("none.py:f",), "none.py: no such file"),
-    (("brightness",), "expected name=weight"), (("exposure", "--batches=0"), "batches"),
-    (("exposure", "--conditons=2"), "did you mean conditions")])
-def test_trials_that_cannot_be(argv, why):
-    with pytest.raises((ValueError, OSError), match=why):
-        run(*argv)
-
-
-# ---- samples of a run ----
-
 @pytest.mark.parametrize("knows", [True, False])
 def test_samples_show_the_true_view_and_both_paths(tmp_path, monkeypatch, knows):
-    """source | true view | base | now, where the world knows the true view; base and now with two paths."""
+    """source | true view, where the world knows it | base | now; the last two with two paths."""
     filled = lambda n, level: torch.full((n, T, 192, 192, 3), level, dtype=torch.uint8)
     monkeypatch.setattr("evaluation.generate.generate", lambda *args, **more: filled(1, 60))
     draw = lambda numbers, rngs: (None, scene(len(numbers), source=filled(len(numbers), 30)))
