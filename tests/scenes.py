@@ -4,15 +4,10 @@ import resource
 from contextlib import contextmanager
 
 import numpy as np
-import pytest
 import rewards
 import torch
 import trajectories
-from conftest import ROOT
 from scipy.spatial.transform import Rotation
-
-CASES = ROOT.parent / "shared/cases"
-NEEDS_CASES = pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is not there")
 
 
 def clip(frames=20, height=48, width=64):
