@@ -1,6 +1,5 @@
 """Camera files: every format as published, and broken; folders of them; paths by name."""
 import json
-import math
 
 import numpy as np
 import pytest
@@ -173,17 +172,13 @@ BAD = [  # name, content, what the one line must say
     (SPLIT, omniworld(PATH[:5]), "wrong number of frames"),
     ("camera/split_1.json", omniworld(PATH[:6]), "not in split_info.json"),
     (SPLIT, omniworld(PATH[:6], quats=[[0, 0, 0, 0]] * 6), "frame 0: not a rotation"),
-    (SPLIT, omniworld(PATH[:6], quats=[[1, 0, 0, 0]] * 5 + [[1, math.nan, 0, 0]]), "frame 5: not"),
     (SPLIT, omniworld(PATH[:6], quats=[[1, 0, 0, 0]] * 5 + [[1, 0, 0]]), "inhomogeneous"),
     (SPLIT, omniworld(PATH[:6], trans=[[0, "x", 0]] * 6), "could not convert"),
     (SPLIT, omniworld(PATH[:6], trans=[[0, 0, None]] * 6), "frame 0: not finite"),
     (MULTI, {"frame1": {"cam02": MATRIX}}, "frame 0: missing"),
     ("m.json", multicam(MATRIX, MATRIX), "2 cameras in one file, name one as in file.json#cam01"),
-    (MULTI, multicam(MATRIX, None), "frame 1: missing cam02"),
     (MULTI, multicam(MATRIX, "[1 0 0 0]"), "frame 1: wrong shape"),
     (MULTI, multicam(MATRIX, MATRIX.replace("[0", "[a")), "could not convert"),
-    (MULTI, multicam(MATRIX.replace("1", "2"), MATRIX), "frame 0: not a rotation"),
-    (MULTI, multicam(MATRIX, MATRIX.replace("[1 0 0 0", "[1 0 0 5")), "frame 1: last row"),
     ("t.json", transforms(frames=[{"file_path": "a.png"}]), "missing key 'transform_matrix'"),
     ("t.json", transforms(camera_model="FISHEYE"), "camera_model FISHEYE, expected one of"),
     ("a.npy", at((3, 0, 0), np.nan), "frame 3: not finite"),
@@ -192,7 +187,6 @@ BAD = [  # name, content, what the one line must say
     ("a.npy", PATH * [1, 1, -1, 1], "frame 0: a reflection"),
     *(("a.npy", array, "wrong shape") for array in (PATH[0], PATH[:, :2], PATH[:0])),
     ("a.npy", np.array([{}], object), "allow_pickle"),
-    ("a.npz", {"extrinsic": at((1, 0, 3), np.inf)}, "frame 1: not finite"),
     ("a.npz", {"left": PATH, "right": PATH}, BOTH), ("a.npz", {"w2c_a": PATH, "w2c_b": PATH}, BOTH),
     ("a.json", {"a": [[1, 2], [3]], "b": 4}, NO_FORMAT),
     ("a.npz@c2w", {"w2c": W2C}, "says w2c, its name c2w"),

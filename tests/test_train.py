@@ -215,8 +215,6 @@ def test_non_finite_gradients_change_nothing_and_stop_in_a_row(tmp_path, monkeyp
     assert state_of(tmp_path) == three and not (tmp_path / "iteration_000004").exists()
 
 
-# ---- settings: what tests/test_inputs.py does not say ----
-
 def test_file_then_flags(tmp_path, capsys):
     """Later wins; every setting is named by --help."""
     (tmp_path / "mine.py").write_text('"""A run."""\nlr = 1e-3  # high\nseed = 3\nv = (0.1, 0.2, 0.15, 0.05)\n')
