@@ -23,10 +23,13 @@ HANDLERS = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, sign
 
 @pytest.fixture(autouse=True)
 def signals():
-    """A run of train.py within a test or fixture hears SIGINT and SIGTERM, and leaves them deaf."""
+    """A run of train.py within a fixture or test hears SIGINT and SIGTERM, and leaves them deaf."""
+    def put_back():
+        for s, handler in HANDLERS.items():
+            signal.signal(s, handler)
+    put_back()
     yield
-    for s, handler in HANDLERS.items():
-        signal.signal(s, handler)
+    put_back()
 
 
 def refused(call, *words, error=ValueError):
