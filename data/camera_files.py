@@ -57,8 +57,8 @@ def split_name(name):
     told = {}
     for word in filter(None, words.split(",")):
         if word not in kinds or kinds[word] in told:
-            raise ValueError(f"{name}@{words}: expected a convention, @c2w or @w2c, with OpenGL's axes "
-                             f"@c2w,opengl or @w2c,opengl, found {word!r}")
+            raise ValueError(f"{name}@{words}: expected a convention, @c2w or @w2c, with OpenGL's "
+                             f"axes @c2w,opengl or @w2c,opengl, found {word!r}")
         told[kinds[word]] = word
     match = re.fullmatch(r"(.+)#(cam\d+)", name)
     return (Path(match[1]), match[2], told) if match else (Path(name), None, told)
@@ -178,13 +178,13 @@ def opencv_c2w(cameras, told, name):
     said = {"direction": cameras.direction, "axes": cameras.axes}
     for what, word in told.items():
         if said[what] not in (None, word):
-            raise ValueError(f"its format or key says {said[what]}, its name {word}: leave that out of "
-                             "the name")
+            raise ValueError(f"its format or key says {said[what]}, its name {word}: leave that "
+                             "out of the name")
     said |= told
     if said["direction"] is None:
-        raise ValueError("does not say whether it holds camera-to-world or world-to-camera matrices: "
-                         "name it, or its folder, as FILE@c2w or FILE@w2c (with OpenGL's axes "
-                         "FILE@c2w,opengl)")
+        raise ValueError("does not say whether it holds camera-to-world or world-to-camera "
+                         "matrices: name it, or its folder, as FILE@c2w or FILE@w2c (with OpenGL's "
+                         "axes FILE@c2w,opengl)")
     warn_of_rounding(poses, exact, name)
     c2w = np.linalg.inv(checked) if said["direction"] == "w2c" else checked
     if said["axes"] == "opengl":
@@ -193,16 +193,16 @@ def opencv_c2w(cameras, told, name):
 
 
 def unrounded(poses):
-    """Rotations of (N, 4, 4) that were rounded, by up to 0.01 in R R^T, made exact. ValueError where one
-    is off by more. What is not finite, or of another shape, is left for check."""
+    """Rotations of (N, 4, 4) that were rounded, by up to 0.01 in R R^T, made exact. ValueError
+    where one is off by more. What is not finite, or of another shape, is left for check_path."""
     if poses.ndim != 3 or poses.shape[1:] != (4, 4) or not np.isfinite(poses).all():
         return poses
     R = poses[:, :3, :3]
     off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max((1, 2))
     if off.max(initial=0) > ROUNDING:
         i = (off > ROUNDING).argmax()
-        raise ValueError(f"frame {i}: not a rotation (R R^T differs from the identity by {off[i]:.2g}; "
-                         f"up to {ROUNDING} would count as rounding)")
+        raise ValueError(f"frame {i}: not a rotation (R R^T differs from the identity by "
+                         f"{off[i]:.2g}; up to {ROUNDING} would count as rounding)")
     if off.max(initial=0) > 1e-4 and (np.linalg.det(R) > 0).all():
         poses = poses.copy()
         poses[:, :3, :3] = Rotation.from_matrix(R).as_matrix()
@@ -213,13 +213,13 @@ WARNED = set()  # folders
 
 
 def warn_of_rounding(given, exact, name):
-    """One warning a folder, as a data set has thousands of files, where unrounded changed something."""
+    """One warning a folder, as a data set has thousands of files, where `unrounded` changed any."""
     folder = split_name(name)[0].parent
     off = np.abs(given[:, :3, :3] - exact[:, :3, :3]).max()
     if exact is not given and folder not in WARNED:
         WARNED.add(folder)
-        print(f"warning: {name}: its rotations are rounded, off by up to {off:.1e}, and are made exact",
-              file=sys.stderr)
+        print(f"warning: {name}: its rotations are rounded, off by up to {off:.1e}, and are made "
+              "exact", file=sys.stderr)
 
 
 def every_frame(cameras):
@@ -230,8 +230,8 @@ def every_frame(cameras):
     whole = numbers.ndim == 1 and numbers.dtype.kind in "iu"
     gaps = np.diff(numbers.astype(np.int64)) if whole else np.zeros(1)
     if not whole or min(gaps, default=1) < 1 or len(numbers) != len(cameras.poses):
-        raise ValueError(f"expected a rising frame number for each of its {len(cameras.poses)} cameras, "
-                         f"found {len(numbers)}: {numbers.tolist()!s:.80}")
+        raise ValueError(f"expected a rising frame number for each of its {len(cameras.poses)} "
+                         f"cameras, found {len(numbers)}: {numbers.tolist()!s:.80}")
     longest = max(gaps, default=1)
     if longest > LONGEST_GAP:
         i = gaps.argmax()
@@ -256,7 +256,8 @@ def focal_of(cameras, shape):
     H, W = shape
     fy = fx * W / H if fy is None else fy
     if not (np.isfinite([fx, fy, cx, cy]).all() and min(fx, fy) > 0):
-        raise ValueError(f"focal lengths {fx:.4g} and {fy:.4g} must be positive, of a finite centre")
+        raise ValueError(f"focal lengths {fx:.4g} and {fy:.4g} must be positive, of a finite "
+                         "centre")
     if fx < 10 and cx < 10:
         return fx, fy
     w, h = cameras.size or (2 * cx, 2 * cy)
@@ -264,8 +265,8 @@ def focal_of(cameras, shape):
         w = W  # the video's own size; its centre is a little off the middle
         h = H
     if not abs(w / W * H / h - 1) < 0.05:
-        raise ValueError(f"its intrinsics are of a picture of about {w:.0f} x {h:.0f}, the video is "
-                         f"{W} x {H}: expected that size, or another of its aspect ratio")
+        raise ValueError(f"its intrinsics are of a picture of about {w:.0f} x {h:.0f}, the video "
+                         f"is {W} x {H}: expected that size, or another of its aspect ratio")
     return fx / w, fy / h
 
 
@@ -304,12 +305,13 @@ def matrices(arrays):
     others = [key for key in arrays if key not in INTRINSICS and are_poses(arrays[key])]
     if not known and len(others) != 1:
         found = f"{', '.join(arrays):.100}"
-        raise ValueError(f"which of its matrices are the cameras'? Expected one key with c2w or w2c, found "
-                         f"{found}" if others else f"{NO_FORMAT}; found keys {found}")
+        raise ValueError("which of its matrices are the cameras'? Expected one key with c2w or "
+                         f"w2c, found {found}" if others else f"{NO_FORMAT}; found keys {found}")
     key = (known or others)[0]
     direction = "c2w" if key == "data" else said_by(key)
     numbers = next((arrays[name] for name in ("inds", "frame_indices") if name in arrays), None)
-    return Cameras(arrays[key], direction, None, numbers, numbers is not None, intrinsics_of(arrays))
+    absolute = numbers is not None
+    return Cameras(arrays[key], direction, None, numbers, absolute, intrinsics_of(arrays))
 
 
 def intrinsics_of(arrays):
@@ -421,7 +423,7 @@ def nerfstudio(data):
     frames = data["frames"]
     order, numbers = in_order([str(frame.get("file_path", "")) for frame in frames])
     poses = np.array([frames[i]["transform_matrix"] for i in order], np.float64)
-    first = data | (frames[order[0]] if frames else {})  # intrinsics stand in the frame or at the top
+    first = data | (frames[order[0]] if frames else {})  # intrinsics stand in frames or at the top
     intrinsics = None
     size = None
     if "camera_angle_x" in first:
@@ -467,7 +469,8 @@ def frames_of(times):
         gaps = np.rint(steps / unit)
         if (gaps > 0).all() and np.abs(steps / unit - gaps).max() < 0.3:
             return [0, *np.cumsum(gaps).astype(int)]
-    raise ValueError(f"its times are no whole frames apart, from {steps.min():.4g} to {steps.max():.4g}")
+    raise ValueError(f"its times are no whole frames apart, from {steps.min():.4g} to "
+                     f"{steps.max():.4g}")
 
 
 def images_txt(file, text):

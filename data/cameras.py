@@ -30,8 +30,8 @@ def named_path(path, frames=81, speed=1.0):
     if path == "static":
         return resample(np.eye(4)[None], frames)
     if not split_name(path)[0].is_file():
-        raise FileNotFoundError(f"no path {str(path)!r}: expected 1-10, {', '.join(PATHS)}, static or a "
-                                "file")
+        raise FileNotFoundError(f"no path {str(path)!r}: expected 1-10, {', '.join(PATHS)}, static "
+                                "or a file")
     return scale_motion(resample(read_path(path), frames), speed, speed)
 
 
@@ -52,7 +52,8 @@ def find_paths(folder):
         raise FileNotFoundError(f"{folder}: no such folder of camera paths")
     closed = {"color", "depth", "prior_depth", "flow", "gdino_mask", "subject_masks", "text",
               "droidclib", "images", "intrinsics"}
-    no_paths = {"split_info.json", "fps.txt", "cameras.txt", "points3D.txt", "rigs.txt", "frames.txt"}
+    no_paths = {"split_info.json", "fps.txt", "cameras.txt", "points3D.txt", "rigs.txt",
+                "frames.txt"}
     names = []
     others = 0
     for root, folders, files in os.walk(folder):
@@ -172,11 +173,11 @@ def rows_of(found, numbers, count, name):
     if not found.absolute:
         frames = count(rows) if count else max(rows, numbers[-1] + 1)
         if frames != rows:
-            raise ValueError(f"{name}: {rows} cameras for a video of {frames} frames; expected one for "
-                             "each, or an .npz with c2w and inds, the frames' numbers")
+            raise ValueError(f"{name}: {rows} cameras for a video of {frames} frames; expected one "
+                             "for each, or an .npz with c2w and inds, the frames' numbers")
     if numbers[0] < first or numbers[-1] >= first + rows:
-        raise ValueError(f"{name}: has cameras for the frames {first} to {first + rows - 1}, but the "
-                         f"clip's are {numbers[0]} to {numbers[-1]}")
+        raise ValueError(f"{name}: has cameras for the frames {first} to {first + rows - 1}, but "
+                         f"the clip's are {numbers[0]} to {numbers[-1]}")
     return found.poses[numbers - first]
 
 

@@ -24,7 +24,8 @@ COMPARING = ("trans", "rot", "sharpness", "flicker", "colour")  # with a path or
 
 
 def embed(weights, prompts, device):
-    """Prompts -> their embeddings (L, D) on the CPU, without the zeros at their ends, and the length with."""
+    """Prompts -> their embeddings (L, D) on the CPU, without the zeros at their ends, and the
+    length with them."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     encoder = load_text_encoder(Path(weights) / TEXT_FILE, Path(weights) / TOKENIZER, device, dtype)
     texts = []
@@ -35,10 +36,12 @@ def embed(weights, prompts, device):
 
 
 def open_captions(config, device):
-    """World of the prompts in config.captions. ValueError where policy, prompts or rewards do not fit it."""
+    """World of the prompts in config.captions. ValueError where policy, prompts or rewards do not
+    fit it."""
     policy = find_policy(config.weights)
     if policy.source:
-        raise ValueError(f"{config.weights}: {policy.name} takes a source video: expected world = clips")
+        raise ValueError(f"{config.weights}: {policy.name} takes a source video: expected world = "
+                         "clips")
     for item in config.rewards.split(","):
         if item.rpartition("=")[0].strip() in COMPARING:
             raise ValueError(f"rewards: {item}: this world has no path or source to compare with")
@@ -51,18 +54,21 @@ def open_captions(config, device):
     (unwanted, *texts), length = embed(config.weights, [NEGATIVE_PROMPT, *prompts], device)
     dit = open_policy(config.weights, None, device)
     codec = load_vae(Path(config.weights) / VAE_FILE, device, dit.patch_embedding.weight.dtype)
-    rewarded, reward_weights = rewards.load(config.rewards, config.weights, device, park=config.park,
-                                            grey_mq=config.grey_mq, hpsv3_prompt=config.hpsv3_prompt or None)
+    rewarded, reward_weights = rewards.load(
+        config.rewards, config.weights, device, park=config.park, grey_mq=config.grey_mq,
+        hpsv3_prompt=config.hpsv3_prompt or None)
 
     def padded(texts):
         return torch.stack([F.pad(x, (0, 0, 0, length - len(x))) for x in texts]).to(device)
 
     def draw(numbers, rngs):
-        scene = rewards.Scene(None, None, [prompts[i] for i in numbers], torch.full((len(numbers),), FPS))
+        fps = torch.full((len(numbers),), FPS)
+        scene = rewards.Scene(None, None, [prompts[i] for i in numbers], fps)
         return Condition(padded([texts[i] for i in numbers])), scene
 
     shape = (dit.config.out_dim, (config.frames + 3) // 4, config.height // 8, config.width // 8)
     files = [*policy.files, *(Path(config.weights) / name for name in (VAE_FILE, TEXT_FILE))]
     inputs = {"weights": files + model_files(reward_weights, config.weights),
               "captions": [Path(config.captions)]}
-    return World(dit, codec, shape, len(prompts), draw, padded([unwanted]), rewarded, reward_weights, inputs)
+    negative = padded([unwanted])
+    return World(dit, codec, shape, len(prompts), draw, negative, rewarded, reward_weights, inputs)

@@ -28,7 +28,7 @@ class Clip:
     image: torch.Tensor | None  # (257, 1280) CLIP tokens of the first frame
     text: torch.Tensor        # (512, 4096) caption's embedding, zero beyond its length
     c2w: torch.Tensor | None  # (T, 4, 4) float64 source path, metres, relative to its first camera
-    intrinsics: torch.Tensor | None  # (4,) fx/W, fy/H of the first frame; cx/W = cy/H = 0.5 (ReDirector)
+    intrinsics: torch.Tensor | None  # (4,) fx/W, fy/H of the first frame; cx/W = cy/H = 0.5
 
 
 TENSORS = ("latents", "image", "text", "c2w", "intrinsics")
@@ -42,7 +42,8 @@ def save_clip(path, clip):
     used = tensors["text"].any(1).nonzero().flatten().tolist()
     tensors["text"] = tensors["text"][:max(used, default=0) + 1]
     facts = {key: getattr(clip, key) for key in FACTS} | {"text_length": len(clip.text)}
-    write_file(path, save({key: x.contiguous() for key, x in tensors.items()}, {"clip": json.dumps(facts)}))
+    tensors = {key: x.contiguous() for key, x in tensors.items()}
+    write_file(path, save(tensors, {"clip": json.dumps(facts)}))
 
 
 def load_clip(path, needs=("latents", "text")):
@@ -87,26 +88,30 @@ class ClipCache:
         self.needs = needs
         index = read_index(self.folder)
         if index is None:
-            raise FileNotFoundError(f"{folder}: no {INDEX}: expected clips made by python -m data.prepare")
+            raise FileNotFoundError(f"{folder}: no {INDEX}: expected clips made by python -m "
+                                    "data.prepare")
         self.settings = index["settings"]
         self.names = index["clips"]
         check_settings(folder, self.settings, expected)
         lacks = [name for name in needs if name in self.settings.get("without", ())]
         if lacks:
-            raise ValueError(f"{folder}: its clips lack {', '.join(lacks)}, which this policy takes: "
-                             "python -m data.prepare with this policy's weights adds them")
+            raise ValueError(f"{folder}: its clips lack {', '.join(lacks)}, which this policy "
+                             "takes: python -m data.prepare with this policy's weights adds them")
         if not self.names:
-            raise ValueError(f"{folder}: {INDEX} lists no clip: prepare has not finished, run it again")
+            raise ValueError(f"{folder}: {INDEX} lists no clip: prepare has not finished, run it "
+                             "again")
         try:
             self.negative = load_file(self.folder / NEGATIVE)["text"]
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{self.folder / NEGATIVE}: no embedding ({one_line(error)})") from None
+            why = f"no embedding ({one_line(error)})"
+            raise ValueError(f"{self.folder / NEGATIVE}: {why}") from None
 
     def __len__(self):
         return len(self.names)
 
     def files(self):
-        return [self.folder / name for name in (INDEX, NEGATIVE, *(f"{x}.safetensors" for x in self.names))]
+        names = [f"{name}.safetensors" for name in self.names]
+        return [self.folder / name for name in (INDEX, NEGATIVE, *names)]
 
     def __getitem__(self, i):
         return load_clip(self.folder / (self.names[i] + ".safetensors"), self.needs)
@@ -126,12 +131,13 @@ def read_index(folder):
                 raise ValueError(f"clips: expected names below this folder, found {name!r}")
         return index
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{folder / INDEX}: no index of prepared clips ({one_line(error)})") from None
+        why = f"no index of prepared clips ({one_line(error)})"
+        raise ValueError(f"{folder / INDEX}: {why}") from None
 
 
 def check_settings(folder, made, wanted):
     """ValueError naming every setting in which a cache differs from what is wanted."""
     differ = [key for key in wanted if key not in made or made[key] != wanted[key]]
     if differ:
-        what = "; ".join(f"{key} = {made.get(key, 'unknown')}, wanted {wanted[key]}" for key in differ)
-        raise ValueError(f"{folder}: its clips were made with {what}")
+        what = [f"{key} = {made.get(key, 'unknown')}, wanted {wanted[key]}" for key in differ]
+        raise ValueError(f"{folder}: its clips were made with {'; '.join(what)}")

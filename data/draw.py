@@ -8,18 +8,18 @@ import torch.nn.functional as F
 
 # 95 glyphs from space to ~, each 8 rows of 5 pixels, one bit a pixel
 FONT = (
-    "AAAAAAAhCEIAgFKAAAAAUr6vqUAj6OL4gM5ERE5gZKiKyaAhAAAAABEQhBBAQQQhEQABKuqQAAEJ8hAAAAAAEIgAAfAAAAAAAACA"
-    "AEREQAB0Z1zFwCMIQhHAdEIiI+D4iCDFwBGVL4hA/DwQxcAyIejFwPhERCEAdGLoxcB0YvCJgAAIAACAAAgAEIgREQQQQAA+D4AA"
-    "QQQREQB0QiIAgHRvW8HgdGP4xiD0Y+jHwHRhCEXA9GMYx8D8IehD4Pwh6EIAdGF4xeCMY/jGIHEIQhHAOIQhSYCMqYpKIIQhCEPg"
-    "jutYxiCMc1nGIHRjGMXA9GPoQgB0YxrJoPRj6kogfCDgh8D5CEIQgIxjGMXAjGMYqICMY1rVQIxURUYgjFRCEID4RERD4HIQhCHA"
-    "BBBBBABwhCEJwCKiAAAAAAAAAB9BAAAAAAAcF8XghD0Yx8AAHwhB4AhfGMXgAB0fwcAyPIQhAAAfGLwuhD0YxiAgGEIRwBAMIQpM"
-    "hCVMUkBhCEIRwAA1WtagAD0YxiAAHRjFwAA9GPoQAB8YvCEALYhCAAAfBwfAQjyEIMAAIxjF4AAjGKiAACMa1UAAIqIqIAAjGLwu"
-    "AD4iI+ARCIIQQCEIQhCAQQgiEQAAEVEAAA==")
+    "AAAAAAAhCEIAgFKAAAAAUr6vqUAj6OL4gM5ERE5gZKiKyaAhAAAAABEQhBBAQQQhEQABKuqQAAEJ8hAAAAAAEIgAAfAA"
+    "AAAAAACAAEREQAB0Z1zFwCMIQhHAdEIiI+D4iCDFwBGVL4hA/DwQxcAyIejFwPhERCEAdGLoxcB0YvCJgAAIAACAAAgA"
+    "EIgREQQQQAA+D4AAQQQREQB0QiIAgHRvW8HgdGP4xiD0Y+jHwHRhCEXA9GMYx8D8IehD4Pwh6EIAdGF4xeCMY/jGIHEI"
+    "QhHAOIQhSYCMqYpKIIQhCEPgjutYxiCMc1nGIHRjGMXA9GPoQgB0YxrJoPRj6kogfCDgh8D5CEIQgIxjGMXAjGMYqICM"
+    "Y1rVQIxURUYgjFRCEID4RERD4HIQhCHABBBBBABwhCEJwCKiAAAAAAAAAB9BAAAAAAAcF8XghD0Yx8AAHwhB4AhfGMXg"
+    "AB0fwcAyPIQhAAAfGLwuhD0YxiAgGEIRwBAMIQpMhCVMUkBhCEIRwAA1WtagAD0YxiAAHRjFwAA9GPoQAB8YvCEALYhC"
+    "AAAfBwfAQjyEIMAAIxjF4AAjGKiAACMa1UAAIqIqIAAjGLwuAD4iI+ARCIIQQCEIQhCAQQgiEQAAEVEAAA==")
 GLYPHS = np.unpackbits(np.frombuffer(base64.b64decode(FONT), np.uint8)).reshape(95, 8, 5)
 
 
 def text_mask(text, scale=1):
-    """A line of text -> bool (8 scale, 6 scale len(text)); what is not printable ASCII shows as ?."""
+    """A line of text -> bool (8 scale, 6 scale len(text)); what isn't printable ASCII is ?."""
     codes = [ord(c) - 32 if " " <= c <= "~" else ord("?") - 32 for c in text]
     mask = np.pad(GLYPHS[codes], ((0, 0), (0, 0), (0, 1))).transpose(1, 0, 2).reshape(8, -1)
     return mask.repeat(scale, 0).repeat(scale, 1).astype(bool)
@@ -35,8 +35,8 @@ def upscale(video, factor):
 
 
 def grid(videos, labels):
-    """Videos side by side, each under its caption -> uint8 (max T_i, strip + H, W, 3), W being the sum
-    of widths and of 4-pixel gaps.
+    """Videos side by side, each under its caption -> uint8 (max T_i, strip + H, W, 3), W being the
+    sum of widths and of 4-pixel gaps.
 
     videos: list of uint8 (T_i, H, W_i, 3); a shorter one holds its last frame
     labels: as many strings, broken into lines where they are too long
@@ -64,7 +64,7 @@ def grid(videos, labels):
 
 
 def line_alpha(points, start, end, width):
-    """Opacity (P,) in [0, 1] at points (P, 2) of the anti-aliased lines from start to end, (S, 2)."""
+    """Opacity (P,) in [0, 1] at points (P, 2) of anti-aliased lines from start to end, (S, 2)."""
     along = end - start  # (S, 2)
     offset = points[:, None] - start  # (P, S, 2)
     u = ((offset * along).sum(-1) / np.maximum((along ** 2).sum(-1), 1e-12)).clip(0, 1)
@@ -72,15 +72,17 @@ def line_alpha(points, start, end, width):
     return (width / 2 + 0.5 - distance).clip(0, 1)
 
 
-PATH_COLORS = ((255, 255, 255), (255, 150, 30), (60, 200, 255), (120, 230, 90))  # white, orange, blue, green
+# white, orange, blue, green
+PATH_COLORS = ((255, 255, 255), (255, 150, 30), (60, 200, 255), (120, 230, 90))
 
 
 def draw_paths(video, paths, colors=PATH_COLORS):
     """A map of camera paths in the lower right corner of every frame -> a new uint8 (T, H, W, 3).
 
-    video: uint8 (T, H, W, 3); paths: list of c2w (T_i, 4, 4), all relative to the same frame; colors:
-    of the paths. Seen from above: x to the right, z (forward) upwards, fitted to all paths, its width
-    written in metres. Each camera stands where it is at that frame and points where it looks.
+    video: uint8 (T, H, W, 3); paths: list of c2w (T_i, 4, 4), all relative to the same frame;
+    colors: of the paths. Seen from above: x to the right, z (forward) upwards, fitted to all paths,
+    its width written in metres. Each camera stands where it is at that frame and points where it
+    looks.
     """
     video = np.array(video)
     paths = [np.asarray(path, dtype=np.float64) for path in paths]
@@ -92,11 +94,12 @@ def draw_paths(video, paths, colors=PATH_COLORS):
     def pixel(xz):
         return ((xz - middle) / extent * [1, -1] + 0.5) * side
 
-    points = np.stack(np.meshgrid(*2 * [np.arange(side)]), -1).reshape(-1, 2) + 0.5  # (side^2, 2) x, y
+    points = np.stack(np.meshgrid(*2 * [np.arange(side)]), -1)  # (side, side, 2) x, y
+    points = points.reshape(-1, 2) + 0.5
     width = max(1.0, side / 60)
     routes = []
     for path in paths:
-        corners = pixel(path[[*range(len(path)), -1]][:, [0, 2], 3])  # a path of one camera has a line too
+        corners = pixel(path[[*range(len(path)), -1]][:, [0, 2], 3])  # one camera has a line too
         routes.append(line_alpha(points, corners[:-1], corners[1:], width))
     for t, frame in enumerate(video):
         corner = frame[-side:, -side:]

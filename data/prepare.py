@@ -1,5 +1,5 @@
 """Encodes a folder of videos for training: `python -m data.prepare`."""
-import plumbing.early  # noqa: F401, first of all: a signal while the rest is imported ends this quietly
+import plumbing.early  # noqa: F401, first of all: a signal during imports ends this quietly
 
 import csv
 import io
@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from data.cameras import check_fov, source_cameras, split_name, suffix_of
 from data.clips import Clip, INDEX, NEGATIVE, TENSORS, check_settings, read_index, save_clip
-from data.video import count_frames, find_videos, natural, read_frames, read_video, to_float, without_suffix
+from data.video import (
+    count_frames, find_videos, natural, read_frames, read_video, to_float, without_suffix)
 from plumbing.files import (
     TEMPORARY, lock_folder, one_line, printable, write_file, write_json)
 from plumbing.ranks import connect, rank_of
@@ -43,7 +44,8 @@ def read_captions(path):
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 csv ({one_line(error)})") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # strict: an open quote is an error
+    # strict: an open quote is an error
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     rows = []
     try:
@@ -51,8 +53,8 @@ def read_captions(path):
             rows.append((line, row))  # a quoted caption may take several lines
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}: line {line}: {one_line(error)}; a caption with quotes is written as "
-                         '"a \"\"quoted\"\" word"') from None
+        raise ValueError(f"{path}: line {line}: {one_line(error)}; a caption with quotes is "
+                         'written as "a \"\"quoted\"\" word"') from None
     columns = rows[0][1] if rows else []
     name = next((c for c in columns if c in ("file_name", "videoFile")), None)
     text = next((c for c in columns if c in ("text", "caption")), None)
@@ -62,8 +64,8 @@ def read_captions(path):
     captions = {}
     for line, row in rows[1:]:
         if len(row) > len(columns):
-            raise ValueError(f"{path}: line {line}: {len(row)} fields, expected {len(columns)}; a caption with commas is "
-                             'written in quotes, as "a man, walking"')
+            raise ValueError(f"{path}: line {line}: {len(row)} fields, expected {len(columns)}; a "
+                             'caption with commas is written in quotes, as "a man, walking"')
         row = dict(zip(columns, row))
         key = without_suffix(row.get(name, ""))
         caption = row.get(text, "").strip()
@@ -137,32 +139,33 @@ def write_index(out, settings, skipped):
 
 
 def check_empty(out):
-    """ValueError where a folder without an index holds anything, lest clips and a user's files are mixed."""
+    """ValueError where a folder without an index holds anything, lest clips and a user's files are
+    mixed."""
     others = [file.name for file in out.iterdir()] if out.is_dir() else []
     others = [name for name in others if name != "lock" and not fnmatch(name, TEMPORARY)]
     if others:
-        raise ValueError(f"{out}: no {INDEX}, but {printable(others[0])}; expected an empty folder, or one that "
-                         "data.prepare made")
+        raise ValueError(f"{out}: no {INDEX}, but {printable(others[0])}; expected an empty "
+                         "folder, or one that data.prepare made")
 
 
 @dataclass
 class Prepare:
     """`python -m data.prepare`"""
-    videos: str = ""                  # folder of video files, or of folders of images; or one video file
-    out: str = ""                     # folder for the clips; an interrupted run goes on there
-    weights: str = ""                 # folder of the published files of the policy to train
-    captions: str = ""                # csv with columns file_name, text (or videoFile, caption)
-    captioner: str = ""               # BLIP-2 by folder or hub id, for clips without a caption (middle frame)
-    cameras: str = ""                 # mapanything (in the weights' map-anything), a folder with a/b.npz for
-                                      # a/b.mp4, or one file for all; empty: mapanything, or none
-                                      # where the policy takes none (ReCamMaster). NAME@w2c tells a
-                                      # convention that files do not say (data/camera_files.py)
-    fov: float = 0.0                  # horizontal field of view, degrees, for camera files without intrinsics
-    estimator_stride: int = 1         # estimate every n-th camera, interpolate the others
-    frames: int = 81                  # 4k + 1
-    height: int = 480                 # pixels
-    width: int = 832                  # pixels
-    stride: int = 1                   # take every n-th frame
+    videos: str = ""            # folder of video files, or of folders of images; or one video file
+    out: str = ""               # folder for the clips; an interrupted run goes on there
+    weights: str = ""           # folder of the published files of the policy to train
+    captions: str = ""          # csv with columns file_name, text (or videoFile, caption)
+    captioner: str = ""         # BLIP-2 by folder or hub id, for clips without a caption
+    cameras: str = ""           # mapanything (in the weights' map-anything), a folder with a/b.npz
+                                # for a/b.mp4, or one file for all; empty: mapanything, or none
+                                # where the policy takes none (ReCamMaster). NAME@w2c tells a
+                                # convention that files do not say (data/camera_files.py)
+    fov: float = 0.0            # horizontal view, degrees, for camera files without intrinsics
+    estimator_stride: int = 1   # estimate every n-th camera, interpolate the others
+    frames: int = 81            # 4k + 1
+    height: int = 480           # pixels
+    width: int = 832            # pixels
+    stride: int = 1             # take every n-th frame
     negative_prompt: str = NEGATIVE_PROMPT  # for classifier-free guidance (Wan's)
 
 
@@ -179,102 +182,61 @@ def prepare(config):
     rank, world = rank_of()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    if world > 1:  # only to share out the clips and to collect what was skipped, which may be days later
+    if world > 1:  # only to share out the clips and to collect what was skipped, days later perhaps
         connect("gloo", timeout=30 * 24 * 3600)
-    videos = Path(config.videos)
     out = Path(config.out)
     weights = Path(config.weights)
-    frames = config.frames
-    height = config.height
-    width = config.width
+
+    # What is asked for: which videos with which captions, and which parts the policy takes.
     policy = find_policy(weights)
     cameras = config.cameras or ("mapanything" if "c2w" in policy.parts else "")
-    fov = config.fov or None
     images = "image" in policy.parts or (weights / IMAGE_FILE).is_file()
     without = ([] if images else ["image"]) + ([] if cameras else ["c2w", "intrinsics"])
-    single = videos.is_file()
-    names = [videos.name] if single else find_videos(videos)
-    videos = videos.parent if single else videos
-    texts = read_captions(config.captions) if config.captions else {}
-    nothing = None if config.captions or config.captioner else ""  # with neither, every caption is empty
-    wanted = {name: find_caption(name, texts) or nothing for name in names}
-    if cameras not in ("", "mapanything") and not split_name(cameras)[0].exists():
-        raise FileNotFoundError(f"{cameras}: expected mapanything, a camera file or a folder of them")
-    if fov:
-        check_fov(fov)
-    if min(config.stride, config.estimator_stride) < 1:
-        raise ValueError(f"stride: expected at least 1, found {min(config.stride, config.estimator_stride)}")
+    folder, names = videos_of(config.videos)
+    captions = captions_of(config, names)
+    check_cameras(config, cameras)
     vae = load_vae(weights / VAE_FILE, device, dtype)
-    if (min(frames, height, width) < 1 or (frames - 1) % vae.time
-            or height % (2 * vae.space) or width % (2 * vae.space)):
-        raise ValueError(f"{frames} frames of {height}x{width}: expected {vae.time}k+1 frames, "
-                         f"height and width divisible by {2 * vae.space}")
-    settings = dict(frames=frames, height=height, width=width, stride=config.stride,
-                    negative_prompt=config.negative_prompt, without=without)
-    if cameras:
-        files = f"files of {split_name(cameras)[0].resolve()}{suffix_of(cameras)}"
-        settings["cameras"] = cameras if cameras == "mapanything" else files
-        settings |= dict(fov=fov, estimator_stride=config.estimator_stride)
-    for file in (VAE_FILE, TEXT_FILE, *([IMAGE_FILE] if images else [])):  # tells sets of weights apart
-        settings[f"bytes of {file}"] = (weights / file).stat().st_size
-    begun = settings
-    if index := read_index(out):  # what its clips lack, and this command makes, is added
-        begun = settings | {"without": index["settings"].get("without", [])}
-        check_settings(out, index["settings"], {key: begun.get(key) for key in index["settings"]})
-    else:
-        check_empty(out)
+    check_shape(config, vae)
+    settings = settings_of(config, cameras, without)
+    begun = begun_with(out, settings)
+
+    # The other models.
     text_encoder = load_text_encoder(weights / TEXT_FILE, weights / TOKENIZER, device, dtype)
     image_encoder = load_image_encoder(weights / IMAGE_FILE, device, dtype) if images else None
     if cameras == "mapanything":
         cameras = mapanything(weights / "map-anything", device, config.estimator_stride).cameras
+
+    # Rank 0 claims the folder and says what is left to do.
     box = [None]
-    skipped = {}
     if rank == 0:
         lock = lock_folder(out)  # noqa: F841, until this process ends
         for leftover in out.rglob(TEMPORARY):  # of a killed run
             leftover.unlink()
         write_index(out, begun, {})
         box = [[name for name in names
-                if not up_to_date(out / f"{name}.safetensors", wanted[name], without)]]
-        latents = vae.z * (1 + (frames - 1) // vae.time) * (height // vae.space) * (width // vae.space)
-        size = 2 * (latents + 257 * 1280 * images + 512 * 4096) + 128 * frames
-        lacks = ["captions"] * (nothing == "") + ["CLIP tokens"] * (not images) + ["cameras"] * (not cameras)
-        print(f"{len(names)} videos, {len(box[0])} to do{', without ' * bool(lacks)}{', '.join(lacks)}: "
-              f"{frames} frames of {height}x{width}, at most {size / 1e6:.1f} MB each, "
-              f"{len(box[0]) * size / 1e9:.2f} GB together, {shutil.disk_usage(out).free / 1e9:.1f} GB free",
-              flush=True)
+                if not up_to_date(out / f"{name}.safetensors", captions[name], without)]]
+        tell_size(config, vae, len(names), len(box[0]), without, is_silent="" in captions.values())
     if world > 1:
         dist.broadcast_object_list(box)
     todo = box[0]
-    if any(wanted[name] is None for name in todo) and config.captioner:
+    if any(captions[name] is None for name in todo) and config.captioner:
         load_captioner(config.captioner, device, dtype)  # refused now, where there is none
     if rank == 0:
         negative = text_encoder.embed([config.negative_prompt])[0].bfloat16().cpu()
         write_file(out / NEGATIVE, save({"text": negative}))
+
+    # Each rank makes its share.
+    models = (vae, text_encoder, image_encoder)
+    skipped = {}
     for name in tqdm(todo[rank::world], desc="prepare", unit="clip", disable=rank > 0):
-        path = videos / name
+        path = folder / name
         try:
-            check_name(name)
-            text = wanted[name]
-            if text is None and not config.captioner:
-                raise ValueError(f"no caption in {config.captions}")
-            video, fps, numbers = read_frames(path, frames, config.stride, (height, width))
-            shown = read_video(path, frames=1)[0].shape[1:3]
-            video = torch.from_numpy(video).to(device)
-            c2w = intrinsics = None
-            if cameras:
-                count = partial(count_frames, path)
-                c2w, intrinsics = source_cameras(video, numbers, shown, name, cameras, fov, count)
-            if text is None:
-                text = describe_frame(video[frames // 2], config.captioner, device, dtype)
-            check_caption(text, f"{config.captioner} describes it")
-            encoded = encode_clip(video, text, vae, text_encoder, image_encoder)
+            clip = make_clip(path, name, captions[name], cameras, models, config, device, dtype)
         except (ValueError, FileNotFoundError) as error:
             skipped[name] = str(error).removeprefix(f"{path}: ")
             tqdm.write(printable(f"skipped {name}: {skipped[name]}"))
-            continue
-        clip = Clip(name, str(path.resolve()), text, fps, *encoded, c2w, intrinsics)
-        save_clip(out / f"{name}.safetensors", clip)
+        else:
+            save_clip(out / f"{name}.safetensors", clip)
     if world > 1:
         dist.gather_object(skipped, parts := [None] * world if rank == 0 else None)
         skipped = {name: why for part in parts or () for name, why in part.items()}
@@ -283,14 +245,118 @@ def prepare(config):
         index = write_index(out, settings, skipped)
         print(f"{len(todo) - len(skipped)} clips made, {len(names) - len(todo)} were there, "
               f"{len(skipped)} skipped; {out} holds {len(index['clips'])}")
-        kinds = {name: re.sub(r"\d[\d.]*", "N", why) for name, why in skipped.items()}  # whatever the numbers
-        for kind, count in Counter(kinds.values()).most_common(10):
-            first = next(name for name in kinds if kinds[name] == kind)
-            print(printable(f"  {count} like {first}: {skipped[first]}"))
+        tell_skipped(skipped)
         if not index["clips"]:
-            raise ValueError(f"{videos}: no usable clip")
+            raise ValueError(f"{folder}: no usable clip")
         return index
 
 
+def videos_of(place):
+    """A folder of videos, or one video file -> the folder, and the names of those meant in it."""
+    place = Path(place)
+    return (place.parent, [place.name]) if place.is_file() else (place, find_videos(place))
+
+
+def captions_of(config, names):
+    """Clips' names -> captions. None: there is no row for it; empty: no caption is asked for."""
+    rows = read_captions(config.captions) if config.captions else {}
+    nothing = None if config.captions or config.captioner else ""
+    return {name: find_caption(name, rows) or nothing for name in names}
+
+
+def check_cameras(config, cameras):
+    """ValueError or FileNotFoundError where cameras and frames cannot be taken as they are set."""
+    if cameras not in ("", "mapanything") and not split_name(cameras)[0].exists():
+        raise FileNotFoundError(f"{cameras}: expected mapanything, a camera file or a folder of "
+                                "them")
+    if config.fov:
+        check_fov(config.fov)
+    stride = min(config.stride, config.estimator_stride)
+    if stride < 1:
+        raise ValueError(f"stride: expected at least 1, found {stride}")
+
+
+def check_shape(config, vae):
+    """ValueError where the VAE and the policy cannot encode so many frames of that size."""
+    unit = 2 * vae.space  # the policy's patches are two latents wide
+    if (min(config.frames, config.height, config.width) < 1 or (config.frames - 1) % vae.time
+            or config.height % unit or config.width % unit):
+        raise ValueError(f"{config.frames} frames of {config.height}x{config.width}: expected "
+                         f"{vae.time}k+1 frames, height and width divisible by {unit}")
+
+
+def settings_of(config, cameras, without):
+    """What the index says of how its clips were made. Files' sizes tell sets of weights apart."""
+    settings = dict(frames=config.frames, height=config.height, width=config.width,
+                    stride=config.stride, negative_prompt=config.negative_prompt, without=without)
+    if cameras:
+        files = f"files of {split_name(cameras)[0].resolve()}{suffix_of(cameras)}"
+        settings["cameras"] = cameras if cameras == "mapanything" else files
+        settings |= dict(fov=config.fov or None, estimator_stride=config.estimator_stride)
+    for file in (VAE_FILE, TEXT_FILE, *([] if "image" in without else [IMAGE_FILE])):
+        settings[f"bytes of {file}"] = (Path(config.weights) / file).stat().st_size
+    return settings
+
+
+def begun_with(out, settings):
+    """The settings of a folder's clips before this command has added what they lack. ValueError
+    where they were made with others, or the folder holds anything else."""
+    index = read_index(out)
+    if index is None:
+        check_empty(out)
+        return settings
+    begun = settings | {"without": index["settings"].get("without", [])}
+    check_settings(out, index["settings"], {key: begun.get(key) for key in index["settings"]})
+    return begun
+
+
+def make_clip(path, name, caption, cameras, models, config, device, dtype):
+    """A video -> its Clip. models: VAE, text encoder, image encoder or None; caption: None where
+    BLIP-2 is to describe the middle frame. ValueError where the video, or what is told of it, is at
+    fault."""
+    check_name(name)
+    if caption is None and not config.captioner:
+        raise ValueError(f"no caption in {config.captions}")
+    size = (config.height, config.width)
+    video, fps, numbers = read_frames(path, config.frames, config.stride, size)
+    shown = read_video(path, frames=1)[0].shape[1:3]
+    video = torch.from_numpy(video).to(device)
+    c2w = None
+    intrinsics = None
+    if cameras:
+        count = partial(count_frames, path)
+        fov = config.fov or None
+        c2w, intrinsics = source_cameras(video, numbers, shown, name, cameras, fov, count)
+    if caption is None:
+        caption = describe_frame(video[config.frames // 2], config.captioner, device, dtype)
+    check_caption(caption, f"{config.captioner} describes it")
+    encoded = encode_clip(video, caption, *models)
+    return Clip(name, str(path.resolve()), caption, fps, *encoded, c2w, intrinsics)
+
+
+def tell_size(config, vae, videos, todo, without, is_silent):
+    """Print how many clips are to be made, without what, and the room that they take at most."""
+    frames = 1 + (config.frames - 1) // vae.time
+    latents = vae.z * frames * (config.height // vae.space) * (config.width // vae.space)
+    tokens = 0 if "image" in without else 257 * 1280
+    size = 2 * (latents + tokens + 512 * 4096) + 128 * config.frames  # bytes
+    lacks = ["captions"] * is_silent
+    lacks += ["CLIP tokens"] * ("image" in without)
+    lacks += ["cameras"] * ("c2w" in without)
+    free = shutil.disk_usage(config.out).free
+    print(f"{videos} videos, {todo} to do{', without ' * bool(lacks)}{', '.join(lacks)}: "
+          f"{config.frames} frames of {config.height}x{config.width}, at most {size / 1e6:.1f} MB "
+          f"each, {todo * size / 1e9:.2f} GB together, {free / 1e9:.1f} GB free", flush=True)
+
+
+def tell_skipped(skipped):
+    """Print why clips were skipped, the ten commonest reasons, whatever the numbers in them."""
+    kinds = {name: re.sub(r"\d[\d.]*", "N", why) for name, why in skipped.items()}
+    for kind, count in Counter(kinds.values()).most_common(10):
+        first = next(name for name in kinds if kinds[name] == kind)
+        print(printable(f"  {count} like {first}: {skipped[first]}"))
+
+
 if __name__ == "__main__":
-    run_command("data.prepare", __doc__, {"prepare": (Prepare, prepare, None)}, sys.argv[1:] or ["--help"])
+    commands = {"prepare": (Prepare, prepare, None)}
+    run_command("data.prepare", __doc__, commands, sys.argv[1:] or ["--help"])

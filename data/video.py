@@ -29,7 +29,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 ONE_FILE = {  # for ffmpeg: whatever a file holds, no playlist of other files or of the network
     "format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,png_pipe,jpeg_pipe,"
                         "webp_pipe,bmp_pipe,tiff_pipe", "protocol_whitelist": "file"}
-FOLDER_FPS = 24.0  # a folder of images has no rate of its own; DAVIS, the evaluation's data, runs at 24
+FOLDER_FPS = 24.0  # a folder of images has no rate; DAVIS, the evaluation's data, runs at 24
 
 
 # ---- reading ----
@@ -45,7 +45,8 @@ def resize_to_cover(frame, size):
     w = round(w * scale)
     if (h, w) != frame.shape[:2]:
         x = torch.from_numpy(frame).permute(2, 0, 1)[None]
-        frame = F.interpolate(x, (h, w), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+        x = F.interpolate(x, (h, w), mode="bilinear", antialias=True)
+        frame = x[0].permute(1, 2, 0).numpy()
     top = round((h - height) / 2)
     left = round((w - width) / 2)
     return frame[top:top + height, left:left + width]
@@ -88,7 +89,7 @@ def display_matrix(frame):
     """A decoded frame's display matrix (a, b, c, d), as in ORIENTATIONS."""
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # it has side data of a kind that PyAV does not know: only a rotation can be had
+    except ValueError:  # side data of a kind that PyAV does not know: only a rotation can be had
         turns = round(frame.rotation / 90) % 4  # anticlockwise
         return [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)][turns]
     if data is None:
@@ -104,8 +105,8 @@ def turn(image, matrix):
     crossed = max(abs(b), abs(c))
     if min(straight, crossed) > 0.02 * max(straight, crossed):
         angle = math.degrees(math.atan2(b, a))
-        raise ValueError(f"is shown turned by {angle:.0f} degrees; expected quarter turns: write it upright, "
-                         "as with ffmpeg -i IN OUT.mp4")
+        raise ValueError(f"is shown turned by {angle:.0f} degrees; expected quarter turns: write "
+                         "it upright, as with ffmpeg -i IN OUT.mp4")
     if crossed > straight:
         image = image.swapaxes(0, 1)
         a = c
@@ -121,8 +122,9 @@ def rgb(frame, aspect=1, matrix=None):
     matrix, if not the frame's own. ValueError for HDR, which would need tone mapping.
     """
     if frame.color_trc in TRANSFERS:
-        raise ValueError(f"its transfer is {TRANSFERS[frame.color_trc]}, expected SDR: tone-map it first, as with "
-                         "ffmpeg -i IN -vf zscale=t=linear,tonemap=hable,zscale=t=bt709:m=bt709:p=bt709 OUT.mp4")
+        raise ValueError(f"its transfer is {TRANSFERS[frame.color_trc]}, expected SDR: tone-map it "
+                         "first, as with ffmpeg -i IN -vf zscale=t=linear,tonemap=hable,"
+                         "zscale=t=bt709:m=bt709:p=bt709 OUT.mp4")
     width = round(frame.width * aspect)
     image = frame.to_ndarray(format="rgb24", width=width, height=frame.height)
     return turn(image, matrix or display_matrix(frame))
@@ -135,8 +137,9 @@ def deinterlaced(frames, stream):
     for frame in frames:
         if graph is None and frame.interlaced_frame:
             graph = av.filter.Graph()
-            filters = graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
-            graph.link_nodes(graph.add_buffer(template=stream), *filters).configure()
+            bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+            source = graph.add_buffer(template=stream)
+            graph.link_nodes(source, bwdif, graph.add("buffersink")).configure()
         if graph is None:
             yield frame
         else:
@@ -198,7 +201,8 @@ def open_video(path):
         raise ValueError(f"{path}: no video stream, only {kinds}")
     stream.thread_type = "AUTO"
     rates = [float(rate or 0) for rate in (stream.average_rate, stream.guessed_rate)]
-    fps = next((rate for rate in rates if 0 < rate < 1000), None)  # 1000 is a millisecond clock, not a rate
+    # 1000 is a millisecond clock, not a rate
+    fps = next((rate for rate in rates if 0 < rate < 1000), None)
     if fps is None:
         container.close()
         raise ValueError(f"{path}: no usable frame rate (the file says {stream.average_rate})")
@@ -225,8 +229,11 @@ def open_video(path):
             # a file cut short may simply end; its header still says how long it was (Matroska: a
             # tag h:m:s)
             tag = re.match(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
-            duration = sum(float(x) * unit for x, unit in zip(tag.groups(), (3600, 60, 1))) if tag else 0.0
-            duration = float(stream.duration * stream.time_base) if stream.duration else duration
+            duration = 0.0
+            if stream.duration:
+                duration = float(stream.duration * stream.time_base)
+            elif tag:
+                duration = sum(float(x) * unit for x, unit in zip(tag.groups(), (3600, 60, 1)))
             if end + 2 / fps < duration:
                 raise ValueError(f"{path}: truncated, ends at {end:.2f} s of {duration:.2f} s")
 
@@ -261,7 +268,8 @@ def read_frames(path, frames=None, stride=1, size=None):
             video.append(image if size is None else resize_to_cover(image, size))
             numbers.append(number)
             if video[0].shape != image.shape and size is None:
-                raise ValueError(f"{path}: frame {number} is {image.shape}, the first was {video[0].shape}")
+                raise ValueError(f"{path}: frame {number} is {image.shape}, the first was "
+                                 f"{video[0].shape}")
             if len(video) == frames:
                 ticks.close()  # nothing after the last frame needed is decoded
                 break
@@ -358,14 +366,17 @@ def write_video(path, video, fps):
     An odd size gets its last row or column twice."""
     video = np.asarray(video)
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3 or 0 in video.shape:
-        raise ValueError(f"{path}: a video is uint8 (T, H, W, 3), this is {video.dtype} {video.shape}")
-    video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
+        raise ValueError(f"{path}: a video is uint8 (T, H, W, 3), this is {video.dtype} "
+                         f"{video.shape}")
+    odd = video.shape[1] % 2, video.shape[2] % 2
+    video = np.pad(video, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         # x264's macroblock tree reads memory that it never wrote, and its threads' number shows in
         # the bits
         options = {"crf": "15", "mbtree": "0", "threads": "1"}
-        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options=options)
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
         context = stream.codec_context
         # 1 is BT.709, and limited range; untagged, players guess by the size

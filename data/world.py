@@ -1,4 +1,5 @@
-"""What a run trains on: a World, and the one of real clips under the published policy. The other is toy/world.py."""
+"""What a run trains on: a World, and the one of real clips under the published policy. The other is
+toy/world.py."""
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ class World:
     codec: object            # .decode(latents (B, 16, F, h, w)) -> video (B, 3, T, H, W) in [-1, 1]
     shape: tuple             # of a latent: (16, F, h, w)
     size: int                # number of clips
-    draw: object             # (clip numbers, numpy generators) -> (Condition, Scene), a row per clip
+    draw: object             # (clip numbers, numpy generators) -> (Condition, Scene), a row a clip
     negative: object         # (1, L, D) negative prompt's embedding, or None
     rewards: list
     reward_weights: dict     # name -> weight
@@ -33,7 +34,8 @@ class World:
 
 
 def clip_numbers(iteration, count, size, seed):
-    """`count` clip numbers of an iteration: without replacement until all `size` were used, then anew."""
+    """`count` clip numbers of an iteration: without replacement until all `size` were used, then
+    anew."""
     at = range(iteration * count, (iteration + 1) * count)
     epochs = {i // size for i in at}
     orders = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in epochs}
@@ -52,9 +54,11 @@ def load_policy(files, checkpoint, device):
     files = [*files, *([checkpoint] if checkpoint else [])]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; pretrained/README.md lists what this folder holds")
+            raise FileNotFoundError(f"{file}: no such file; pretrained/README.md lists what this "
+                                    "folder holds")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return load_dit(*files, device=device, dtype=dtype, trained_dtype=torch.float32)  # as it was trained
+    # what is trained, as it was trained
+    return load_dit(*files, device=device, dtype=dtype, trained_dtype=torch.float32)
 
 
 def stacked(clips, name):
@@ -64,7 +68,8 @@ def stacked(clips, name):
 
 
 def condition_of(dit, clips, target, device):
-    """Clips and their target paths (C, T, 4, 4) -> what the policy takes of them: Condition, a row per clip."""
+    """Clips and their target paths (C, T, 4, 4) -> what the policy takes of them: Condition, a row
+    per clip."""
     take = lambda name: stacked(clips, name).to(device)
     target = torch.as_tensor(target).to(device)
     if dit.takes_poses:  # ReCamMaster: neither the source's path nor intrinsics
@@ -76,10 +81,11 @@ def condition_of(dit, clips, target, device):
 
 
 def open_clips(config, device):
-    """World of prepared clips; target paths are drawn from a folder and rescaled (paper Sec. 3.4)."""
+    """World of prepared clips; target paths are drawn from a folder and rescaled (Sec. 3.4)."""
     policy = find_policy(config.weights)
     if not policy.source:
-        raise ValueError(f"{config.weights}: {policy.name} takes no source video: expected world = captions")
+        raise ValueError(f"{config.weights}: {policy.name} takes no source video: expected world = "
+                         "captions")
     clips = ClipCache(config.clips, policy.parts, frames=config.frames, height=config.height,
                       width=config.width)
     paths = PathFolder(config.trajectories, config.frames)
@@ -91,31 +97,38 @@ def open_clips(config, device):
 
     def draw(numbers, rngs):
         rows = [clips[i] for i in numbers]
-        target = [trajectories.rescale(paths.draw(rng), *trajectories.draw_speeds(rng, config.v, omega))
-                  for rng in rngs]
+        target = []
+        for rng in rngs:
+            path = paths.draw(rng)
+            speeds = trajectories.draw_speeds(rng, config.v, omega)
+            target.append(trajectories.rescale(path, *speeds))
         target = torch.from_numpy(np.stack(target)).to(device)
         condition = condition_of(dit, rows, target, device)
         on_device = lambda x: None if x is None else x.to(device)
         videos = [read_source(clip, config, clips.settings) for clip in rows]
         videos = None if any(x is None for x in videos) else torch.stack(videos).to(device)
         fps = torch.tensor([clip.fps for clip in rows], device=device)
-        scene = rewards.Scene(target, on_device(stacked(rows, "intrinsics")), [clip.caption for clip in rows],
-                              fps, videos, on_device(stacked(rows, "c2w")))
+        captions = [clip.caption for clip in rows]
+        scene = rewards.Scene(target, on_device(stacked(rows, "intrinsics")), captions, fps, videos,
+                              on_device(stacked(rows, "c2w")))
         return condition, scene
 
-    rewarded, weights = rewards.load(config.rewards, config.weights, device, park=config.park,
-                                     schedule=config.frame_weights, stride=config.estimator_stride,
-                                     grey_mq=config.grey_mq, hpsv3_prompt=config.hpsv3_prompt or None)
+    rewarded, weights = rewards.load(
+        config.rewards, config.weights, device, park=config.park, schedule=config.frame_weights,
+        stride=config.estimator_stride, grey_mq=config.grey_mq,
+        hpsv3_prompt=config.hpsv3_prompt or None)
     shape = tuple(clips[0].latents.shape)
     negative = clips.negative[None].to(device)
     published = [*policy.files, Path(config.weights) / VAE_FILE]
+    files = sorted({split_name(name)[0] for name in paths.names})
     inputs = {"weights": published + model_files(weights, config.weights), "clips": clips.files(),
-              f"trajectories{suffix_of(config.trajectories)}": sorted({split_name(x)[0] for x in paths.names})}
+              f"trajectories{suffix_of(config.trajectories)}": files}
     return World(dit, codec, shape, len(clips), draw, negative, rewarded, weights, inputs)
 
 
 def read_source(clip, config, settings):
-    """The clip's frames uint8 (T, H, W, 3), for rewards that compare with them; None where it has moved."""
+    """The clip's frames uint8 (T, H, W, 3), for rewards that compare with them; None where it has
+    moved."""
     if not Path(clip.video).exists():
         return None
     size = (config.height, config.width)

@@ -104,8 +104,8 @@ def lock_folder(folder, patience=30):
                 print(f"{folder}: another process is writing there; waiting {patience} s",
                       file=sys.stderr)
             if time.monotonic() >= end:
-                raise ValueError(f"{folder}: another process is writing there; wait for it or choose "
-                                 "another --out") from None
+                raise ValueError(f"{folder}: another process is writing there; wait for it or "
+                                 "choose another --out") from None
             time.sleep(0.2)
         except OSError as error:
             print(f"warning: {folder}: this file system has no locks ({error.strerror}): two "
@@ -158,13 +158,14 @@ def digest_files(files, quiet=True):
         return digest(b"")
     root = os.path.commonpath([file.parent for file in files])
     sizes = [file.stat().st_size for file in files]
-    listing = "".join(f"{os.path.relpath(file, root)}\0{size}\n" for file, size in zip(files, sizes))
+    listing = "".join(f"{os.path.relpath(file, root)}\0{size}\n"
+                      for file, size in zip(files, sizes))
     read = {round(i * (len(files) - 1) / (MOST_FILES - 1)) for i in range(MOST_FILES)}
     pieces = [(file, at) for i, (file, size) in enumerate(zip(files, sizes))
               if i in read or len(files) <= MOST_FILES for at in range(0, size, PIECE)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = list(tqdm(pool.map(digest_piece, pieces), "reading the inputs", len(pieces), delay=2,
-                          disable=quiet, leave=False))
+        found = list(tqdm(pool.map(digest_piece, pieces), "reading the inputs", len(pieces),
+                          delay=2, disable=quiet, leave=False))
     return digest(listing.encode(errors="surrogateescape") + "".join(found).encode())
 
 

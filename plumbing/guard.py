@@ -68,7 +68,8 @@ def find_helpers(content, package, found):
             base = package.rsplit(".", line.level - 1)[0] + "." if line.level else ""
             base = f"{base}{line.module or ''}".strip(".")
             names |= {base, *(f"{base}.{alias.name}" for alias in line.names)}
-    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    places = ("stdlib", "platstdlib", "purelib", "platlib")
+    installed = {sysconfig.get_path(name) for name in places}
     for name in sorted(names):
         module = sys.modules.get(name)
         try:
@@ -125,7 +126,8 @@ def call(reward, names, videos, scene):
 def same_bytes(a, b):
     """Whether two tensors are bitwise equal, NaN too; also after changes through numpy or another
     library."""
-    # flattened into new memory: torch sees no bytes in an expanded tensor of one element (its stride is 0)
+    # flattened into new memory: torch sees no bytes in an expanded tensor of one element, whose
+    # stride is 0
     a, b = (torch.cat([x.detach().reshape(-1)]).view(torch.uint8) for x in (a, b))
     return a.shape == b.shape and torch.equal(a, b)
 
@@ -197,7 +199,8 @@ SWITCHES = {  # name: (how to read it, how to set it)
     "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
     "torch's deterministic algorithms": (torch.are_deterministic_algorithms_enabled,
                                          torch.use_deterministic_algorithms),
-    "torch's matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "torch's matmul precision": (torch.get_float32_matmul_precision,
+                                 torch.set_float32_matmul_precision),
     "numpy's error handling": (np.geterr, lambda was: np.seterr(**was)),
     "the working directory": (working_directory, lambda was: os.chdir(was) if was else None),
     "the environment": (lambda: dict(os.environ), restore_environment),

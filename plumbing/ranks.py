@@ -26,7 +26,8 @@ def connect(backend, timeout):
     ranks that do not come.
     """
     if dist.is_torchelastic_launched() and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: not to go on when torchrun is killed
+        # PR_SET_PDEATHSIG: not to go on when torchrun is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     patience = min(timeout, 1800)
     store, rank, ranks = rendezvous(patience)
     mine = uuid.uuid4().hex
@@ -37,19 +38,21 @@ def connect(backend, timeout):
         store.set(f"asks/{rank}", mine)
     while missing:
         if time.monotonic() > end:
-            raise TimeoutError(f"rank {', '.join(map(str, sorted(missing)))} did not start in {patience:g} s")
+            late = ", ".join(map(str, sorted(missing)))
+            raise TimeoutError(f"rank {late} did not start in {patience:g} s")
         time.sleep(0.01)  # and look again, not wait in the store: so signals are heard
         if rank == 0:
             for r in missing:
-                if store.check([f"asks/{r}"]):  # perhaps one that is gone asked: then the new one still will
+                # perhaps one that is gone asked: then the new one still will
+                if store.check([f"asks/{r}"]):
                     store.set("told/" + store.get(f"asks/{r}").decode(), name)
             missing = {r for r in missing if not store.check([f"{name}/{r}"])}
         elif store.check([f"told/{mine}"]):
             name = store.get(f"told/{mine}").decode()
             missing = ()
             store.set(f"{name}/{rank}", "heard")
-    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=ranks,
-                            timeout=timedelta(seconds=timeout))
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank,
+                            world_size=ranks, timeout=timedelta(seconds=timeout))
 
 
 def rendezvous(patience):
@@ -82,15 +85,16 @@ def rendezvous(patience):
 def rank_of():
     """(this process's rank, number of ranks), as torchrun names them; ValueError for what it would
     not."""
-    named = {name: os.environ.get(name) or default for name, default in (("RANK", 0), ("WORLD_SIZE", 1))}
+    defaults = {"RANK": 0, "WORLD_SIZE": 1}
+    named = {name: os.environ.get(name) or default for name, default in defaults.items()}
     try:
         rank, ranks = map(int, named.values())
     except ValueError:
         rank = 0
         ranks = 0
     if not 0 <= rank < ranks:
-        raise ValueError(f"RANK={named['RANK']}, WORLD_SIZE={named['WORLD_SIZE']}: expected 0 <= RANK < "
-                         f"WORLD_SIZE, as torchrun sets them")
+        raise ValueError(f"RANK={named['RANK']}, WORLD_SIZE={named['WORLD_SIZE']}: expected "
+                         "0 <= RANK < WORLD_SIZE, as torchrun sets them")
     return rank, ranks
 
 
@@ -147,7 +151,8 @@ def assert_ranks_agree(parameters, what):
         dist.all_gather(all_ranks, mine)
         odd = [i for i, x in enumerate(all_ranks) if x != all_ranks[0]]
         if odd:
-            raise RuntimeError(f"{what}: weights of rank {', '.join(map(str, odd))} differ from rank 0's")
+            odd = ", ".join(map(str, odd))
+            raise RuntimeError(f"{what}: weights of rank {odd} differ from rank 0's")
 
 
 def compare_ranks(made):
@@ -168,12 +173,14 @@ def compare_ranks(made):
         for name in every[0].keys() | other.keys():
             if other.get(name) != every[0].get(name):
                 raise ValueError(f"rank {rank}: {name} = {other.get(name)!r}, rank 0 has "
-                                 f"{every[0].get(name)!r}; all ranks need the same settings and files")
+                                 f"{every[0].get(name)!r}; all ranks need the same settings and "
+                                 "files")
 
 
 def lost_contact(error):
     """Whether an error is of a collective, which other ranks did not come to."""
-    return isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError))
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return is_gloo or isinstance(error, dist.DistError)
 
 
 def absent(wait=3):
@@ -275,7 +282,8 @@ class Steady:
         try:
             return act(*args)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # or python's end complains
+            # or python's end complains
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
         except (OSError, ValueError):
             pass
 
@@ -286,7 +294,7 @@ def steady_streams():
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
-        except OSError:  # closed: or the next file opened would take its place, and get what is printed
+        except OSError:  # closed: or the next file opened would get what is printed
             os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
@@ -310,8 +318,10 @@ def run_to_end(main, argv):
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if code or rank_of()[1] > 1:  # other ranks may wait in a collective that this one has left, and the
-        os._exit(code)            # communication's threads may abort an interpreter that ends by itself
+    # Other ranks may wait in a collective that this one has left, and the communication's threads
+    # may abort an interpreter that ends by itself.
+    if code or rank_of()[1] > 1:
+        os._exit(code)
 
 
 def say_why(error):

@@ -94,7 +94,8 @@ def parse(config_class, argv, default=None):
     for where, name, value in settings:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, 1)
-            raise ValueError(f"{where}: no setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{where}: no setting {name!r}{hint}")
         value = convert(fields[name], value, where)
         if fields[name] is Folder and not value and getattr(config_class, name):
             raise ValueError(f"{where}: expected a folder, found nothing")

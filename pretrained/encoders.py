@@ -47,10 +47,12 @@ def count(state, pattern):
 # control characters gone.
 CHARACTERS = {**dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b\u02bc"), "'"),
               **dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"'),
-              **{i: unicodedata.normalize("NFKC", chr(i)) for i in [0x3000, *range(0xFF01, 0xFFF0)]},
+              **{i: unicodedata.normalize("NFKC", chr(i))
+                 for i in [0x3000, *range(0xFF01, 0xFFF0)]},
               0x149: "'n",
-              **{ord(x): unicodedata.normalize("NFKC", x) for x in "\u0132\u0133\u01f1\u01f2\u01f3\u01c4\u01c5"
-                 "\u01c6\u01c7\u01c8\u01c9\u01ca\u01cb\u01cc\ufb00\ufb01\ufb02\ufb03\ufb04\ufb05\ufb06"},
+              **{ord(x): unicodedata.normalize("NFKC", x)
+                 for x in "\u0132\u0133\u01f1\u01f2\u01f3\u01c4\u01c5\u01c6\u01c7\u01c8\u01c9\u01ca"
+                 "\u01cb\u01cc\ufb00\ufb01\ufb02\ufb03\ufb04\ufb05\ufb06"},
               **dict.fromkeys([*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF,
                                *range(0xFFF9, 0xFFFD)])}
 
@@ -58,7 +60,8 @@ CHARACTERS = {**dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b\u02bc"), "'"),
 def clean(prompt):
     """As Wan's tokenizer gets it: what ftfy repairs in captions, mojibake as a whole and single
     characters; HTML entities resolved twice, runs of white space made single spaces."""
-    try:  # mojibake: UTF-8 that was once read as Windows-1252, or as Latin-1 where that has no character
+    # mojibake: UTF-8 that was once read as Windows-1252, or as Latin-1 where that has no character
+    try:
         codes = [c.encode("latin-1" if "\x80" <= c <= "\x9f" else "cp1252") for c in prompt]
         prompt = b"".join(codes).decode("utf-8")
     except UnicodeError:
@@ -69,12 +72,12 @@ def clean(prompt):
 
 def check_caption(caption, where):
     """ValueError for a caption that holds a special token of the reward models, <|...|>. Their
-    official code lets
-    it act: it ends the user's turn, or stands for a picture that is not there."""
+    official code lets it act: it ends the user's turn, or stands for a picture that is not there.
+    """
     found = re.search(r"<\|.*?\|>", caption)
     if found:
-        raise ValueError(f"{where}: the caption holds {found[0][:40]}, which is a command to the reward models; expected "
-                         "text without <|...|>")
+        raise ValueError(f"{where}: the caption holds {found[0][:40]}, which is a command to the "
+                         "reward models; expected text without <|...|>")
 
 
 class TextEncoder(nn.Module):
@@ -92,27 +95,32 @@ class TextEncoder(nn.Module):
         shape, dtype or id."""
         for x, name in (ids, "ids"), (mask, "mask"):
             if x.dim() != 2 or x.shape != ids.shape or x.is_floating_point() or not x.numel():
-                raise ValueError(f"{name}: {x.dtype} {tuple(x.shape)}, expected integers, both (B, L)")
+                raise ValueError(f"{name}: {x.dtype} {tuple(x.shape)}, expected integers, both "
+                                 "(B, L)")
         weight = self.model.shared.weight
         if ids.min() < 0 or ids.max() >= len(weight):
-            raise ValueError(f"ids: from {ids.min()} to {ids.max()}, the vocabulary has {len(weight)}")
+            raise ValueError(f"ids: from {ids.min()} to {ids.max()}, the vocabulary has "
+                             f"{len(weight)}")
         ids = ids.to(weight.device)
         mask = mask.to(weight.device)
-        used = int((mask.any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max().clamp(min=1))
         # nothing attends to padding, so what no prompt of the batch uses needs no computing
-        hidden = self.model(input_ids=ids[:, :used], attention_mask=mask[:, :used].long()).last_hidden_state
-        hidden = hidden.masked_fill(mask[:, :used, None] == 0, 0)
+        positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        used = int((mask.any(0) * positions).max().clamp(min=1))
+        found = self.model(input_ids=ids[:, :used], attention_mask=mask[:, :used].long())
+        hidden = found.last_hidden_state.masked_fill(mask[:, :used, None] == 0, 0)
         return F.pad(hidden, (0, 0, 0, mask.shape[1] - used))
 
     def embed(self, prompts):
         """List of B strings -> embeddings (B,512,4096), zero beyond each prompt's length (but kept:
         the policy's cross-attention has no mask). ValueError without a tokenizer."""
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts) or not prompts:
+        if (isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts)
+                or not prompts):
             raise ValueError(f"prompts: expected a list of strings, found {prompts!r:.80}")
         if self.tokenizer is None:
             raise ValueError("no tokenizer: give load_text_encoder the folder google/umt5-xxl")
-        tokens = self.tokenizer([clean(prompt) for prompt in prompts], padding="max_length", truncation=True,
-                                max_length=TEXT_TOKENS, add_special_tokens=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            [clean(prompt) for prompt in prompts], padding="max_length", truncation=True,
+            max_length=TEXT_TOKENS, add_special_tokens=True, return_tensors="pt")
         return self(tokens.input_ids, tokens.attention_mask)
 
 
@@ -140,8 +148,9 @@ def load_text_encoder(path, tokenizer_folder=None, device="cpu", dtype=torch.flo
     buckets, heads = official["blocks.0.pos_embedding.embedding.weight"].shape
     config = UMT5Config(
         vocab_size=vocabulary, d_model=width, d_kv=len(official["blocks.0.attn.q.weight"]) // heads,
-        d_ff=len(official["blocks.0.ffn.fc1.weight"]), num_layers=count(official, r"blocks\.(\d+)\."),
-        num_heads=heads, relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu")
+        d_ff=len(official["blocks.0.ffn.fc1.weight"]),
+        num_layers=count(official, r"blocks\.(\d+)\."), num_heads=heads,
+        relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu")
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     del model.encoder.embed_tokens  # tied to `shared`: filled once
@@ -169,7 +178,8 @@ class ImageEncoder(nn.Module):
 
     def preprocess(self, images):
         """(B,3,H,W) in [-1,1] -> (B,3,224,224) as CLIP wants it, float32."""
-        x = F.interpolate(images.float(), (self.size, self.size), mode="bicubic", align_corners=False)
+        size = (self.size, self.size)
+        x = F.interpolate(images.float(), size, mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(s, device=x.device).view(3, 1, 1) for s in (CLIP_MEAN, CLIP_STD))
         return (x * 0.5 + 0.5 - mean) / std
 
@@ -178,13 +188,16 @@ class ImageEncoder(nn.Module):
         """Images (B,3,H,W) in [-1,1] -> tokens (B,257,1280), the hidden state before the last
         block, on the weights' device and in their dtype. ValueError for another shape, dtype or
         range."""
-        if images.dim() != 4 or images.shape[1] != 3 or not images.numel() or not images.is_floating_point():
-            raise ValueError(f"images: {images.dtype} {tuple(images.shape)}, expected floats (B, 3, H, W)")
+        if (images.dim() != 4 or images.shape[1] != 3 or not images.numel()
+                or not images.is_floating_point()):
+            raise ValueError(f"images: {images.dtype} {tuple(images.shape)}, expected floats "
+                             "(B, 3, H, W)")
         low, high = images.aminmax()
         if not (low >= -1.5 and high <= 1.5):  # leaves room for a resize's overshoot
             raise ValueError(f"images: values from {low:.3g} to {high:.3g}, expected [-1, 1]")
         weight = self.model.post_layernorm.weight
-        return self.model(self.preprocess(images.to(weight.device)).to(weight.dtype)).last_hidden_state
+        x = self.preprocess(images.to(weight.device)).to(weight.dtype)
+        return self.model(x).last_hidden_state
 
 
 def load_image_encoder(path, device="cpu", dtype=torch.float32, num_heads=None):
@@ -194,8 +207,9 @@ def load_image_encoder(path, device="cpu", dtype=torch.float32, num_heads=None):
     encoder."""
     from transformers import CLIPVisionConfig, CLIPVisionModel  # slow to import
     official = read_weights(path)
-    need(path, official, "CLIP image tower", {"visual.patch_embedding.weight": 4, "visual.pos_embedding": 3,
-         "visual.transformer.0.mlp.0.weight": 2})
+    need(path, official, "CLIP image tower", {
+        "visual.patch_embedding.weight": 4, "visual.pos_embedding": 3,
+        "visual.transformer.0.mlp.0.weight": 2})
     width, _, patch, _ = official["visual.patch_embedding.weight"].shape
     if width % (num_heads or 80):
         raise ValueError(f"{path}: width {width} does not divide into "
@@ -210,13 +224,16 @@ def load_image_encoder(path, device="cpu", dtype=torch.float32, num_heads=None):
         model = CLIPVisionModel(config)
     model = getattr(model, "vision_model", model)  # one level deeper in transformers 4
     names = {
-        "cls_embedding": "embeddings.class_embedding", "patch_embedding": "embeddings.patch_embedding",
+        "cls_embedding": "embeddings.class_embedding",
+        "patch_embedding": "embeddings.patch_embedding",
         "pos_embedding": "embeddings.position_embedding.weight", "pre_norm": "pre_layrnorm",
         "post_norm": "post_layernorm", "transformer": "encoder.layers", "norm1": "layer_norm1",
-        "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
+        "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj", "mlp.0": "mlp.fc1",
+        "mlp.2": "mlp.fc2"}
     state = {}
     for key, value in official.items():
-        if not key.startswith("visual.") or key.startswith(("visual.head", f"visual.transformer.{last}.")):
+        after = ("visual.head", f"visual.transformer.{last}.")
+        if not key.startswith("visual.") or key.startswith(after):
             continue  # the text tower, and what comes after the features
         key = rename(key.removeprefix("visual."), names)
         if "attn.to_qkv" in key:
@@ -264,21 +281,25 @@ def load_captioner(folder_or_id, device, dtype):
         model = Blip2ForConditionalGeneration.from_pretrained(folder, local_files_only=True,
                                                               trust_remote_code=False)
     except ImportError as error:
-        raise ValueError(f"captioning needs pillow: pip install pillow ({first_line(error)})") from None
+        why = first_line(error)
+        raise ValueError(f"captioning needs pillow: pip install pillow ({why})") from None
     except Exception as error:  # the libraries raise all kinds
-        raise ValueError(f"{folder_or_id}: no BLIP-2 in a local folder or on the hub ({first_line(error)}); "
-                         "get one, such as Salesforce/blip2-opt-2.7b, or give the caption") from None
+        raise ValueError(f"{folder_or_id}: no BLIP-2 in a local folder or on the hub "
+                         f"({first_line(error)}); get one, such as Salesforce/blip2-opt-2.7b, or "
+                         "give the caption") from None
     return processor, model.to(device=device, dtype=dtype).eval()
 
 
 @torch.no_grad()
-def describe_frame(frame, folder_or_id="Salesforce/blip2-opt-2.7b", device="cpu", dtype=torch.float32):
+def describe_frame(frame, folder_or_id="Salesforce/blip2-opt-2.7b", device="cpu",
+                   dtype=torch.float32):
     """One frame, uint8 (H,W,3) RGB, array or tensor -> what BLIP-2 (by local folder or hub id) sees
     in it, a string. Made for a clip's middle frame. ValueError for another kind of frame, or
     without the model."""
     frame = torch.as_tensor(frame)
     if frame.dtype != torch.uint8 or frame.dim() != 3 or frame.shape[2] != 3 or not frame.numel():
-        raise ValueError(f"frame: {frame.dtype} {tuple(frame.shape)}, expected torch.uint8 (H, W, 3)")
+        raise ValueError(f"frame: {frame.dtype} {tuple(frame.shape)}, expected torch.uint8 "
+                         "(H, W, 3)")
     processor, model = load_captioner(str(folder_or_id), str(device), dtype)
     inputs = processor(images=frame.cpu().numpy(), return_tensors="pt").to(device, dtype)
     tokens = model.generate(**inputs, max_new_tokens=20)  # as many as ReDirector's

@@ -1,16 +1,18 @@
-"""The published models that rewards.py asks: MapAnything for cameras, VideoAlign and HPSv3 for looks.
+"""The published models that rewards.py asks: MapAnything for cameras, VideoAlign and HPSv3 for
+looks.
 
-Each is given what its official code gives it, bit for bit where that can be. Their files are looked for in
-one folder, `weights`, each only if its reward is named:
+Each is given what its official code gives it, bit for bit where that can be. Their files are
+looked for in one folder, `weights`, each only if its reward is named:
   trans, rot   map-anything/{config.json, model.safetensors}, and the mapanything package
-  vq, mq, ta   VideoReward/{model_config.json, checkpoint-<step>/model.pth}, or in the place of model.pth
-               adapter_model.safetensors and non_lora_state_dict.pth;
+  vq, mq, ta   VideoReward/{model_config.json, checkpoint-<step>/model.pth}, or in the place of
+               model.pth adapter_model.safetensors and non_lora_state_dict.pth;
                Qwen2-VL-2B-Instruct/{config.json, tokenizer.json, tokenizer_config.json} (with
                adapters its *.safetensors too)
-  hpsv3        HPSv3/HPSv3.safetensors; Qwen2-VL-7B-Instruct/{config.json, tokenizer.json, ...}, as above
+  hpsv3        HPSv3/HPSv3.safetensors; Qwen2-VL-7B-Instruct/{config.json, tokenizer.json, ...},
+               as above
 
-Sources: MapAnything (Keetha et al., arXiv 2509.13414), VideoAlign (Liu et al., arXiv 2501.13918), HPSv3
-(Ma et al., arXiv 2508.03789), LongCat-Video (arXiv 2510.22200).
+Sources: MapAnything (Keetha et al., arXiv 2509.13414), VideoAlign (Liu et al., arXiv 2501.13918),
+HPSv3 (Ma et al., arXiv 2508.03789), LongCat-Video (arXiv 2510.22200).
 """
 import functools
 import json
@@ -32,17 +34,20 @@ from pretrained.weights import expect, fill, on_device, read_weights
 FOLDERS = {  # names of rewards -> folders that they read
     ("trans", "rot"): ("map-anything",),
     ("vq", "mq", "ta"): ("VideoReward", "Qwen2-VL-2B-Instruct"),
-    ("hpsv3",): ("HPSv3", "Qwen2-VL-7B-Instruct")}  # of the last the tokenizer, not its 15 GB of weights
+    ("hpsv3",): ("HPSv3", "Qwen2-VL-7B-Instruct")}  # of the last the tokenizer, not its weights
 
 
 def model_files(names, weights):
-    """The files in the folder `weights` that rewards of these names read: what a run's scores depend on."""
+    """The files in the folder `weights` that rewards of these names read: what a run's scores
+    depend on."""
     found = []
     for rewards, folders in FOLDERS.items():
         if not {*names}.isdisjoint(rewards):
             for folder in folders:
-                found += [file for file in sorted((Path(weights) / folder).rglob("*")) if file.is_file()]
-    return [file for file in found if not ("7B" in file.parent.name and file.suffix == ".safetensors")]
+                files = sorted((Path(weights) / folder).rglob("*"))
+                found += [file for file in files if file.is_file()]
+    return [file for file in found
+            if not ("7B" in file.parent.name and file.suffix == ".safetensors")]
 
 
 def luma(videos):
@@ -52,7 +57,8 @@ def luma(videos):
 
 @functools.lru_cache(maxsize=64)
 def _resampling(size, new, kernel):
-    """Pillow's resampling of one axis, a matrix (new, size): weights times 2^22, integers in float64."""
+    """Pillow's resampling of one axis, a matrix (new, size): weights times 2^22, integers in
+    float64."""
     stretch = max(size / new, 1)  # shrinking widens the kernel
     reach = {"bicubic": 2, "lanczos": 3}[kernel] * stretch
     centre = (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * size / new
@@ -61,14 +67,17 @@ def _resampling(size, new, kernel):
     if kernel == "lanczos":
         weight = torch.sinc(x) * torch.sinc(x / 3) * (x < 3)
     else:  # a = -0.5
-        weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
+        near = (1.5 * x - 2.5) * x * x + 1
+        far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weight = torch.where(x < 1, near, far) * (x < 2)
     weight *= (pixel >= (centre - reach + 0.5).floor()) & (pixel < (centre + reach + 0.5).floor())
     weight *= 2 ** 22 / weight.sum(1, keepdim=True)
     return (weight + weight.sign() / 2).trunc()
 
 
 def resize(frames, height, width, kernel):
-    """uint8 (n, H, W, 3) -> (n, height, width, 3), bit for bit Pillow's resize; "bicubic" or "lanczos".
+    """uint8 (n, H, W, 3) -> (n, height, width, 3), bit for bit Pillow's resize; "bicubic" or
+    "lanczos".
 
     It rounds and clips after each axis, the horizontal one first.
     """
@@ -86,21 +95,25 @@ def resize(frames, height, width, kernel):
 # ---- MapAnything ----
 
 def spread(count, frames):
-    """`count` of `frames` frame indices, evenly spaced from the first to the last, rounded half to even."""
+    """`count` of `frames` frame indices, evenly spaced from the first to the last, rounded half
+    to even."""
     return torch.linspace(0, frames - 1, count).round().long()
 
 
 def fill_in(c2w, kept, frames):
-    """Poses (n, K, 4, 4) at frames `kept` -> (n, frames, 4, 4): positions linear, rotations on geodesics."""
+    """Poses (n, K, 4, 4) at frames `kept` -> (n, frames, 4, 4): positions linear, rotations on
+    geodesics."""
     out = torch.full((len(c2w), frames, 4, 4), math.nan, dtype=torch.float64)
     for poses, row in zip(c2w.double().cpu().numpy(), out.numpy()):
-        if np.isfinite(poses).all():  # a single frame has its own pose: nothing lies between two
-            row[:] = trajectories.interpolate(poses, kept, np.arange(frames)) if frames > 1 else poses
+        if np.isfinite(poses).all():
+            if frames > 1:  # a single frame has its own pose: nothing lies between two
+                poses = trajectories.interpolate(poses, kept, np.arange(frames))
+            row[:] = poses
     return out.to(c2w.device)
 
 
-# MapAnything's sizes (width, height), multiples of its patch, 14, by aspect ratio as its package rounds them,
-# from the smallest: of two that are as near, its package takes the first.
+# MapAnything's sizes (width, height), multiples of its patch, 14, by aspect ratio as its package
+# rounds them, from the smallest: of two that are as near, its package takes the first.
 MAPANYTHING_SIZES = {
     0.486: (252, 518), 0.567: (294, 518), 0.649: (336, 518), 0.757: (392, 518), 1.0: (518, 518),
     1.321: (518, 392), 1.542: (518, 336), 1.762: (518, 294), 2.056: (518, 252), 3.083: (518, 168)}
@@ -114,11 +127,13 @@ def mapanything_size(H, W):
 
 
 def mapanything_views(frames):
-    """uint8 (..., H, W, 3) -> float32 (..., 3, height, width), bit for bit MapAnything's preprocess_inputs:
-    Pillow's Lanczos (bicubic where enlarged), centre crop, ImageNet mean and deviation."""
+    """uint8 (..., H, W, 3) -> float32 (..., 3, height, width), bit for bit MapAnything's
+    preprocess_inputs: Pillow's Lanczos (bicubic where enlarged), centre crop, ImageNet mean and
+    deviation."""
     H, W = frames.shape[-3:-1]
     (height, width), (h, w) = mapanything_size(H, W)
-    x = resize(frames.reshape(-1, H, W, 3), h, w, "lanczos" if max(height / H, width / W) < 1 else "bicubic")
+    kernel = "lanczos" if max(height / H, width / W) < 1 else "bicubic"
+    x = resize(frames.reshape(-1, H, W, 3), h, w, kernel)
     top = (h - height) // 2
     left = (w - width) // 2
     x = x[:, top:top + height, left:left + width].permute(0, 3, 1, 2).float() / 255
@@ -127,27 +142,32 @@ def mapanything_views(frames):
 
 
 def mapanything(folder, device="cpu", stride=1):
-    """MapAnything as a pose estimator: uint8 (n, T, H, W, 3) -> metric c2w (n, T, 4, 4), all n in one pass.
+    """MapAnything as a pose estimator: uint8 (n, T, H, W, 3) -> metric c2w (n, T, 4, 4), all n in
+    one pass.
 
-    Its attribute cameras(videos) -> (c2w, intrinsics (n, 4) fx/W fy/H 0.5 0.5 of the first frame). stride > 1
-    estimates every stride-th frame only (evenly spread, first and last included) and interpolates the rest:
-    on the ten evaluation paths at up to double speed that alone costs at most 0.22 mm at stride 3.
-    folder: config.json and model.safetensors. bfloat16 autocast on a GPU (its own default), else float32. Its
-    constructor asks torch.hub for DINOv2: offline, that must be in torch.hub's cache and config.json must say
-    "torch_hub_pretrained": false. FileNotFoundError without the files, ValueError without the package.
-    It answers for any video, featureless ones too: only poses that are not finite count as failed.
+    Its attribute cameras(videos) -> (c2w, intrinsics (n, 4) fx/W fy/H 0.5 0.5 of the first
+    frame). stride > 1 estimates every stride-th frame only (evenly spread, first and last
+    included) and interpolates the rest: on the ten evaluation paths at up to double speed that
+    alone costs at most 0.22 mm at stride 3.
+    folder: config.json and model.safetensors. bfloat16 autocast on a GPU (its own default), else
+    float32. Its constructor asks torch.hub for DINOv2: offline, that must be in torch.hub's cache
+    and config.json must say "torch_hub_pretrained": false. FileNotFoundError without the files,
+    ValueError without the package. It answers for any video, featureless ones too: only poses
+    that are not finite count as failed.
     """
     for file in ("config.json", "model.safetensors"):
         expect(Path(folder) / file, "MapAnything")
     try:
         from mapanything.models import MapAnything
     except ImportError as error:
-        raise ValueError("trans and rot need MapAnything: pip install "
-                         f"git+https://github.com/facebookresearch/map-anything ({error})") from None
+        url = "git+https://github.com/facebookresearch/map-anything"
+        raise ValueError(f"trans and rot need MapAnything: pip install {url} ({error})") from None
     try:
-        model = MapAnything.from_pretrained(str(folder), strict=True).eval().requires_grad_(False).to(device)
+        model = MapAnything.from_pretrained(str(folder), strict=True)
+        model = model.eval().requires_grad_(False).to(device)
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{folder}: no MapAnything checkpoint ({str(error).splitlines()[0]})") from error
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{folder}: no MapAnything checkpoint ({why})") from error
 
     @torch.no_grad()
     def cameras(videos):
@@ -155,10 +175,12 @@ def mapanything(folder, device="cpu", stride=1):
         kept = spread(math.ceil((frames - 1) / stride) + 1, frames)
         images = mapanything_views(videos[:, kept.to(videos.device)])
         views = [{"img": image, "data_norm_type": ["dinov2"]} for image in images.unbind(1)]
-        with on_device(model, videos.device):  # masks take time and touch no pose; 8 dense maps take 5 GB
+        # masks take time and touch no pose; 8 dense maps take 5 GB
+        with on_device(model, videos.device):
             views = model.infer(views, use_amp=videos.is_cuda, apply_mask=False, mask_edges=False,
                                 minibatch_size=8)
-        c2w = torch.stack([view["camera_poses"] for view in views], 1)  # a copy: theirs are inference tensors
+        # a copy: theirs are inference tensors
+        c2w = torch.stack([view["camera_poses"] for view in views], 1)
         h, w = mapanything_size(H, W)[1]
         fx, fy = (views[0]["intrinsics"][:, i, i].double() / size for i, size in ((0, w), (1, h)))
         half = torch.full_like(fx, 0.5)
@@ -175,7 +197,8 @@ def mapanything(folder, device="cpu", stride=1):
 # ---- Qwen2-VL, the body of VideoAlign and HPSv3 ----
 
 def smart_size(height, width, least, most):
-    """Qwen2-VL's size for an image: multiples of 28, aspect ratio about kept, `least` to `most` pixels."""
+    """Qwen2-VL's size for an image: multiples of 28, aspect ratio about kept, `least` to `most`
+    pixels."""
     h, w = (max(28, round(x / 28) * 28) for x in (height, width))
     if h * w > most:
         beta = math.sqrt(height * width / most)
@@ -187,7 +210,8 @@ def smart_size(height, width, least, most):
 
 
 def patchify(clip):
-    """uint8 (t, H, W, 3) -> Qwen2-VL's patches, uint8 (t/2 * H/14 * W/14, 3*2*14*14), and (t/2, H/14, W/14).
+    """uint8 (t, H, W, 3) -> Qwen2-VL's patches, uint8 (t/2 * H/14 * W/14, 3*2*14*14), and (t/2,
+    H/14, W/14).
 
     Patches of 2 x 14 x 14 pixels, in 2 x 2 groups; a single image counts as two equal frames.
     """
@@ -202,19 +226,23 @@ def patchify(clip):
 
 def normalise(patches):
     """uint8 patches (N, 3*2*14*14) -> float32, by CLIP's mean and deviation."""
-    mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
-    grey = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float()  # as the official code rounds it
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    # as the official code rounds it
+    grey = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float()
     table = ((grey - mean[:, None]) / std[:, None]).to(patches.device)
     channels = patches.view(len(patches), 3, -1).int().unbind(1)
     return torch.cat([row[x] for row, x in zip(table, channels)], 1)
 
 
 def merge_lora(state, scale, file):
-    """State dict of a checkpoint (PEFT's or plain) -> keys of transformers' Qwen2VLModel and rm_head.*,
-    adapters folded in: W + scale B A, in float32. The language-model head is dropped. file: for the error."""
+    """State dict of a checkpoint (PEFT's or plain) -> keys of transformers' Qwen2VLModel and
+    rm_head.*, adapters folded in: W + scale B A, in float32. The language-model head is dropped.
+    file: for the error."""
     plain = {}
     for key, x in state.items():
-        key = key.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default", "")
+        key = key.removeprefix("base_model.model.")
+        key = key.replace(".base_layer", "").replace(".default", "")
         if not key.startswith("lm_head."):
             plain[re.sub(r"^model\.", "language_model.", key)] = x
     for key in [key for key in plain if ".lora_A." in key]:
@@ -228,7 +256,8 @@ def merge_lora(state, scale, file):
 
 
 def reward_head(state):
-    """Takes rm_head.* out of a state dict: its Linear layers in float32, ReLU between them, no dropout."""
+    """Takes rm_head.* out of a state dict: its Linear layers in float32, ReLU between them, no
+    dropout."""
     layers = []
     for key in sorted(key for key in state if re.fullmatch(r"rm_head\.(\d\.)?weight", key)):
         weight = state.pop(key).float()
@@ -244,10 +273,11 @@ def reward_head(state):
 def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torch.float32):
     """A Qwen2-VL that reads a clip and a prompt and scores its hidden state at each of `tokens`.
 
-    base: folder with config.json and the tokenizer; state: as merge_lora gives it; file: where it came from,
-    for errors; template: text file in prompts/; media: "image" or "video". Returns read(clips, prompts,
-    batch=8) -> float32 logits (n, tokens, outputs), clips a list of uint8 (t, H, W, 3) of any size divisible
-    by 28 (t even for video, 1 for image). The body runs in `dtype`, the head in float32.
+    base: folder with config.json and the tokenizer; state: as merge_lora gives it; file: where it
+    came from, for errors; template: text file in prompts/; media: "image" or "video". Returns
+    read(clips, prompts, batch=8) -> float32 logits (n, tokens, outputs), clips a list of uint8
+    (t, H, W, 3) of any size divisible by 28 (t even for video, 1 for image). The body runs in
+    `dtype`, the head in float32.
     """
     from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
 
@@ -260,8 +290,9 @@ def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torc
     head = reward_head(state)
     rows = len(state.get("language_model.embed_tokens.weight", ()))
     if not len(head) or rows != len(tokenizer):
-        raise ValueError(f"{file}: expected rm_head and {len(tokenizer)} embeddings (the tokenizer of {base} "
-                         f"and {', '.join(tokens)}), found {len(head)} head layers and {rows} embeddings")
+        raise ValueError(f"{file}: expected rm_head and {len(tokenizer)} embeddings (the tokenizer "
+                         f"of {base} and {', '.join(tokens)}), found {len(head)} head layers and "
+                         f"{rows} embeddings")
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     config.text_config.vocab_size = rows
     with torch.device("meta"):
@@ -274,7 +305,8 @@ def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torc
     pad = f"<|{media}_pad|>"
 
     def tokenize(prompts, grids):
-        """Official chat template -> right-padded ids and mask (n, L); one media token per 2 x 2 patches."""
+        """Official chat template -> right-padded ids and mask (n, L); one media token per 2 x 2
+        patches."""
         texts = ["<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
                  f"<|vision_start|>{pad * (math.prod(grid) // 4)}<|vision_end|>"
                  f"{template.replace('{text_prompt}', prompt)}<|im_end|>\n<|im_start|>assistant\n"
@@ -297,7 +329,8 @@ def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torc
         with on_device(both, device):
             hidden = body(
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False,
-                # Plain positions, as both were trained; transformers' default, 3-D ones, is off by 0.1-0.5.
+                # Plain positions, as both were trained; transformers' default, 3-D ones, is off by
+                # 0.1-0.5.
                 position_ids=torch.arange(ids.shape[1], device=device).expand(3, *ids.shape),
                 **{f"{media}_grid_thw": torch.tensor(grids, device=device),
                    {"image": "pixel_values", "video": "pixel_values_videos"}[media]:
@@ -313,14 +346,16 @@ def qwen2vl(base, state, file, template, tokens, media, device="cpu", dtype=torc
 # ---- VideoAlign ----
 
 def frame_count(frames, fps, rate):
-    """How many of `frames` frames at `fps` VideoAlign looks at: `rate` a second, even, at least 4."""
+    """How many of `frames` frames at `fps` VideoAlign looks at: `rate` a second, even, at least
+    4."""
     if frames < 2:
         raise ValueError(f"VideoAlign needs at least 2 frames, found {frames}")
     return round(min(max(frames / fps * rate, 4), frames // 2 * 2) / 2) * 2
 
 
 def videoalign_frames(video, fps, rate=2.0, most=448 * 448):
-    """uint8 (T, H, W, 3) -> the frames (t, h, w, 3) VideoAlign sees; resized as torchvision would."""
+    """uint8 (T, H, W, 3) -> the frames (t, h, w, 3) VideoAlign sees; resized as torchvision
+    would."""
     x = video[spread(frame_count(len(video), fps, rate), len(video)).to(video.device)]
     size = smart_size(*video.shape[1:3], 128 * 28 * 28, most)
     x = F.interpolate(x.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True)
@@ -330,12 +365,13 @@ def videoalign_frames(video, fps, rate=2.0, most=448 * 448):
 def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dtype=torch.float32):
     """VideoAlign's reward model (VideoReward), either published layout, LoRA merged by hand.
 
-    Scores are in standard deviations of its training set where model_config.json has inference_config, else
-    raw. grey_mq: motion is judged without colour, in a second pass (LongCat-Video), since VideoAlign alone
-    rewards over-exposed, over-saturated videos. Frames come from the tensor, where the official code decodes
-    an mp4. On two real 480p clips, H.264 at crf 18-28 (41-33 dB) moved scores by up to 0.02, which lies
-    between what +-1 grey level of noise does (0.003) and what tells the clips apart (0.04-0.19); measured
-    with small random weights.
+    Scores are in standard deviations of its training set where model_config.json has
+    inference_config, else raw. grey_mq: motion is judged without colour, in a second pass
+    (LongCat-Video), since VideoAlign alone rewards over-exposed, over-saturated videos. Frames
+    come from the tensor, where the official code decodes an mp4. On two real 480p clips, H.264 at
+    crf 18-28 (41-33 dB) moved scores by up to 0.02, which lies between what +-1 grey level of
+    noise does (0.003) and what tells the clips apart (0.04-0.19); measured with small random
+    weights.
     """
     folder = Path(folder)
     base = Path(base)
@@ -344,8 +380,9 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
         config = json.loads(file.read_text())
         data = config["data_config"]
         lora = config["peft_lora_config"]
-        found = (data["prompt_template_type"], data["num_frames"], config["model_config"]["reward_token"],
-                 lora.get("use_rslora", False), data.get("sample_type", "uniform"))
+        found = (data["prompt_template_type"], data["num_frames"],
+                 config["model_config"]["reward_token"], lora.get("use_rslora", False),
+                 data.get("sample_type", "uniform"))
         scale = lora["lora_alpha"] / lora["lora_r"]
         norm = config.get("inference_config")
         rate = data["fps"]
@@ -355,30 +392,37 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not VideoAlign's ({type(error).__name__}: {error})") from None
     if found != ("detailed_special", None, "special", False, "uniform"):
-        raise ValueError(f"{file}: expected prompt_template_type, num_frames, reward_token, use_rslora, sample_type "
-                         f"to be detailed_special, None, special, False, uniform, found {found}")
-    steps = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+        raise ValueError(f"{file}: expected prompt_template_type, num_frames, reward_token, "
+                         "use_rslora, sample_type to be detailed_special, None, special, False, "
+                         f"uniform, found {found}")
+    steps = {int(path.name[11:]): path for path in folder.glob("checkpoint-*")
+             if path.name[11:].isdigit()}
     if not steps:
-        raise FileNotFoundError(f"{folder}/checkpoint-<step>: not found; expected there for VideoAlign")
+        raise FileNotFoundError(f"{folder}/checkpoint-<step>: not found; expected there for "
+                                "VideoAlign")
     step = steps[max(steps)]
     if (step / "model.pth").exists():
         state = read_weights(step / "model.pth")
     else:
         adapter = expect(step / "adapter_model.safetensors", "VideoAlign (or model.pth beside it)")
         others = expect(step / "non_lora_state_dict.pth", "VideoAlign")
-        files = sorted(base.glob("*.safetensors")) or [expect(base / "model.safetensors", "the adapters")]
+        files = sorted(base.glob("*.safetensors"))
+        files = files or [expect(base / "model.safetensors", "the adapters")]
         state = {}
         for file in [*files, adapter, others]:
-            state |= {key.removeprefix("base_model.model."): x for key, x in read_weights(file).items()}
+            for key, x in read_weights(file).items():
+                state[key.removeprefix("base_model.model.")] = x
     tokens = [f"<|{name}_reward|>" for name in ("VQ", "MQ", "TA")]
     state = merge_lora(state, scale, step)
     read = qwen2vl(base, state, step, "videoalign.txt", tokens, "video", device, dtype)
 
     def grade(videos, scene):
-        frames = [videoalign_frames(video, fps, rate, most) for video, fps in zip(videos, scene.fps.tolist())]
+        frames = [videoalign_frames(video, fps, rate, most)
+                  for video, fps in zip(videos, scene.fps.tolist())]
         x = read(frames, scene.prompt)
         x = x[..., 0] if x.shape[-1] == 1 else x.diagonal(dim1=1, dim2=2)
-        return dict(zip(("vq", "mq", "ta"), ((x - x.new_tensor(mean)) / x.new_tensor(std)).unbind(1)))
+        x = (x - x.new_tensor(mean)) / x.new_tensor(std)
+        return dict(zip(("vq", "mq", "ta"), x.unbind(1)))
 
     def reward(videos, scene):
         scores = grade(videos, scene) if set(names) - {"mq"} or not grey_mq else {}
@@ -398,9 +442,9 @@ def videoalign(folder, base, names=("vq", "mq"), grey_mq=False, device="cpu", dt
 def hpsv3(file, base, prompt=None, device="cpu", dtype=torch.float32):
     """HPSv3's mean score mu over the frames.
 
-    prompt: one fixed text for all frames in place of each video's own (LongCat-Video: "A high-quality
-    image"), which leaves text alignment out. Pixels are bit for bit the official code's for image files
-    (Pillow's bicubic).
+    prompt: one fixed text for all frames in place of each video's own (LongCat-Video: "A
+    high-quality image"), which leaves text alignment out. Pixels are bit for bit the official
+    code's for image files (Pillow's bicubic).
     """
     state = merge_lora(read_weights(expect(Path(file), "HPSv3")), 1, file)
     read = qwen2vl(base, state, file, "hpsv3.txt", ["<|Reward|>"], "image", device, dtype)

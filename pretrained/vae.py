@@ -28,7 +28,8 @@ class CausalConv3d(nn.Conv3d):
     """Convolution over the present and the past; before the first frame there are zeros."""
 
     def __init__(self, width_in, width_out, kernel, stride=1):
-        super().__init__(width_in, width_out, kernel, (stride, 1, 1), (0, kernel[1] // 2, kernel[2] // 2))
+        padding = (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(width_in, width_out, kernel, (stride, 1, 1), padding)
 
     def forward(self, x, past):
         keep = self.kernel_size[0] - self.stride[0]
@@ -48,7 +49,8 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width, 1, 1) if image else torch.ones(width, 1, 1, 1))
 
     def forward(self, x):
-        return F.rms_norm(x.movedim(1, -1), self.gamma.shape[:1], self.gamma.flatten(), 1e-24).movedim(-1, 1)
+        x = F.rms_norm(x.movedim(1, -1), self.gamma.shape[:1], self.gamma.flatten(), 1e-24)
+        return x.movedim(-1, 1)
 
 
 class Chain(nn.Sequential):
@@ -70,9 +72,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.residual = Chain(
             RMSNorm(width_in), nn.SiLU(inplace=True), CausalConv3d(width_in, width_out, (3, 3, 3)),
-            RMSNorm(width_out), nn.SiLU(inplace=True), nn.Identity(),  # where training had its dropout
+            RMSNorm(width_out), nn.SiLU(inplace=True), nn.Identity(),  # where training had dropout
             CausalConv3d(width_out, width_out, (3, 3, 3)))
-        self.shortcut = CausalConv3d(width_in, width_out, (1, 1, 1)) if width_in != width_out else None
+        same = width_in == width_out
+        self.shortcut = None if same else CausalConv3d(width_in, width_out, (1, 1, 1))
 
     def forward(self, x, past):
         return self.residual(x, past).add_(x if self.shortcut is None else self.shortcut(x, past))
@@ -102,7 +105,8 @@ class Downsample(nn.Module):
 
     def __init__(self, width, time):
         super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
+        conv = nn.Conv2d(width, width, 3, stride=2)
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv)
         self.time_conv = CausalConv3d(width, width, (3, 1, 1), stride=2) if time else None
 
     def forward(self, x, past):
@@ -129,12 +133,16 @@ class Upsample(nn.Module):
         if self.time_conv is not None and self.time_conv in past:
             x = self.time_conv(x, past).movedim(1, -1).unflatten(-1, (2, -1))  # (B,T,H,W,2,C)
             x = x.movedim(-2, 2).flatten(1, 2).movedim(-1, 1)  # (B,C,2T,H,W), each pair in order
-        elif self.time_conv is not None:  # the first frame; the next one looks back on zeros, not on it
+        elif self.time_conv is not None:  # the first frame; the next looks back on zeros, not on it
             past[self.time_conv] = torch.zeros_like(x).repeat(1, 1, 2, 1, 1)
         return per_frame(self.resample, x)
 
 
 # ---- the two halves, and the codec
+
+
+def middle(width):
+    return Chain(ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width))
 
 
 class Encoder(nn.Module):
@@ -150,8 +158,9 @@ class Encoder(nn.Module):
             if level < len(temporal):
                 layers.append(Downsample(width, temporal[level]))
         self.downsamples = Chain(*layers)
-        self.middle = Chain(ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width))
-        self.head = Chain(RMSNorm(width), nn.SiLU(inplace=True), CausalConv3d(width, 2 * z, (3, 3, 3)))
+        self.middle = middle(width)
+        conv = CausalConv3d(width, 2 * z, (3, 3, 3))
+        self.head = Chain(RMSNorm(width), nn.SiLU(inplace=True), conv)
 
     def forward(self, x, past):
         return self.head(self.middle(self.downsamples(self.conv1(x, past), past), past), past)
@@ -162,7 +171,7 @@ class Decoder(nn.Module):
         super().__init__()
         width = widths[-1]
         self.conv1 = CausalConv3d(z, width, (3, 3, 3))
-        self.middle = Chain(ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width))
+        self.middle = middle(width)
         layers = []
         for level, out in enumerate(widths[:0:-1]):
             for _ in range(blocks + 1):
@@ -202,10 +211,11 @@ class VAE(nn.Module):
         check(video, "video", 3)
         T, H, W = video.shape[2:]
         if (T - 1) % self.time or H % self.space or W % self.space:
-            raise ValueError(f"video: {T} frames of {H}x{W}; expected {self.time}k+1 frames, height and "
-                             f"width divisible by {self.space}")
+            raise ValueError(f"video: {T} frames of {H}x{W}; expected {self.time}k+1 frames, "
+                             f"height and width divisible by {self.space}")
         low, high = video.aminmax()
-        if not (low >= -1.5 and high <= 1.5):  # leaves room for a resize's overshoot, none for 0..255 or NaN
+        # leaves room for a resize's overshoot, none for 0..255 or NaN
+        if not (low >= -1.5 and high <= 1.5):
             raise ValueError(f"video: values from {low:.3g} to {high:.3g}; expected [-1, 1]")
         past = {}
         mu = []
@@ -230,7 +240,8 @@ class VAE(nn.Module):
         not with F. ValueError for another shape or dtype."""
         check(latents, "latents", self.z)
         B, _, frames, h, w = latents.shape
-        video = latents.new_empty(B, 3, self.time * (frames - 1) + 1, self.space * h, self.space * w)
+        T = self.time * (frames - 1) + 1
+        video = latents.new_empty(B, 3, T, self.space * h, self.space * w)
         end = 0
         for piece in self.decode_chunks(latents):
             video[:, :, end : end + piece.shape[2]] = piece
@@ -240,7 +251,8 @@ class VAE(nn.Module):
     def place(self, x):
         """To the weights' device and dtype, channels last in memory: convolutions and norms are
         faster so."""
-        return x.to(self.conv1.weight.device, self.conv1.weight.dtype, memory_format=torch.channels_last_3d)
+        weight = self.conv1.weight
+        return x.to(weight.device, weight.dtype, memory_format=torch.channels_last_3d)
 
 
 def statistics(x):
@@ -249,7 +261,8 @@ def statistics(x):
 
 def check(x, name, channels):
     if x.dim() != 5 or x.shape[1] != channels or not x.numel():
-        raise ValueError(f"{name}: shape {tuple(x.shape)}, expected (B, {channels}, frames, height, width)")
+        raise ValueError(f"{name}: shape {tuple(x.shape)}, expected (B, {channels}, frames, "
+                         "height, width)")
     if not x.is_floating_point():
         raise ValueError(f"{name}: dtype {x.dtype}, expected floating point")
 
@@ -261,14 +274,16 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     """Official `Wan2.1_VAE.pth`, or the same keys in safetensors -> VAE; its shape is read off the
     weights. FileNotFoundError; ValueError when the file is not such a VAE."""
     state = read_weights(path)
-    downs = sorted(int(m[1]) for m in (re.fullmatch(r"encoder\.downsamples\.(\d+)\.resample\.1\.weight", k)
-                                       for k in state) if m)
-    keys = {"encoder.conv1.weight": 5,  # as long as the first convolution is wide, then as each level is
+    down = re.compile(r"encoder\.downsamples\.(\d+)\.resample\.1\.weight")
+    downs = sorted(int(m[1]) for m in map(down.fullmatch, state) if m)
+    # as long as the first convolution is wide, then as each level is
+    keys = {"encoder.conv1.weight": 5,
             **{f"encoder.downsamples.{i}.resample.1.weight": 4 for i in downs or [2]},
             "encoder.head.0.gamma": 4}
     need(path, state, "Wan VAE", {**keys, "conv2.weight": 5})
     if (z := len(state["conv2.weight"])) != len(MEAN):
-        raise ValueError(f"{path}: {z} latent channels, expected {len(MEAN)}, whose statistics are published")
+        raise ValueError(f"{path}: {z} latent channels, expected {len(MEAN)}, whose statistics are "
+                         "published")
     with torch.device("meta"):
         temporal = [f"encoder.downsamples.{i}.time_conv.weight" in state for i in downs]
         vae = VAE(z, [len(state[k]) for k in keys], downs[0], temporal)

@@ -1,7 +1,8 @@
-"""The published files: their names; reading, checking and filling of weights; where models live between uses.
+"""The published files: their names; reading, checking and filling of weights; where models live
+between uses.
 
-    python -m pretrained.weights FOLDER               what is there, whole and recognised, and for whom
-    python -m pretrained.weights merge BASE CKPT OUT  base and checkpoint as one file, for other tools
+    python -m pretrained.weights FOLDER               what is there, whole, recognised, for whom
+    python -m pretrained.weights merge BASE CKPT OUT  base and checkpoint as one, for other tools
 """
 import importlib.util
 import json
@@ -46,11 +47,14 @@ class Policy:
 def find_policy(weights):
     """Which policy a folder of weights holds, by its files and their keys -> Policy.
 
-    ReCamMaster is a whole DiT, as published or the same keys in safetensors; ReDirector lies over its base;
-    a base alone that takes no cameras is Wan T2V. Whether the files are there is for the reader to find out.
-    ValueError for two policies in one folder.
+    ReCamMaster is a whole DiT, as published or the same keys in safetensors; ReDirector lies over
+    its base; a base alone that takes no cameras is Wan T2V. Whether the files are there is for
+    the reader to find out. ValueError for two policies in one folder.
     """
-    base, redirector, recammaster = (Path(weights) / name for name in (DIT, REDIRECTOR, RECAMMASTER))
+    weights = Path(weights)
+    base = weights / DIT
+    redirector = weights / REDIRECTOR
+    recammaster = weights / RECAMMASTER
 
     def has(file, part):
         return file.is_file() and any(part in key for key in open_tensors(file)[0])
@@ -58,8 +62,8 @@ def find_policy(weights):
     whole = [file for file in (redirector, base) if has(file, ".cam_encoder.")]
     if recammaster.is_file():
         if redirector.is_file() and redirector not in whole:
-            raise ValueError(f"{weights}: expected one policy, found {RECAMMASTER} (ReCamMaster) and "
-                             f"{REDIRECTOR} (ReDirector)")
+            raise ValueError(f"{weights}: expected one policy, found {RECAMMASTER} (ReCamMaster) "
+                             f"and {REDIRECTOR} (ReDirector)")
         whole = [recammaster]
     if whole:
         return Policy("ReCamMaster", (whole[0],), True, ("text", "latents"))
@@ -76,14 +80,16 @@ def weights_sizes(weights):
     files += [Path(weights) / IMAGE_FILE] if "image" in policy.parts else []
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
-        raise FileNotFoundError(f"{', '.join(missing)}: no such file, expected the published weights")
+        raise FileNotFoundError(f"{', '.join(missing)}: no such file, expected the published "
+                                "weights")
     return {f"bytes of {file.name}": file.stat().st_size for file in files}
 
 
 def expect(path, what):
     """The path, if it is there; else FileNotFoundError that says what was looked for."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; expected for {what} (rewards.py lists all files)")
+        raise FileNotFoundError(f"{path}: not found; expected for {what} (rewards.py lists all "
+                                "files)")
     return path
 
 
@@ -94,23 +100,27 @@ def first_line(error):
 
 
 def read_weights(path):
-    """State dict of a .safetensors or .pth file, memory-mapped, on the CPU; nothing pickled is executed.
-    FileNotFoundError; ValueError when the file is truncated, foreign, or holds more than tensors."""
+    """State dict of a .safetensors or .pth file, memory-mapped, on the CPU; nothing pickled is
+    executed. FileNotFoundError; ValueError when the file is truncated, foreign, or holds more
+    than tensors."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        is_zip = zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
         what = re.search(r"GLOBAL [\w.]+|Unsupported operand \d+", str(error))
         raise ValueError(f"{path}: refused: foreign, or holds pickled code instead of only tensors"
                          f"{f' ({what[0]})' if what else ''}") from None
     except Exception as error:  # readers raise anything on bytes that make no sense
         raise ValueError(f"{path}: truncated, or no checkpoint ({first_line(error)})") from None
-    if not isinstance(state, dict) or not all(type(k) is str and torch.is_tensor(state[k]) for k in state):
-        raise ValueError(f"{path}: holds other things than tensors; expected a dict of names and tensors")
+    if (not isinstance(state, dict)
+            or not all(type(k) is str and torch.is_tensor(state[k]) for k in state)):
+        raise ValueError(f"{path}: holds other things than tensors; expected a dict of names and "
+                         "tensors")
     return state
 
 
@@ -118,9 +128,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
 def open_tensors(path):
-    """A DiT's file -> ({key: shape}, function key -> tensor). Safetensors are opened anew for every key:
-    closing the file gives its mapped memory back. .ckpt, .pth and .pt are read by read_weights.
-    FileNotFoundError; ValueError if it is cut off, foreign, or holds other things than floats."""
+    """A DiT's file -> ({key: shape}, function key -> tensor). Safetensors are opened anew for
+    every key: closing the file gives its mapped memory back. .ckpt, .pth and .pt are read by
+    read_weights. FileNotFoundError; ValueError if it is cut off, foreign, or holds other things
+    than floats."""
     if Path(path).suffix in (".ckpt", ".pth", ".pt"):
         state = read_weights(path)
         shapes = {key: tuple(x.shape) for key, x in state.items()}
@@ -145,18 +156,20 @@ def open_tensors(path):
 
 
 def refuse_prefix(path, keys, known):
-    """ValueError where a file's keys are known ones behind a prefix, as wrappers and converters leave it
-    (module., model.diffusion_model., _orig_mod.). known: keys, or beginnings of keys, that tell."""
+    """ValueError where a file's keys are known ones behind a prefix, as wrappers and converters
+    leave it (module., model.diffusion_model., _orig_mod.). known: keys, or beginnings of keys,
+    that tell."""
     for key in keys:
         for start in known:
             before = key.find("." + start) + 1
             if before and not any(key.startswith(x) for x in known):
-                message = f"{path}: its {len(keys)} keys begin with {key[:before]!r}, expected without:"
-                raise ValueError(with_three(message, sorted(keys)))
+                found = f"its {len(keys)} keys begin with {key[:before]!r}, expected without:"
+                raise ValueError(with_three(f"{path}: {found}", sorted(keys)))
 
 
 def with_three(message, lines):
-    """A message and the first three lines, shortened where it would be longer than 285 characters."""
+    """A message and the first three lines, shortened where it would be longer than 285
+    characters."""
     lines = lines[:3]
     room = 285 - len(message)
     if sum(len(line) + 2 for line in lines) > room:
@@ -166,15 +179,17 @@ def with_three(message, lines):
 
 
 def misfit(path, wrong, what):
-    """The ValueError for a file whose keys do not fit a model: how many, and three, of each kind if they are of
-    several (missing, unexpected, of another shape)."""
-    firsts = {line.partition(" ")[0]: line for line in wrong[::-1] if line.startswith(("missing", "unexpected"))}
+    """The ValueError for a file whose keys do not fit a model: how many, and three, of each kind
+    if they are of several (missing, unexpected, of another shape)."""
+    firsts = {line.partition(" ")[0]: line for line in wrong[::-1]
+              if line.startswith(("missing", "unexpected"))}
     shown = list(dict.fromkeys([*firsts.values(), *(x for x in wrong if " is " in x), *wrong]))[:3]
     return ValueError(with_three(f"{path}: {len(wrong)} keys do not fit {what}:", shown))
 
 
 def refuse_misfit(path, shapes, expected, missing, what):
-    """ValueError unless the {key: shape} of a file are among those `expected`, and no key is `missing`."""
+    """ValueError unless the {key: shape} of a file are among those `expected`, and no key is
+    `missing`."""
     wrong = [f"unexpected {key}" for key in shapes if key not in expected]
     wrong += [f"{key} is {shape}, expected {expected[key]}"
               for key, shape in shapes.items() if expected.get(key, shape) != shape]
@@ -193,17 +208,20 @@ def refuse_nan(path, key, x):
 
 
 def need(path, state, what, dims):
-    """ValueError unless the keys of `dims`, from which a shape is read, are there with as many dimensions."""
+    """ValueError unless the keys of `dims`, from which a shape is read, are there with as many
+    dimensions."""
     refuse_prefix(path, state, dims)
     wrong = [k for k in dims if k not in state or state[k].dim() != dims[k]]
     if wrong:
-        message = f"{path}: no {what}: missing or misshapen {', '.join(wrong[:2])}; the first of its {len(state)} keys:"
+        message = (f"{path}: no {what}: missing or misshapen {', '.join(wrong[:2])}; the first of "
+                   f"its {len(state)} keys:")
         raise ValueError(with_three(message, sorted(state)))
 
 
 def fill(model, state, path, device, dtype):
-    """Gives a model built on the meta device its weights, one by one, cast and moved; frozen, in eval mode.
-    ValueError that counts the missing, unexpected and wrongly shaped keys, or names one that holds NaN."""
+    """Gives a model built on the meta device its weights, one by one, cast and moved; frozen, in
+    eval mode. ValueError that counts the missing, unexpected and wrongly shaped keys, or names
+    one that holds NaN."""
     if not dtype.is_floating_point:
         raise ValueError(f"dtype {dtype}, expected floating point")
     expected = model.state_dict()
@@ -244,10 +262,12 @@ def on_device(module, device):
 # ---- python -m pretrained.weights FOLDER ----
 
 def model_name(shapes):
-    """Which published model a state dict's {key: shape} is of; ValueError where it is none that is known."""
+    """Which published model a state dict's {key: shape} is of; ValueError where it is none that
+    is known."""
     has = lambda part: any(part in key for key in shapes)
     blocks = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
-    width = next((shape[0] for key, shape in shapes.items() if key.endswith("self_attn.q.weight")), 0)
+    widths = [shape[0] for key, shape in shapes.items() if key.endswith("self_attn.q.weight")]
+    width = widths[0] if widths else 0
     if has(".cam_encoder."):
         return f"ReCamMaster's DiT, {blocks} blocks of width {width}"
     if has("patch_embedding.weight") and has(".self_attn."):
@@ -256,8 +276,9 @@ def model_name(shapes):
     if shapes and all(".self_attn." in key for key in shapes):
         kind = "ReDirector's self-attention" if has("rope_phase") else "self-attention without RoCE"
         return f"{kind}, {blocks} blocks of width {width}"
-    others = {"token_embedding.weight": "umT5 text encoder", "visual.pos_embedding": "CLIP image tower",
-              "decoder.conv1.weight": "Wan VAE", "rm_head.0.weight": "HPSv3", "rm_head.weight": "VideoReward",
+    others = {"token_embedding.weight": "umT5 text encoder",
+              "visual.pos_embedding": "CLIP image tower", "decoder.conv1.weight": "Wan VAE",
+              "rm_head.0.weight": "HPSv3", "rm_head.weight": "VideoReward",
               "info_sharing": "MapAnything", "lora_A": "adapters"}
     for part, name in others.items():
         if has(part):
@@ -272,12 +293,13 @@ FRAMES = "hpsv3"
 POLICY = "policy"
 ENCODERS = "encoders"
 
-# What a folder holds beside its policy: (file, what it must be recognised as or None, the part it belongs to).
-# * is any name.
+# What a folder holds beside its policy: (file, what it must be recognised as or None, the part it
+# belongs to). * is any name.
 LAYOUT = (
     (VAE_FILE, "Wan VAE", POLICY), (TEXT_FILE, "umT5 text encoder", ENCODERS),
     (f"{TOKENIZER}/tokenizer.json", None, ENCODERS),
-    (f"{TOKENIZER}/tokenizer_config.json", None, ENCODERS), (IMAGE_FILE, "CLIP image tower", ENCODERS),
+    (f"{TOKENIZER}/tokenizer_config.json", None, ENCODERS),
+    (IMAGE_FILE, "CLIP image tower", ENCODERS),
     ("map-anything/config.json", None, CAMERAS),
     ("map-anything/model.safetensors", "MapAnything", CAMERAS),
     ("VideoReward/model_config.json", None, GRADES),
@@ -294,9 +316,11 @@ NEEDS = {  # command -> the parts it needs
 
 
 def inspect_file(path, wanted):
-    """What a published file is and its size, in words; ValueError where it is damaged or something else.
+    """What a published file is and its size, in words; ValueError where it is damaged or
+    something else.
 
-    Only headers are read: a file cut off does not fit its header, a changed byte in a tensor is not seen.
+    Only headers are read: a file cut off does not fit its header, a changed byte in a tensor is
+    not seen.
     """
     if path.suffix == ".json":
         try:
@@ -313,11 +337,13 @@ def inspect_file(path, wanted):
         raise ValueError(f"expected {wanted}, found {name}")
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     size = path.stat().st_size
-    return f"{name}, {count:,} parameters, {f'{size / 1e9:.2f} GB' if size > 1e8 else f'{size / 1e6:.2f} MB'}"
+    size = f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB"
+    return f"{name}, {count:,} parameters, {size}"
 
 
 def adapters_of(folder):
-    """The files of VideoReward's other published layout, without model.pth; None where it is not that one."""
+    """The files of VideoReward's other published layout, without model.pth; None where it is not
+    that one."""
     steps = sorted((folder / "VideoReward").glob("checkpoint-*/adapter_model.safetensors"))
     if not steps:
         return None
@@ -327,7 +353,9 @@ def adapters_of(folder):
 
 
 def look_at(folder):
-    """A folder against its policy's files and LAYOUT -> rows (name, part, "ok", "missing" or "damaged", words)."""
+    """A folder against its policy's files and LAYOUT -> rows (name, part, "ok", "missing" or
+    "damaged", words).
+    """
     rows = []
 
     def look(path, wanted, part):
@@ -354,7 +382,8 @@ def look_at(folder):
         for path in others or [found[-1] if found else folder / name]:
             look(path, None if others else wanted, part)
     is_there = importlib.util.find_spec("mapanything") is not None
-    words = "importable" if is_there else "pip install git+https://github.com/facebookresearch/map-anything"
+    url = "git+https://github.com/facebookresearch/map-anything"
+    words = "importable" if is_there else f"pip install {url}"
     rows.append(("the mapanything package", CAMERAS, "ok" if is_there else "missing", words))
     return rows
 
@@ -367,18 +396,22 @@ class Check:
 
 
 def check(config):
-    """Print what a folder of published weights holds; exit code 1 where one is damaged or train lacks one."""
+    """Print what a folder of published weights holds; exit code 1 where one is damaged or train
+    lacks one."""
     folder = Path(config.folder)
     if not config.folder or not folder.is_dir():
-        raise FileNotFoundError(f"{config.folder or '(no name)'}: no such folder of published weights")
+        raise FileNotFoundError(f"{config.folder or '(no name)'}: no such folder of published "
+                                "weights")
     rows = look_at(folder)
     width = max(len(row[0]) for row in rows)
     for name, part, state, words in rows:
         print(f"{state:<8} {name:<{width}}  {words or f'needed for {part}'}")
     wanted = {item.rpartition("=")[0].strip() for item in config.rewards.split(",")}
     asked = tuple(part for part in (CAMERAS, GRADES, FRAMES) if wanted & set(part.split(", ")))
-    lacks = {command: [row for row in rows if row[1] in parts + (asked if command == "train" else ())
-                       and row[2] != "ok"] for command, parts in NEEDS.items()}
+    lacks = {}
+    for command, parts in NEEDS.items():
+        needed = parts + (asked if command == "train" else ())
+        lacks[command] = [row for row in rows if row[1] in needed and row[2] != "ok"]
     for command, missing in lacks.items():
         extra = ""
         if command == "train":
@@ -396,15 +429,18 @@ def check(config):
 @dataclass
 class Merge:
     """python -m pretrained.weights merge BASE CKPT OUT"""
-    files: str = ""             # BASE (a folder of published weights, or a DiT's file), CKPT (a checkpoint or
-                                # its run's folder), OUT (the .safetensors file to write); may be given plainly
+    files: str = ""             # BASE (a folder of published weights, or a DiT's file), CKPT (a
+                                # checkpoint or its run's folder), OUT (the .safetensors file to
+                                # write); may be given plainly
 
 
 def merge(config):
-    """Write a DiT's whole weights: a checkpoint's laid over the base's, keys and types as the base's."""
+    """Write a DiT's whole weights: a checkpoint's laid over the base's, keys and types as the
+    base's."""
     names = config.files.split(",")
     if len(names) != 3 or not all(names):
-        raise ValueError(f"merge: expected BASE CKPT OUT, without commas in them, found {config.files!r}")
+        raise ValueError("merge: expected BASE CKPT OUT, without commas in them, found "
+                         f"{config.files!r}")
     base = Path(names[0])
     out = Path(names[2])
     checkpoint = find_checkpoint(names[1])
@@ -416,7 +452,8 @@ def merge(config):
         raise ValueError(f"{out}: expected the name of a new .safetensors file")
     state = {}
     for file in (*sources, checkpoint):
-        lay_over(state, file, is_first=file == sources[0], adds=file != checkpoint or len(sources) == 1)
+        adds = file != checkpoint or len(sources) == 1
+        lay_over(state, file, is_first=file == sources[0], adds=adds)
     with safe_open(checkpoint, "pt") as file:
         made = json.loads((file.metadata() or {}).get(METADATA, "{}"))
     made["what"] = "a whole DiT: its base with self-attention trained by Geo-Align"
@@ -435,9 +472,11 @@ def merge(config):
 
 
 def lay_over(state, file, is_first, adds):
-    """Put a file's tensors over those of `state`, in the types that are there; ValueError for strange ones.
+    """Put a file's tensors over those of `state`, in the types that are there; ValueError for
+    strange ones.
 
-    adds: whether the file may bring keys of its own (ReDirector's RoCE), which get the commonest type.
+    adds: whether the file may bring keys of its own (ReDirector's RoCE), which get the commonest
+      type.
     """
     shapes, read = open_tensors(file)
     usual = Counter(x.dtype for x in state.values()).most_common(1)

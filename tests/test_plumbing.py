@@ -92,9 +92,9 @@ def test_contents_tell_not_places(tmp_path, monkeypatch):
     found = lambda folder: files.digest_files(f for f in (tmp_path / folder).rglob("*") if f.is_file())
     for folder, name, last in ("a", "y", 0), ("b", "y", 0), ("c", "z", 0), ("d", "y", 1):
         for path in tmp_path / folder / ("n" * 255), tmp_path / folder / "\udcff\n" / name:
-            files.write_json(path, 1_234_567_890 + last)
+            files.write_json(path, {"n": 1_234_567_890 + last})
     assert found("a") == found("b") and len({found(folder) for folder in "acd"}) == 3
-    assert files.read_json(path) == 1_234_567_891 and os.listdir(path.parent) == ["y"]
+    assert files.read_json(path) == {"n": 1_234_567_891} and os.listdir(path.parent) == ["y"]
 
 
 # ---- checkpoints ----
