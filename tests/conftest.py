@@ -18,13 +18,18 @@ torch.set_num_threads(1)
 from sampler import schedule  # noqa: E402
 
 
+HANDLERS = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+
 @pytest.fixture(autouse=True)
 def signals():
-    """A run of train.py within a test hears SIGINT and SIGTERM, and leaves them deaf."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    """A run of train.py within a fixture or test hears SIGINT and SIGTERM, and leaves them deaf."""
+    def put_back():
+        for s, handler in HANDLERS.items():
+            signal.signal(s, handler)
+    put_back()
     yield
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+    put_back()
 
 
 def refused(call, *words, error=ValueError):

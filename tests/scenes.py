@@ -4,15 +4,10 @@ import resource
 from contextlib import contextmanager
 
 import numpy as np
-import pytest
 import rewards
 import torch
 import trajectories
-from conftest import ROOT
 from scipy.spatial.transform import Rotation
-
-CASES = ROOT.parent / "shared/cases"
-NEEDS_CASES = pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is not there")
 
 
 def clip(frames=20, height=48, width=64):
@@ -46,10 +41,16 @@ def path_of(frames, i=2):
     return trajectories.resample(trajectories.recammaster(i + 7), frames)
 
 
+def yawed(angles):
+    """A path (T, 4, 4) that turns about y by the given total angles."""
+    c2w = np.tile(np.eye(4), (len(angles), 1, 1))
+    c2w[:, :3, :3] = Rotation.from_rotvec(np.outer(angles, [0, 1, 0])).as_matrix()
+    return c2w
+
+
 def camera_path(frames=9, step=0.1, yaw=0.02):
     """Forward by `step` metres and turned by `yaw` a frame: c2w (1, frames, 4, 4) float64."""
-    c2w = np.tile(np.eye(4), (frames, 1, 1))
-    c2w[:, :3, :3] = Rotation.from_rotvec(np.outer(yaw * np.arange(frames), [0, 1, 0])).as_matrix()
+    c2w = yawed(yaw * np.arange(frames))
     c2w[:, 2, 3] = step * np.arange(frames)
     return torch.from_numpy(c2w)[None]
 

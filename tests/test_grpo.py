@@ -134,8 +134,6 @@ def test_gradient_is_minus_three_halves_a_eps_dv(tau):
         close(found, (1 + half) * (a * eps).sum(), 1e-4)
 
 
-# ---- r = 1, and sums that may be cut anyhow ----
-
 @pytest.mark.parametrize("name", CURES)
 @pytest.mark.parametrize("steps, options", [
     ((2, 3, 4), {}), ((0,), {"guidance": 3.0}), ((0, 1), {"share_noise": False}), ((3, 4), {"tail": 0.4}),
@@ -170,8 +168,6 @@ def test_an_update_is_a_sum_over_micro_batches_conditions_and_ranks(name, steps,
     close((halves[0][0] + halves[1][0]) / 2, total_gradient)
 
 
-# ---- it learns ----
-
 class GaussianPolicy(nn.Module):
     """The exact velocity for data N(mean, diag(std^2)) in 2-D, a trainable mean and std per condition."""
     def __init__(self, conditions):
@@ -201,8 +197,6 @@ def test_policy_improvement(seed, strategy, size):
         optimizer.step()
     assert (1 - judge() / before).min() > 0.9
 
-
-# ---- refusals ----
 
 @pytest.mark.parametrize("message, call", [
     ("weights", lambda: advantages({"a": torch.zeros(2, 2)}, {"b": 1.0})),

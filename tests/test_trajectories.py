@@ -9,7 +9,7 @@ import trajectories as tr
 from conftest import ROOT
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file
-from scenes import pose, walk
+from scenes import pose, walk, yawed
 from scipy.spatial.transform import Rotation
 from scipy.stats import truncnorm
 
@@ -17,13 +17,6 @@ from data.camera_files import check_path
 
 GOLDEN = ROOT / "tests/golden"
 pt = torch.from_numpy
-
-
-def yaw(angles):
-    """A path (T, 4, 4) that turns about y by the given total angles."""
-    c2w = np.tile(np.eye(4), (len(angles), 1, 1))
-    c2w[:, :3, :3] = Rotation.from_rotvec(np.outer(angles, [0, 1, 0])).as_matrix()
-    return c2w
 
 
 def walks(n, frames, seed=0):
@@ -39,7 +32,7 @@ def test_relative_paths_and_speeds_are_their_closed_form():
     c2w = walks(3, 6)
     for found in (tr.relative(c2w), tr.relative(pt(c2w)).numpy()):
         assert_allclose(found, np.linalg.inv(c2w[:, :1]) @ c2w, atol=1e-12)
-    c2w = yaw(0.02 * np.arange(9))
+    c2w = yawed(0.02 * np.arange(9))
     c2w[:, 1, 3] = 0.3 * np.arange(9) ** 2  # steps 0.3 (2i + 1)
     for world in (np.eye(4), pose(np.random.default_rng(1))):
         assert_allclose(tr.speeds(world @ c2w), (0.3 * 15, 0.02), rtol=1e-9)
@@ -66,12 +59,12 @@ def test_rescaled_maximum_speeds_are_those_asked_for(seed):
 def test_rescaling_keeps_turns_and_rest():
     """Turns of more than pi in all are kept, and made; what does not move does not then."""
     for total, omega, expected in ((5 * math.pi, 0.01 * math.pi, math.pi), (2.8, 0.05, 5)):
-        out = tr.rescale(yaw(np.linspace(0, total, 101)), 0.1, omega)
-        assert_allclose(out, yaw(np.linspace(0, expected, 101)), atol=1e-12)
+        out = tr.rescale(yawed(np.linspace(0, total, 101)), 0.1, omega)
+        assert_allclose(out, yawed(np.linspace(0, expected, 101)), atol=1e-12)
     still, line = walks(1, 7)[0, [3] * 7], np.tile(np.eye(4), (9, 1, 1))
     line[:, 2, 3] = np.linspace(0, 3, 9)
-    for path, speeds in ((still, (0, 0)), (line, (0.05, 0)), (yaw(np.linspace(0, 1, 9)), (0, 0.01)),
-                         (np.eye(4)[None], (0, 0))):
+    for path, speeds in ((still, (0, 0)), (line, (0.05, 0)), (np.eye(4)[None], (0, 0)),
+                         (yawed(np.linspace(0, 1, 9)), (0, 0.01))):
         assert_allclose(tr.speeds(tr.rescale(path, 0.05, 0.01)), speeds, rtol=1e-9, atol=1e-15)
     assert_allclose(tr.rescale(still, 0.05, 0.01), still, atol=1e-12)
     assert_allclose(tr.rescale(tr.relative(walks(1, 9)[0]), 0, 0), [np.eye(4)] * 9, atol=1e-12)
@@ -96,7 +89,7 @@ def test_drawn_speeds_follow_the_truncated_gaussians():
 @pytest.mark.parametrize("frames", [1, 2, 17, 41, 161])
 def test_resampling_follows_the_same_curve(frames):
     def curve(n):
-        c2w = yaw(np.linspace(0, 2, n))
+        c2w = yawed(np.linspace(0, 2, n))
         c2w[:, :3, 3] = np.outer(np.linspace(0, 2, n), [1, -2, 0.5])
         return c2w
     assert_allclose(tr.resample(curve(41), frames), curve(frames), atol=1e-12)
@@ -187,7 +180,7 @@ def test_errors_are_their_closed_form(schedule, last, rest):
     target = np.tile(np.eye(4), (2, 9, 1, 1))
     pred = target.copy()
     pred[0, 1:, :3, 3] += offset
-    pred[1, -1:, :3, :3] = yaw([angle])[:, :3, :3]
+    pred[1, -1:, :3, :3] = yawed([angle])[:, :3, :3]
     trans, rot = tr.pose_errors(pt(pred), pt(target), schedule)
     assert_allclose(trans, [np.linalg.norm(offset) * rest, 0], rtol=1e-12)
     assert_allclose(rot, [0, angle * last], rtol=1e-7, atol=1e-20)
@@ -274,16 +267,13 @@ def test_translation_error_where_nothing_moves():
     assert tr.rot_err(pan[:1], pan[:1]) == 0
 
 
-# ---- refusals
-
 def maps_of(c2w, intrinsics=(1, 4)):
     return tr.camera_maps(torch.zeros(c2w), torch.ones(intrinsics), 8, 8)
 
 
 @pytest.mark.parametrize("call, arguments, message", [
-    *((tr.rescale, (yaw([0, 0.1]), *speeds), "rescale") for speeds in (
+    *((tr.rescale, (yawed([0, 0.1]), *speeds), "rescale") for speeds in (
         (-1, 0.1), (math.nan, 0.1), (math.inf, 0.1), (0.1, -1), (0.1, 3.2), (0.1, math.nan))),
-    (tr.draw_speeds, (None, (0.2, 0.1, 0.1, 0.1)), "speed bounds"),
     (tr.resample, (np.eye(4)[None], 0), "at least 1 frame"),
     (tr.recammaster, (1, 0), "at least 1 frame"),
     *((tr.recammaster, (path,), "arc_left") for path in (0, 11, "left", "", 2.5, None)),
