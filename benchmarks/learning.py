@@ -59,6 +59,7 @@ FAST = ("--strategy=random", "--size=1", "--window_per_condition=True", "--tail=
 ARMS = {
     Recipe: {"geo_align": PAPER,
              "fast": (*FAST, "--first=6"),
+             "no_tail": (*FAST, "--tail=0", "--first=6"),
              "later": (*FAST, "--skip=5", "--first=10")},
     Kl: {f"kl{kl:g}": (f"--kl={kl}",) for kl in (0.0, 0.001, 0.01, 0.1)},
     Updates: {f"updates{n}": (f"--updates={n}",) for n in (1, 2, 4)}}
