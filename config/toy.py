@@ -1,4 +1,4 @@
-"""The main job on a laptop: the paper's experiment in miniature (four minutes on two busy cores)."""
+"""The main job on a laptop: the paper's experiment in miniature (three minutes on two free cores)."""
 world = "toy"
 weights = "toy/weights"
 frames = 5
