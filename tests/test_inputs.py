@@ -128,6 +128,7 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
             ("first", "7", "expected at most 6, the steps"),
             ("height", "480", "expected 24, the toy's"),
             ("normalise", "std", "expected max or group"))),
+        ("--rewards=trans=much", "each name once with a number"),
         ("--world=moon", "world: expected toy, clips or captions, found 'moon'"),
         ("--v=(1,2)", "v and omega: expected (lowest, highest, mean, sd)"),
         ("--v=(0.3,0.1,0.2,0.1)", "speed bounds 0.3, 0.1"),

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 import train
 from plumbing import checkpoint, files, guard, ranks, tell
 from plumbing.checkpoint import MOMENTS, STATE, WEIGHTS
-from plumbing.settings import parse
+from plumbing.settings import parse, run_command
 
 
 class Policy:
@@ -280,3 +280,13 @@ def test_a_stream_that_breaks_ends_nothing():
     for stream in closed, full:
         print("x", file=ranks.Steady(stream), flush=True)
     assert ranks.Steady(io.StringIO()).write("abc") == 3
+
+
+def test_a_command_helps_and_an_interruption_ends_it_in_one_line(capsys):
+    def stop(config):
+        raise KeyboardInterrupt
+    commands = {"run": (train.Config, stop, None)}
+    run_command("program", "What it is for.", commands, ["--help"])
+    assert "What it is for." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="program: interrupted"):
+        run_command("program", "What it is for.", commands, [])
