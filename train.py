@@ -188,6 +188,10 @@ class Config:
             need(not given or name in reads[self.world],
                  f"{name}: world = {self.world} does not read it")
 
+    def open_world(self, device):
+        """The data.world.World that these settings name."""
+        return WORLDS[self.world](self, device)
+
     def window(self, iteration):
         """The stochastic steps of an iteration, which are trained on: C tuples of indices."""
         return [window(iteration, self.steps, self.size, self.strategy, self.stride,
@@ -216,7 +220,7 @@ def main(argv):
     device = launch(config.world != "toy", config.threads, config.timeout)
 
     # The world: policy, codec, what to draw, what to reward. Trained weights are kept in float32.
-    world = WORLDS[config.world](config, device)
+    world = config.open_world(device)
     dit = world.dit
     dit.checkpoint = config.checkpointing
     parameters = trainable(dit)

@@ -9,13 +9,12 @@ import torch
 from tqdm import tqdm
 
 import rewards
-from data.captions import COMPARING, open_captions
+from data.captions import COMPARING
 from data.video import decode
-from data.world import clip_numbers, open_clips
+from data.world import clip_numbers
 from evaluation.generate import prepare
 from plumbing.ranks import launch
 from sampler import rollout
-from toy.world import open_toy
 
 
 def try_reward(config):
@@ -36,8 +35,7 @@ def try_reward(config):
     config.check(1)
     config.rewards = with_others(config.rewards, spec, name, config.world)
     device = launch(config.world != "toy", config.threads, config.timeout)
-    open_world = {"toy": open_toy, "clips": open_clips, "captions": open_captions}[config.world]
-    world = open_world(config, device)
+    world = config.open_world(device)
     timed = [with_clock(reward, device) for reward in world.rewards]
     print(f"{name} on {config.batches} batches of {config.conditions} conditions x "
           f"{config.members} members")

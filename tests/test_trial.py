@@ -97,6 +97,9 @@ def test_try_in_the_toy(tmp_path, capsys, body, words):
     assert found["correlation"].keys() == {"trans", "rot", *(f.__name__ for f in rewards.MODEL_FREE)}
     assert ("cameras" in body) == (found["failed"] == 0 and found["inside"] > 0)
     assert with_others("trans=1,my.py:f=2", "my.py:f", "f").count("my.py") == 1
+    # a world of captions has no source that a reward could compare with
+    free = with_others("vq=1", "my.py:f", "f", "captions")
+    assert "flicker" not in free and "flicker" in with_others("vq=1", "my.py:f", "f")
 
 
 @pytest.mark.parametrize("knows", [True, False])
