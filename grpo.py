@@ -6,9 +6,9 @@ each step are LongCat-Video's.
 What is known of one update per iteration, where r = 1 throughout and the clip never acts: with
 lambda_t the gradient of L in v is (1 + eta^2 / 2) A eps / D at any step, D latent elements; this
 factor tends to 1 where the std is capped. Up to it this is GRPO-Guard's normalised ratio (arXiv
-2510.22319) and Flash-GRPO's rectified loss (arXiv 2605.15980). lambda_t uses the capped sigma_t, as LongCat's
-authors confirm (issue 80 of their repository). Because D divides, gradients are tiny at video size,
-and AdamW needs an eps far below them: see train.Config.eps.
+2510.22319) and Flash-GRPO's rectified loss (arXiv 2605.15980). lambda_t uses the capped sigma_t,
+as LongCat's authors confirm (issue 80 of their repository). Because D divides, gradients are tiny
+at video size, and AdamW needs an eps far below them: see train.Config.eps.
 """
 import torch
 

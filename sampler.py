@@ -62,7 +62,8 @@ def sde_step(x, v, t, t_next, eta=1.0, tau=0.45, t_max=None, noise=None, x_next=
 
     Its diffusion is sigma_t = eta sqrt(t / (1 - t)), infinite at t = 1. Two cures: tau caps the
     step's std, in the drift too (LongCat-Video, the default); t_max, the schedule's second value,
-    is the largest t that 1 - t is taken of (Flow-GRPO, MixGRPO; then tau=None). With neither, t = 1 raises.
+    is the largest t that 1 - t is taken of (Flow-GRPO, MixGRPO; then tau=None). With neither, t = 1
+    raises.
     x, v (B, ...); t > t_next: noise levels, 0-dim or (B,).
     noise (B, ...) samples a step (None: torch's global generator); x_next (B, ...) scores one.
     Returns x_next (B, ...), log_prob (B,), mean (B, ...), std (0-dim, or (B, 1, ..., 1)), float32.
@@ -111,11 +112,11 @@ def window(iteration, steps, size=4, strategy="progressive", stride=1, iters_per
            first=None, seed=0, condition=None, skip=0):
     """The steps that are stochastic and trained on at an iteration (from 0): consecutive indices.
 
-    A function of its arguments alone, so that a resumed run draws the same. Always `size` wide, never
-    the last step (t -> 0), among the first `first` if given, without the first `skip` (at t = 1
-    the step is so small that it decides little); ValueError where that cannot be.
-    progressive: moves by stride every iters_per_window iterations; starts again where the next would
-      not fit
+    A function of its arguments alone, so that a resumed run draws the same. Always `size` wide,
+    never the last step (t -> 0), among the first `first` if given, without the first `skip`;
+    ValueError where that cannot be.
+    progressive: moves by stride every iters_per_window iterations; starts again where the next
+      would not fit
     random: starts anywhere, anew every iteration (LongCat-Video: size 1, first 6 of 16), and for
       each condition where its number is given (Flash-GRPO)
     all: every usable step (Flow-GRPO); size is not used
@@ -259,7 +260,8 @@ def rollout(policy, condition, members, window, *, condition_ids, negative=None,
 @torch.no_grad()
 def rollout_together(policy, condition, members, window, *, sigmas, shape, seed, condition_ids,
                      iteration=0, eta=1.0, tau=0.45, t_max=None, negative=None, guidance=1.0,
-                     micro_batch=None, share_noise=True, share_prefix=True, tail=None, device="cpu"):
+                     micro_batch=None, share_noise=True, share_prefix=True, tail=None,
+                     device="cpu"):
     """A `rollout` of C conditions with one window.
 
     sigmas: a `schedule`; shape: of one latent; eta, tau, t_max: see sde_step.
@@ -267,8 +269,8 @@ def rollout_together(policy, condition, members, window, *, sigmas, shape, seed,
       micro-batch.
     micro_batch: rows per network call at most, both branches of guidance counted (None: all).
     share_noise: groups start from one noise (LongCat-Video, MixGRPO).
-    share_prefix: then a group is one latent with one velocity, through the first window step. Exact;
-      False computes all G, for comparison.
+    share_prefix: then a group is one latent with one velocity, through the first window step.
+      Exact; False computes all G, for comparison.
     tail: share of the steps after the window to keep, by DPM-Solver++(2M) (MixGRPO-Flash: 0.4).
     """
     window = tuple(window)
