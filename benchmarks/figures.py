@@ -3,6 +3,7 @@
     python -m benchmarks.figures cases out/toy/evaluation    last frames: source, map, true view, base, after
     python -m benchmarks.figures curves out/seed0,out/seed1 --evaluation=out/e24   validation rewards of
                                                              several runs, and their held-out errors
+    python -m benchmarks.figures tables out/toy/evaluation   errors by frame, image by quarter of cases
 """
 import sys
 from dataclasses import dataclass
@@ -157,9 +158,9 @@ def held_out(methods, left):
 
 
 def print_tables(config):
-    """Of each method against the base, speed by speed: share of moving cases that improve, distance of the scale
-    ratio from 1, image by quarter of the cases (sorted by the base's), and position error by frame of those that
-    move."""
+    """Of each method against the base, speed by speed: how many moving cases improve, how far the
+    scale ratio is from 1, the image's change by quarter of the cases (sorted by the base's), and
+    the position error's change by frame of those that move."""
     folder = Path(config.evaluation)
     methods = read_json(folder / "results.json")["methods"]
     base, *others = methods
@@ -169,25 +170,30 @@ def print_tables(config):
         moving = [case for case in cases if before[case]["scale"] is not None]
         by_image = sorted(cases, key=lambda case: before[case]["PSNR"])
         error = by_frame(folder, base, moving)
-        print(f"speed {speed:g}, base by frame, m: " + " ".join(f"{x:.3f}" for x in error))
+        print(f"speed {speed:g}, {len(moving)} of {len(cases)} cases move")
+        print("  base, position error by frame, m: " + " ".join(f"{x:.3f}" for x in error))
         for name in others:
             after = methods[name]["cases"]
-            improved = np.mean([after[case]["position"] < before[case]["position"] for case in moving])
-            off = [np.mean([abs(1 - scores[case]["scale"]) for case in moving]) for scores in (before, after)]
+            nearer = [after[case]["position"] < before[case]["position"] for case in moving]
+            off_before, off_after = (np.mean([abs(1 - scores[case]["scale"]) for case in moving])
+                                     for scores in (before, after))
             gained = [np.mean([after[case]["PSNR"] - before[case]["PSNR"] for case in quarter])
                       for quarter in np.array_split(np.array(by_image), 4)]
             changes = by_frame(folder, name, moving) / error - 1
-            print(f"{short(name)}: {improved:.0%} of {len(moving)} moving cases improve; scale off by "
-                  f"{off[0]:.3f} -> {off[1]:.3f} ({off[1] / off[0] - 1:+.0%}); PSNR by quarter, worst base first: "
-                  + " ".join(f"{x:+.2f}" for x in gained) + "; position error by frame: "
-                  + " ".join(f"{x:+.0%}" for x in changes))
+            print(f"  {short(name)}: {np.mean(nearer):.0%} of the moving cases improve")
+            print(f"    scale ratio, distance from 1: {off_before:.3f} -> {off_after:.3f} "
+                  f"({off_after / off_before - 1:+.0%})")
+            print("    PSNR by quarter, worst base first: " + " ".join(f"{x:+.2f}" for x in gained))
+            print("    position error by frame: " + " ".join(f"{x:+.0%}" for x in changes))
 
 
 def by_frame(folder, method, cases):
-    """Mean position error of frames 1 to T-1 over cases, metres, both paths relative to their first frame."""
+    """Mean position error of frames 1 to T-1 over cases -> (T-1,) metres; both paths are relative
+    to their first frame."""
     errors = []
     for case in cases:
-        found, asked = (read_path(folder / where / f"{case}.npz") for where in (f"{method}/poses", "targets"))
+        found = read_path(folder / method / "poses" / f"{case}.npz")
+        asked = read_path(folder / "targets" / f"{case}.npz")
         errors.append(np.linalg.norm(found[1:, :3, 3] - asked[1:, :3, 3], axis=1))
     return np.mean(errors, 0)
 
