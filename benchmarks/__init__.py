@@ -5,7 +5,8 @@
     gradients  how small gradients are, so what eps must be
     official   ReDirector's own network, timed by bench inside its checkout
     learning   whether it learns: recipes, KL and updates in the toy
+    figures    the README's pictures and tables, from runs and evaluations
     steps      which of the sampler's steps carry signal, for any config
 
-The figures are in README.md here. The method does not need this folder.
+README.md here has the numbers. The method does not need this folder.
 """
