@@ -20,26 +20,6 @@ def test_flops_of_a_forward():
     assert plan.flops(dit.config, 2 * 2 * 2 * 3) == pytest.approx(counted, rel=0.1)  # less the time MLP
 
 
-def test_one_iteration_marks_its_phases():
-    dit, shape, _, prepared = bench.build(bench.Bench(**TINY))
-    phases = []
-    how = dict(members=2, steps=4, tail=0.4, micro_batch=1)
-    bench.one_iteration(dit, prepared, shape, (1, 2), phases.append, **how)
-    assert phases == ["rollout", "decode", "update"]
-    assert all(p.grad.abs().sum() > 0 for name, p in dit.named_parameters() if ".self_attn.q." in name)
-
-
-def test_a_part_ends_at_its_limit():
-    """Also where what runs then hides exceptions, as the compiler does."""
-    with pytest.raises(bench.TimeLimit), bench.limited(0.01):
-        while True:
-            try:
-                while True:
-                    pass
-            except Exception:
-                pass
-
-
 @pytest.mark.parametrize("settings, how", [
     ({"size": 2}, {}), ({"size": 1}, {"tail": 0.4}), ({"size": 2}, {"share_noise": False})])
 def test_plans_memory_is_that_of_real_tensors(settings, how):
@@ -48,13 +28,6 @@ def test_plans_memory_is_that_of_real_tensors(settings, how):
                                 tuple(range(settings["size"])), 3, 4, lambda phase: None, **how)
     assert {row[""]: row["plan / tensors"] for row in rows} == pytest.approx(
         {phase: 1 for phase in ("conditions", "rollout", "decode", "update")}, abs=0.1)
-
-
-@pytest.mark.parametrize("wrong, said", [({"lengths": "9,x"}, "lengths"), ({"lengths": "8"}, "lengths"),
-                                         ({"official": "nowhere"}, "no checkout")])
-def test_card_refuses(wrong, said):
-    with pytest.raises((ValueError, OSError), match=said):
-        bench.card(bench.Card(**TINY | wrong))
 
 
 @pytest.mark.parametrize("has_card", [False, True])
