@@ -85,20 +85,20 @@ def put(file, content):
     return file
 
 
-def on_two_ranks(act, said):
-    """act() as two ranks that torchrun starts, in forks of this process, which has imported all.
+def as_ranks(act, said, ranks=2):
+    """act() as so many ranks that torchrun starts, in forks of this process, which has imported all.
 
-    said: a file for what both print; returned is its text.
+    said: a file for what they print; returned is its text.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     children = []
-    for rank in "01":
+    for rank in range(ranks):
         children.append(os.fork())
         if children[-1]:
             continue
         signal.alarm(600)  # should the other rank be gone
-        os.environ.update(place | {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank})
+        os.environ.update(place, WORLD_SIZE=str(ranks), RANK=str(rank), LOCAL_RANK=str(rank))
         code = 1
         with open(said, "a") as file, redirect_stdout(file), redirect_stderr(file):
             try:
@@ -108,5 +108,5 @@ def on_two_ranks(act, said):
                 traceback.print_exc()
         os._exit(code)  # neither pytest's end, nor that of torch's threads
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0, 0], said.read_text()
+    assert codes == [0] * ranks, said.read_text()
     return said.read_text()

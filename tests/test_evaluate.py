@@ -11,7 +11,7 @@ import tiny_weights
 import torch
 from conftest import ROOT, refused
 from safetensors.torch import load_file, save_file
-from scenes import on_two_ranks, pose, put
+from scenes import as_ranks, pose, put
 from scipy.spatial.transform import Rotation
 
 import evaluate
@@ -159,7 +159,7 @@ def test_videos_made_elsewhere(elsewhere, monkeypatch):
 
 
 def test_two_ranks_come_to_the_same(elsewhere):
-    for out, run in (("one", lambda act, said: act()), ("two", on_two_ranks)):
+    for out, run in (("one", lambda act, said: act()), ("two", as_ranks)):
         run(lambda: evaluate.evaluate(dataclasses.replace(elsewhere, out=out)), Path("said"))
     assert results("two") == results("one")
 

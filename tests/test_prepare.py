@@ -8,7 +8,7 @@ import pytest
 import tiny_weights
 import torch
 from safetensors.torch import save_file
-from scenes import clip, on_two_ranks, path_of, put
+from scenes import clip, as_ranks, path_of, put
 
 import data.prepare
 import trajectories
@@ -271,6 +271,6 @@ def test_killed_and_resumed(source, weights, cache, tmp_path):
 
 def test_two_ranks_make_what_one_makes(source, weights, cache, tmp_path):
     out = tmp_path / "out"
-    said = on_two_ranks(lambda: run(source, weights, out), tmp_path / "said")
+    said = as_ranks(lambda: run(source, weights, out), tmp_path / "said")
     assert clips(out) == clips(cache) and read_index(out) == read_index(cache)
     assert said.count("4 clips made, 0 were there, 0 skipped") == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from scenes import on_two_ranks
+from scenes import as_ranks
 
 import model
 import train
@@ -66,7 +66,7 @@ def test_two_ranks_equal_one_process(tmp_path, monkeypatch, capsys):
     args = ["--iterations=1", "--micro_batch=2", "--reward_batch=2", "--share_prefix=False", "--conditions=4",
             "--seed=3", f"--rewards={tmp_path}/reward.py:steps=1", "--window_per_condition", "--first=4"]
     main(tmp_path / "one", *args)
-    said = on_two_ranks(lambda: main(tmp_path / "two", *args), tmp_path / "said")
+    said = as_ranks(lambda: main(tmp_path / "two", *args), tmp_path / "said")
     for text in capsys.readouterr().out, said:
         assert text.count("on-policy ratio 1 + 0e+00, as it should be") == 1
     logs, gradients = [], []
