@@ -10,7 +10,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,53 +19,42 @@ from signal import SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--conditions=2", "--members=2", "--steps=4", "--first=2", "--rooms=0", "--save_every=2",
-         "--sample_every=100000", "--rewards=trans=1,rot=1", "--validate=0"]
+         "--sample_every=100000", "--rewards=trans=1,rot=1", "--validate=0",
+         f"--weights={ROOT / 'toy/weights'}"]
 FOREVER, SELDOM = "--iterations=100000", "--save_every=100000"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 class Run:
-    """A training run: its processes, what they say, and what they leave in their folder `out`."""
+    """A training run: its process, what it says, and what it leaves in its folder `out`."""
 
     def __init__(self, out):
         self.out = out
         self.err = Path(f"{out}.err")
 
-    def start(self, *args, ranks=1, restarts=None):
-        """So many ranks without torchrun; or with it, where `restarts` are given, two. They hear
-        signals, also where this program was told to ignore them."""
+    def start(self, *args, restarts=None):
+        """One rank; or where `restarts` are given, two under torchrun. They hear signals, also where
+        this program was told to ignore them."""
         def child():
             for signum in (SIGINT, SIGHUP):
                 signal.signal(signum, signal.SIG_DFL)
         launcher = [] if restarts is None else [*TORCHRUN, f"--max-restarts={restarts}"]
-        command = [sys.executable, *launcher, ROOT / "train.py", *SMALL, f"--out={self.out}",
-                   f"--weights={ROOT / 'toy/weights'}", *args]
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
+        command = [sys.executable, *launcher, ROOT / "train.py", *SMALL, f"--out={self.out}", *args]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        if ranks > 1:
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-        self.processes = []
         with open(self.err, "a") as err:
-            for rank in range(ranks):
-                env |= {"RANK": str(rank)} if ranks > 1 else {}
-                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=err, stderr=err,
-                                                       preexec_fn=child))
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=err, stderr=err,
+                                            preexec_fn=child)
         return self
 
     def until(self, ready, seconds=300):
         end = time.monotonic() + seconds
         while not ready():
-            if time.monotonic() > end or self.processes[0].poll() is not None:
-                raise RuntimeError(f"it did not get that far (exit code {self.processes[0].poll()})")
+            if time.monotonic() > end or self.process.poll() is not None:
+                raise RuntimeError(f"it did not get that far (exit code {self.process.poll()})")
             time.sleep(0.002)
 
-    def send(self, signum):
-        for process in self.processes:
-            process.send_signal(signum)
-
     def ended(self):
-        return [process.wait(timeout=300) for process in self.processes]
+        return self.process.wait(timeout=300)
 
     def said(self, word):
         """The last line that holds `word`, from there on; empty without one."""
@@ -89,13 +77,13 @@ class Run:
         """Whether a checkpoint is being written: a folder of a temporary name."""
         return any(path.is_dir() for path in self.out.glob(".geo-align-*.tmp"))
 
-    def equals_undisturbed(self, iteration, *args, ranks=1):
+    def equals_undisturbed(self, iteration, *args, restarts=None):
         """Whether weights and optimiser are bitwise those of a run that nothing befell."""
         straight = Run(self.out.with_name("straight"))
-        codes = straight.start(f"--iterations={iteration}", *args, ranks=ranks).ended()
+        code = straight.start(f"--iterations={iteration}", *args, restarts=restarts).ended()
         files = [f"iteration_{iteration:06d}/{name}.safetensors" for name in ("self_attn", "optimizer")]
         same = [(self.out / f).read_bytes() == (straight.out / f).read_bytes() for f in files]
-        return codes == [0] * ranks and all(same)
+        return code == 0 and all(same)
 
     def workers(self):
         """{rank: process id} of the living processes that train; torchrun's own is -1."""
@@ -110,15 +98,15 @@ class Run:
         return found
 
 
-def interrupted(folder, times, ranks=1, signals=(SIGKILL,), code=-9, lost=2, args=()):
+def interrupted(folder, times, signals=(SIGKILL,), code=-9, lost=2, args=()):
     """Stopped at random moments, it goes on from its newest checkpoint each time, loses `lost`
     iterations at most, and ends where a run without interruption does, bit by bit."""
-    run, g = Run(folder / "run"), random.Random(ranks)
+    run, g = Run(folder / "run"), random.Random(0)
     codes, most, resumed = set(), 0, 0
     for k in range(times):
         there = run.newest()
         run.err.write_text("")
-        run.start(FOREVER, *args, ranks=ranks).until(lambda: run.resumed_at() >= 0)
+        run.start(FOREVER, *args).until(lambda: run.resumed_at() >= 0)
         resumed += run.resumed_at() == there and not run.said("going on from")
         if code == -9 and k % 2:  # while a checkpoint is written
             run.until(run.writing)
@@ -126,12 +114,12 @@ def interrupted(folder, times, ranks=1, signals=(SIGKILL,), code=-9, lost=2, arg
         else:
             run.until(lambda: k % 4 == 2 or run.logged() > there)
             time.sleep(g.uniform(0, 1.5))
-        run.send(signals[k % len(signals)])
-        codes |= set(run.ended())
+        run.process.send_signal(signals[k % len(signals)])
+        codes.add(run.ended())
         most = max(most, run.logged() - run.newest())
     end = max(8, run.newest() + 1)
-    went_on = run.start(f"--iterations={end}", *args, ranks=ranks).ended() == [0] * ranks
-    equal = went_on and run.equals_undisturbed(end, *args, ranks=ranks)
+    went_on = run.start(f"--iterations={end}", *args).ended() == 0
+    equal = went_on and run.equals_undisturbed(end, *args)
     return (f"{times} times, exit codes {codes}; {resumed} resumed from the newest, {most} iterations lost "
             f"at most; {end} iterations bitwise equal to no interruption: {equal}",
             equal and resumed == times and most <= lost and codes == {code})
@@ -146,19 +134,20 @@ def wrong(folder, do, codes, after=2, saved=None, args=(FOREVER, SELDOM), restar
     run.until(lambda: run.logged() >= after)
     do(run)
     begun = time.monotonic()
-    found = run.ended()
+    code = run.ended()
     while run.workers() and time.monotonic() < begun + 30:
         time.sleep(0.05)
     left = len(run.workers())
     words = next(filter(None, map(run.said, says)), "")
     wanted = run.logged() if saved is None else saved
-    ok = [set(found) <= set(codes), saved == () or run.newest() == wanted, not left, words or not says,
-          also(run)]
-    return (f"exit codes {found}, {run.newest()} of {run.logged()} iterations saved, {left} processes left; "
+    ok = [code in codes, saved == () or run.newest() == wanted, not left, words or not says, also(run)]
+    return (f"exit code {code}, {run.newest()} of {run.logged()} iterations saved, {left} processes left; "
             f"{words[:60]}", all(ok))
 
 
-TERM, KILL = (lambda run, signum=signum: run.send(signum) for signum in (SIGTERM, SIGKILL))
+def sent(signum, seconds=0):
+    """A signal to the process that was started, so many seconds later."""
+    return lambda run: [time.sleep(seconds), run.process.send_signal(signum)]
 
 
 def lose(rank, signum, wait=18):
@@ -173,17 +162,16 @@ def lose(rank, signum, wait=18):
 ANY = range(-64, 256)  # exit codes: torchrun's own mean little
 FAULTS = [
     ("random_kills", "kill -9 at 17 random moments", interrupted, dict(times=17)),
-    ("random_kills_2_ranks", "kill -9 of both ranks at 8 of them", interrupted, dict(times=8, ranks=2)),
     ("signals", "SIGTERM, SIGINT and SIGHUP at 9 random moments", interrupted, dict(
         times=9, signals=(SIGTERM, SIGINT, SIGHUP), code=75, lost=0, args=[SELDOM])),
     *[("early_signals", f"SIGINT after {x} s", wrong, dict(
-        do=lambda run, x=x: [time.sleep(x), run.send(SIGINT)], after=0, codes=(-2, 75, 1), restarts=None,
+        do=sent(SIGINT, x), after=0, codes=(-2, 75, 1), restarts=None,
         also=lambda run: not run.said("Traceback"))) for x in (0.6, 0.8, 1.0, 1.2, 1.5, 1.8)],
-    ("signal_to_torchrun", "SIGTERM to torchrun", wrong, dict(do=TERM, codes=ANY)),
-    ("dead_torchrun", "kill -9 of torchrun itself", wrong, dict(do=KILL, codes=(-9,))),
+    ("signal_to_torchrun", "SIGTERM to torchrun", wrong, dict(do=sent(SIGTERM), codes=ANY)),
+    ("dead_torchrun", "kill -9 of torchrun itself", wrong, dict(do=sent(SIGKILL), codes=(-9,))),
     ("restart", "kill -9 of a worker, --max-restarts=1", wrong, dict(
         args=["--iterations=12"], restarts=1, after=5, do=lose(1, SIGKILL, 0), codes=(0,),
-        saved=12, also=lambda run: run.equals_undisturbed(12, ranks=2))),
+        saved=12, also=lambda run: run.equals_undisturbed(12, restarts=0))),
     *[(name, what, wrong, dict(
         args=[FOREVER, "--timeout=8"], do=lose(rank, signum), codes=ANY, saved=(),
         says=[f"rank {rank} ended or hangs", f"(exitcode: -{int(signum)}) local_rank: {rank}"]))

@@ -43,15 +43,14 @@ def omniworld(c2w, **change):
             "quats": quats(w2c, "wxyz").tolist(), "trans": w2c[:, :3, 3].tolist()} | change
 
 
-def unreal(*paths, lists=False):
+def unreal(*paths):
     """MultiCamVideo's camera_extrinsics.json: transposed, cm, Unreal's forward, right, up."""
     swap = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
     frames = {f"frame{i}": {} for i in range(len(paths[0]))}
     for k, c2w in enumerate(paths, 1):
         there = swap @ c2w @ swap.T * np.array([[1, 1, 1, 100]] * 3 + [[1] * 4])
         for i, x in enumerate(there.transpose(0, 2, 1)):
-            text = " ".join(f"[{row}]" for row in rows(x)) + " "
-            frames[f"frame{i}"][f"cam{k:02d}"] = x.tolist() if lists else text
+            frames[f"frame{i}"][f"cam{k:02d}"] = " ".join(f"[{row}]" for row in rows(x)) + " "
     return frames
 
 
@@ -72,8 +71,7 @@ FORMATS = {  # name -> content, (fx/W, fy/H) for a video of 1280 x 720
     "scene/camera/split_0.json": (omniworld(PATH), (1002.5 / 1280, 1002.5 / 720)),
     "recon/split_0/info.json": ({"split": [*range(12)], "extrinsics": PATH.tolist()}, None),
     "f24_aperture5/m.json#cam02": (unreal(PATH[::-1], PATH), (24 / 23.76, 1.79574)),
-    "one.json": (unreal(PATH), None), "lists.json": (unreal(PATH, lists=True), None),
-    "c2w.json": ({"c2w": PATH.tolist()}, None),
+    "one.json": (unreal(PATH), None), "c2w.json": ({"c2w": PATH.tolist()}, None),
     "transforms.json": (transforms(), FOCAL),
     "angle.json": ({"camera_angle_x": 1.0, "frames": transforms()["frames"]}, (0.915244, 1.627100)),
     "re10k.txt": ("\n".join(["https://www.youtube.com/watch?v=x", *RE10K]), (0.86, 1.5)),

@@ -268,13 +268,12 @@ def test_toy(tmp_path, monkeypatch):
     argv = ["toy", f"--weights={ROOT / 'toy/weights'}", f"--ckpt={tmp_path / 'tuned.safetensors'}",
             "--rooms=1", "--steps=1", "--speeds=2", f"--out={tmp_path / 'out'}"]
     main(*argv)
-    found = {name: method["cases"] for name, method in results(tmp_path / "out").items()}
-    assert {name: len(cases) for name, cases in found.items()} == {"base": 10, "tuned": 10}
-    case = found["tuned"]["room0_camera_9_speed_2"]
+    base, tuned = (method["cases"] for method in results(tmp_path / "out").values())
+    case = tuned["room0_camera_9_speed_2"]
     assert (case["scale"], case["TransErr"]) == pytest.approx((1.2, 0), abs=1e-4)
-    assert "not finite" in found["base"]["room0_camera_5_speed_2"]["failed"]
-    digests = [{case: x["digest"] for case, x in cases.items()} for cases in found.values()]
-    assert digests[0] == digests[1] and len(set(digests[0].values())) == 10
+    assert "not finite" in base["room0_camera_5_speed_2"]["failed"]
+    digests = [[x["digest"] for x in cases.values()] for cases in (base, tuned)]
+    assert digests[0] == digests[1] and len(set(digests[0])) == 10
     main(*argv)
     assert judged == [10] * 2  # room by room; nothing twice
     refused(lambda: main(*argv, "--steps=2"), "base/cases: made with steps = 1, now 2")

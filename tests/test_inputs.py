@@ -27,14 +27,11 @@ from data.clips import INDEX, NEGATIVE, TENSORS, load_clip, read_index
 from data.video import write_video
 from evaluation.scores import PROTOCOL, keep_settings, read_results
 from plumbing.settings import parse
-from pretrained.weights import DIT, REDIRECTOR, VAE_FILE, read_weights
+from pretrained.weights import REDIRECTOR, read_weights
 
 CASE = {"clip": "a", "path": "pan_right", "speed": 1.0, "TransErr": 0.1, "RotErr": 2.0}
 RESULTS = {"protocol": PROTOCOL, "settings": {"estimator": "vipe"},
            "methods": {"base": {"cases": {"a_camera_1_speed_1": CASE}, "notes": {}}}}
-QUIET = "class Quiet(BaseException):\n    def __str__(self):\n        1 / 0\nraise Quiet\n"
-LEAVES = (("exit", "import sys\nsys.exit(3)\n", "SystemExit: 3"), ("quiet", QUIET, "Quiet"),
-          ("interrupt", "raise KeyboardInterrupt\n", "KeyboardInterrupt"))
 
 
 def index(clips, width=48):
@@ -56,28 +53,22 @@ def world(tmp_path_factory):
             "good/a_camera_1_speed_1.mp4": video, "bad_paths/nan.npz": {"c2w": path_of(9) * np.nan},
             "paths/camera.npz": {"c2w": path_of(9), "intrinsics": [50.0, 60.0, 32.0, 24.0]},
             "binary.py": "lr = 1\0\n", "code.py": code,
-            "call.py": "lr = float('1')\n", "key.py": "learning = 1\n", "good.py": "lr = 1e-4\n",
+            "call.py": "lr = float('1')\n", "good.py": "lr = 1e-4\n",
             "own.py": f"rewards = '{w}/code.py:f=1'\n", "latin.csv": b"file_name,text\na,caf\xe9\n",
-            **{f"leaves_{name}.py": code for name, code, _ in LEAVES},
+            "leaves.py": "import sys\nsys.exit(3)\n",
             "results.json": RESULTS, "bare.json": {"protocol": PROTOCOL},
             "old.json": {"protocol": 0}, "cut.json": '{"protocol": 2, "met',
-            "log.jsonl": '{"iteration": 0}\nno json\n{"iteration": 2}\n', "clips.txt": "a\nb\n",
+            "log.jsonl": '{"iteration": 0}\nno json\n{"iteration": 2}\n',
             "foreign.safetensors": save({"a": torch.zeros(2)}),
             "list_index/" + INDEX: "[]", "others/" + INDEX: index(["a"], width=64),
             **{f"{name}/{NEGATIVE}": none for name in ("no_clips", "lost_clip", "cut_clip")},
             "no_clips/" + INDEX: index([]), "lost_clip/" + INDEX: index(["a.mp4"]),
             "cut_clip/" + INDEX: index(["b"]), "cut_clip/b.safetensors": none[:-10]}.items():
         put(w / name, content)
-    dit, codec = (w / "weights" / DIT).read_bytes(), (w / "weights" / VAE_FILE).read_bytes()
-    for name, file, content in (  # a folder of weights of which one file is bad, or gone
-            ("cut_dit", DIT, dit[:-100]), ("no_redirector", REDIRECTOR, None),
-            ("cut_vae", VAE_FILE, codec[:5000]),
-            ("toy_no_codec", "toy_codec.safetensors", None)):
-        good = ROOT / "toy/weights" if name.startswith("toy") else w / "weights"
+    for name, good, file in (("no_redirector", w / "weights", REDIRECTOR),
+                             ("toy_no_codec", ROOT / "toy/weights", "toy_codec.safetensors")):
         shutil.copytree(good, w / name, copy_function=os.symlink)
         (w / name / file).unlink()
-        if content is not None:
-            put(w / name / file, content)
     yield w
     assert not (w / "ran").exists()  # nothing in any of these files was run
 
@@ -93,16 +84,15 @@ COMPARE = "evaluate.py compare {w}/results.json "
 BAD = {  # command: (more of it, what its line must say); {w} is the folder above. One row a source
     TRAIN: [
         ("{w}/nowhere.py", "nowhere.py: no such config file; a setting is --name=value"),
-        ("{w}/good.py {w}/key.py", "one config file at most"),
+        ("{w}/good.py {w}/code.py", "one config file at most"),
         ("{w}/binary.py", "binary.py: expected lines of name = value"),
         ("{w}/code.py", "code.py, line 1: expected name = value"),
         ("{w}/call.py", "call.py, line 1: expected a constant"),
         ("--member=3", "no setting 'member'; did you mean members?"),
         ("--lr", "expected --name=value"), ("--members=True", "expected int"),
         ("--compile=yes", "expected bool"), ("--lr=1e999", "expected float"),
-        *((f"--v={x}", "expected tuple") for x in (500 * "(", "{{[]:1}}", "('a','b','c','d')")),
-        ("--lr=-1.0", "lr: expected > 0, found -1.0"), ("--frames=80", "frames: expected 4k + 1"),
-        ("--conditions=0", "conditions: expected at least 1"),
+        ("--v=((", "expected tuple"), ("--lr=-1.0", "lr: expected > 0, found -1.0"),
+        ("--frames=80", "frames: expected 4k + 1"), ("--conditions=0", "conditions: expected at least 1"),
         ("--first=7", "first: expected at most 6, the steps"),
         ("--height=480", "height: expected 24, the toy's"),
         ("--normalise=std", "normalise: expected max or group"),
@@ -116,14 +106,11 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--updates=7", "updates: 7 do not divide"), ("--park", "park: the toy has no use for it"),
         ("--keep=3", "max_skips: expected below keep, 3"), ("--size=6", "window size: expected 1"),
         ("--log_to=paper", "log_to: expected tensorboard or wandb"),
-        ("--rewards=a\0b=1", "expected text without null characters"),
         ("--out=", "--out=: expected a folder, found nothing"), ("--out=a,b", "without commas"),
-        ("--out=a\n", "expected a folder without blanks around its name"),
         ("--weights={w}/toy_no_codec", "toy_codec.safetensors"),
         ("{w}/own.py", "code of one's own runs only when named by --rewards="),
         ("--guidance=2", "guidance: this world has no negative prompt, expected 1"),
-        *(("--rewards={w}/" + f"leaves_{name}.py:f=1", f"leaves_{name}.py: {said}")
-          for name, _, said in LEAVES)],
+        ("--rewards={w}/leaves.py:f=1", "leaves.py: SystemExit: 3")],
     CLIPS: [
         ("--clips=", "--clips=FOLDER is needed"), ("--clips={w}/empty", "empty: no index.json"),
         ("--height=100", "height and width: expected multiples of 16"),
@@ -132,8 +119,6 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--trajectories={w}/bad_paths", "no usable camera path of 9 or more frames"),
         ("--trajectories={w}/nowhere", "nowhere: no such folder of camera paths"),
         ("--weights={w}/no_redirector", "step20000.safetensors: no such"),
-        ("--weights={w}/cut_dit", "diffusion_pytorch_model.safetensors: not a whole safetensors file"),
-        ("--weights={w}/cut_vae", "Wan2.1_VAE.pth: truncated"),
         ("", "trans and rot need MapAnything: pip install"),
         ("--clips={w}/cut_clip --rewards=exposure=1", "b.safetensors: truncated")],
     PREPARE: [
@@ -154,26 +139,21 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--paths=11", "no evaluation path '11'"), ("--show=b", "show: no case 'b'"),
         ("--speeds=fast", "speeds: could not convert"), ("--speeds=-1", "speeds: expected numbers"),
         ("--estimator={w}/nowhere", "expected vipe, mapanything or a folder"),
-        ("--videos={w}/videos --clips={w}/clips.txt", "1 of 2 are not in"),
         ("--log={w}/log.jsonl", "log.jsonl, line 2: expected a JSON object"),
         ("--speeds=1.5", "none of its 1 videos"), ("--redirector=nowhere", "nowhere/evaluate.py"),
-        ("--estimator=vipe --vipe=no/vipe", "not installed: ViPE"),
-        ("--paths=", "paths: expected a comma-separated list")],
+        ("--estimator=vipe --vipe=no/vipe", "not installed: ViPE")],
     RETAKE: [
         ("--camera=loop", "no path 'loop': expected 1-10"), ("--clip=", "expected a clip"),
-        ("--fov=-60", "fov: expected degrees"), ("--clip={w}/short.mp4", "too short, 3 frames"),
+        ("--clip={w}/short.mp4", "too short, 3 frames"),
         ("--cameras={w}/nowhere.npz", "nowhere.npz: no such camera file")],
     "evaluate.py toy ": [
         ("--estimator=guess", "estimator: expected judge or estimator, found 'guess'"),
-        ("--ckpt={w}/foreign.safetensors", "unexpected a"),
-        ("--rooms=0", "rooms: expected at least 1, found 0")],
+        ("--ckpt={w}/foreign.safetensors", "unexpected a")],
     COMPARE: [
         ("", "expected two different results.json, or their folders, or more"),
         ("{w}/nowhere.json", "nowhere.json"), ("{w}/cut.json", "cut.json: damaged"),
         ("{w}/old.json", "old.json: protocol 0, expec"), ("{w}/bare.json", "bare.json: damaged")],
-    "evaluate.py try ": [
-        ("", "expected a reward"), ("{w}/none.py:f", "none.py: no such file"),
-        ("brightness", "expected name=weight")],
+    "evaluate.py try ": [("", "expected a reward"), ("{w}/none.py:f", "none.py: no such file")],
     "": [("evaluate.py compre", "no command 'compre'; did you mean compare?")]}
 ROWS = [(command + more, message) for command, rows in BAD.items() for more, message in rows]
 
@@ -211,25 +191,21 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch, command, message):
 
 # ---- mutated files: nothing but our own error, or a value ----
 
-TOKENS = [b"NaN", b"-1", b"1e999", b"null", b"[[[[", b"]", b"}", b'"', b"{}", b"..", b"\\u0000",
-          b"\xff", b"0" * 40, b"9" * 400, b"true", b",", b"[" * 3000, b"(" * 300, b"-", b"0x"]
-NUMBERS = [b"0", b"-1", b"1", b"4096", b"1e9", b"9" * 11, b"null", b'"a"']
+TOKENS = [b"NaN", b"-1", b"0", b"1e999", b"null", b"[[[[", b"}", b'"', b"\\u0000", b"\xff", b"9" * 400,
+          b"true", b"[" * 3000, b"(" * 300, b"0x"]
 
 
 def mutations(content, count):
-    """`count` copies of bytes, each with one to four random changes."""
+    """`count` copies of bytes with another byte, a piece left out, or a token, perhaps for a number."""
     g = random.Random(0)
+    numbers = [m.span() for m in re.finditer(rb"\d+", content)]
     for _ in range(count):
-        x = bytearray(content)
-        for _ in range(g.randint(1, 4)):
-            at = g.randrange(len(x) + 1)
-            number = g.choice([m.span() for m in re.finditer(rb"\d+", x)] or [(at, at)])
-            changes = [(at, at + 1, bytes([g.randrange(256)])), (at, at + g.randrange(20), b""),
-                       (at, at, x[at:at + 60]), (at, at, g.choice(TOKENS)),
-                       (*number, g.choice(NUMBERS))]
-            start, end, new = g.choice(changes * 6 + [(at, len(x), b"")])
-            x[start:end] = new
-        yield bytes(x)
+        at = g.randrange(len(content))
+        changes = [(at, at + 1, bytes([g.randrange(256)])), (at, at + g.randrange(20), b""),
+                   (at, len(content), b""), (at, at, g.choice(TOKENS)),
+                   (*g.choice(numbers), g.choice(TOKENS))]
+        start, end, new = g.choice(changes)
+        yield content[:start] + new + content[end:]
 
 
 def read_config(path):

@@ -44,7 +44,8 @@ class VBench:
         os.makedirs(out)
         self.out = out
     def evaluate(self, videos_path, name, dimension_list, **options):
-        found = [{"video_path": f"{videos_path}/{f}", "video_results": SCORE} for f in os.listdir(videos_path)]
+        found = [{"video_path": f"{videos_path}/{f}", "video_results": SCORE}
+                 for f in os.listdir(videos_path)]
         with open(f"{self.out}/{name}_eval_results.json", "w") as file:
             json.dump({dimension_list[0]: [0, found]}, file)
 """

@@ -53,10 +53,10 @@ def test_nothing_of_others_is_removed_or_written_through_a_link(tmp_path):
     put(files.temporary_name(out / "samples"), "")
     files.remove_leftovers(out, "samples")
     assert tree(tmp_path) == before
-    for name, target in ("log.jsonl", victim), ("links", victim.parent), ("lock", victim):
+    for name, target in ("links", victim.parent), ("lock", victim):
         (out / name).symlink_to(target)
         with pytest.raises((ValueError, OSError), match=name):
-            checkpoint.open_log(out / name, 0) if name == "log.jsonl" else files.lock_folder(out)
+            files.lock_folder(out)
         (out / name).unlink()
     assert victim.read_text() == "theirs"
 
@@ -257,11 +257,8 @@ def test_an_eps_that_swallows_the_step_is_said_once(capsys, eps, rms, warnings):
     assert capsys.readouterr().err.count("below 10 times eps") == warnings
 
 
-def test_a_command_helps_and_an_interruption_ends_it_in_one_line(capsys):
+def test_an_interruption_ends_a_command_in_one_line():
     def stop(config):
         raise KeyboardInterrupt
-    commands = {"run": (train.Config, stop, None)}
-    run_command("program", "What it is for.", commands, ["--help"])
-    assert "What it is for." in capsys.readouterr().out
     with pytest.raises(SystemExit, match="program: interrupted"):
-        run_command("program", "What it is for.", commands, [])
+        run_command("program", "What it is for.", {"run": (train.Config, stop, None)}, [])

@@ -117,17 +117,6 @@ def test_tables_hold_our_rows_then_the_papers():
     assert not any("(paper)" in str(t) for t in report.tables(two_methods(), paper=False))
 
 
-def test_no_table_is_lost_where_a_method_has_no_score():
-    methods = two_methods()
-    for method in methods.values():
-        method["cases"] = {case: {"failed": "x"} for case in method["cases"]}
-        made = tables(methods)
-        assert made["tuned against base, all speeds"]["notes"] == ["No case has a score from both."]
-        lines = report.three_lines(methods, "base", "tuned")
-        assert lines[0] == "position error  no case has it from both"
-        assert report.extremes(methods["base"]["cases"], methods["tuned"]["cases"]) == {}
-
-
 def test_three_lines():
     """Closed forms: half the position error in every case, rotation as it was, two decibels."""
     a = {case_name(clip, 5, 1.0): {"position": x, "rotation": 2.0, "PSNR": 20.0}

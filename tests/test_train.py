@@ -153,7 +153,8 @@ def test_a_signal_never_saves_half_an_update(straight, tmp_path, monkeypatch, ca
     assert [f.name for f in tmp_path.glob("iteration_*")] == ["iteration_000002"]
     main(tmp_path, *rest)
     assert log_of(tmp_path) == log_of(straight)
-    moments, wanted = (load_file(f"{out}/iteration_000003/{checkpoint.MOMENTS}") for out in (tmp_path, straight))
+    moments, wanted = (load_file(out / f"iteration_000003/{checkpoint.MOMENTS}")
+                       for out in (tmp_path, straight))
     assert all(torch.equal(moments[k], wanted[k]) for k in wanted)
 
 

@@ -7,7 +7,6 @@ import torch
 import evaluate
 import rewards
 import trajectories
-from conftest import refused
 from evaluation.trial import spread_and_correlation, with_others
 from plumbing.settings import choose_command
 from rewards import Scene
@@ -64,17 +63,6 @@ def test_cameras_are_estimated_once_for_all_who_ask(tmp_path, body, n, batch, as
     if trans:
         one = float((torch.as_tensor(trajectories.frame_weights(T, "linear")) * torch.arange(T)).sum())
         assert scores["trans"].tolist() == pytest.approx([-x * one for x in range(n)], rel=1e-5)
-
-
-def test_cameras_that_cannot_be_had(tmp_path):
-    """An estimator without a lens leaves the scene's; a missing one is named; without any, TypeError."""
-    videos = torch.zeros(2, T, 8, 8, 3, dtype=torch.uint8)
-    lens = own_file(tmp_path, "return scene.cameras.intrinsics[:, 0]")
-    loaded, _ = rewards.load(f"{lens}:own=1", estimator=lambda videos, scene: scene.c2w)
-    assert rewards.score(loaded, videos, scene(2))[0]["own"].tolist() == [1, 1]
-    loaded, _ = rewards.load(f"{lens}:own=1", tmp_path)  # MapAnything, whose files are not there
-    refused(lambda: rewards.score(loaded, videos, scene(2)), "own: FileNotFoundError", "map-anything")
-    refused(lambda: scene(2).cameras, "scene.cameras", error=TypeError)
 
 
 @pytest.mark.parametrize("body, words", [
