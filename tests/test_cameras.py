@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from scenes import pose, put, walk
 from scipy.spatial.transform import Rotation
 
-from data import cameras
+from data import camera_files, cameras
 
 PUBLISHED = ROOT.parent / "shared/clips/recammaster_camera_extrinsics.json"
 FLIP = np.diag([1.0, -1, -1, 1])  # OpenCV's camera axes to OpenGL's
@@ -181,7 +181,7 @@ BAD = [  # name, content, what the one line must say
         ([1, 2, 2, 3], "is not after"), ([1, 2, 3.5, 5.2], "no whole frames apart"))),
     *((name, content, NO_FORMAT) for name, content in (
         ("notes.txt", "a walk in the park"), ("two.txt", "1 2\n3 4"), ("images.txt", "# none"),
-        ("fps.json", {"fps": 24}), ("a.csv", "1,2"))),
+        ("fps.json", {"fps": 24}), ("three.json", "3"), ("a.csv", "1,2"))),
     ("a.json", json.dumps(omniworld(PATH))[:100], "truncated"), ("a.npz", b"PK\3\4" + bytes(99), "")]
 
 
@@ -193,6 +193,13 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, name, content, reason):
         cameras.read_path(f"{tmp_path}/{name}")
     assert str(e.value).startswith(f"{tmp_path}/{name}: ")
     assert reason in str(e.value) and "\n" not in str(e.value)
+
+
+def test_files_of_too_many_poses_are_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(camera_files, "MOST", 20)
+    for name, content in (("a.npz", {"c2w": np.zeros((500, 4, 4))}), ("a.npy", np.zeros((21, 4, 4)))):
+        with pytest.raises(ValueError, match=f"{name}: .*, expected at most 20"):
+            cameras.read_path(put(tmp_path / name, content))
 
 
 # ---- folders ----
@@ -256,3 +263,5 @@ def test_named_paths(tmp_path):
     assert_allclose(fast, np.multiply(1.5, slow))
     with pytest.raises(FileNotFoundError, match="arc_left.*static"):
         cameras.named_path("sideways")
+    with pytest.raises(FileNotFoundError, match="no such camera file"):
+        cameras.read_path(tmp_path / "none.npz")

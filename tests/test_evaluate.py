@@ -89,6 +89,7 @@ def test_what_is_found_by_name(tmp_path):
     refused(lambda: find_clips(touch(clips, "b_cat.mp4")), "would both be called b_cat")
     made = touch(tmp_path / "made", "x_camera_9_speed_1.0.mp4", "sub/x_camera_1_speed_1.5.mp4")
     assert set(find_generated(made)) == {"x_camera_9_speed_1", "x_camera_1_speed_1.5"}
+    refused(lambda: find_generated(touch(made, "x_camera_09_speed_1.mkv")), "are both x_camera_9_speed_1")
     run = touch(tmp_path / "run", *(f"iteration_{n:06d}/self_attn.safetensors" for n in (2, 10)))
     found = find_checkpoints(f"{run}, {run / 'iteration_000002'}")
     assert list(found) == ["base", "run-iteration_000010", "run-iteration_000002"]
@@ -180,6 +181,7 @@ def test_comparing_evaluations(elsewhere):
             ({"methods": {"B": {"cases": cases}}}, "a and d, cat_camera_5_speed_1")):
         put(Path("d/results.json"), made | change)
         refused(lambda: main("compare", "a", "d"), why)
+    refused(lambda: main("compare", "a", "b", "--show=x"), "show: no case 'x'")
 
 
 # ---- the whole of it, on tiny random weights in the official layout ----

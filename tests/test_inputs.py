@@ -62,6 +62,7 @@ def world(tmp_path_factory):
             "foreign.safetensors": save({"a": torch.zeros(2)}),
             "list_index/" + INDEX: "[]", "others/" + INDEX: index(["a"], width=64),
             **{f"{name}/{NEGATIVE}": none for name in ("no_clips", "lost_clip", "cut_clip")},
+            "outside/" + INDEX: index(["../secret"]),
             "no_clips/" + INDEX: index([]), "lost_clip/" + INDEX: index(["a.mp4"]),
             "cut_clip/" + INDEX: index(["b"]), "cut_clip/b.safetensors": none[:-10]}.items():
         put(w / name, content)
@@ -106,7 +107,9 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--updates=7", "updates: 7 do not divide"), ("--park", "park: the toy has no use for it"),
         ("--keep=3", "max_skips: expected below keep, 3"), ("--size=6", "window size: expected 1"),
         ("--log_to=paper", "log_to: expected tensorboard or wandb"),
+        ("--rewards=a\0b=1", "expected text without null characters"),
         ("--out=", "--out=: expected a folder, found nothing"), ("--out=a,b", "without commas"),
+        ("--out=a\n", "without blanks around its name"), ("--rooms=9999999999", "at most 4096"),
         ("--weights={w}/toy_no_codec", "toy_codec.safetensors"),
         ("{w}/own.py", "code of one's own runs only when named by --rewards="),
         ("--guidance=2", "guidance: this world has no negative prompt, expected 1"),
@@ -116,6 +119,7 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--height=100", "height and width: expected multiples of 16"),
         ("--clips={w}/list_index", "index.json: no index of prepared clips"),
         ("--clips={w}/no_clips", "lists no clip"), ("--clips={w}/others", "width = 64, wanted 48"),
+        ("--clips={w}/outside", "expected names below this folder, found '../secret'"),
         ("--trajectories={w}/bad_paths", "no usable camera path of 9 or more frames"),
         ("--trajectories={w}/nowhere", "nowhere: no such folder of camera paths"),
         ("--weights={w}/no_redirector", "step20000.safetensors: no such"),
@@ -141,19 +145,26 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--estimator={w}/nowhere", "expected vipe, mapanything or a folder"),
         ("--log={w}/log.jsonl", "log.jsonl, line 2: expected a JSON object"),
         ("--speeds=1.5", "none of its 1 videos"), ("--redirector=nowhere", "nowhere/evaluate.py"),
-        ("--estimator=vipe --vipe=no/vipe", "not installed: ViPE")],
+        ("--estimator=vipe --vipe=no/vipe", "not installed: ViPE"),
+        ("--log=nowhere.jsonl", "nowhere.jsonl: no such training log"),
+        ("--paths=", "paths: expected a comma-separated list"),
+        ("--clips=a", "--videos=FOLDER is needed"), ("--ckpt=x", "--weights=FOLDER is needed")],
     RETAKE: [
         ("--camera=loop", "no path 'loop': expected 1-10"), ("--clip=", "expected a clip"),
-        ("--clip={w}/short.mp4", "too short, 3 frames"),
+        ("--clip={w}/short.mp4", "too short, 3 frames"), ("--fov=-60", "fov: expected degrees"),
+        ("--height=33", "height and width: expected multiples of 16, found 33 x 48"),
         ("--cameras={w}/nowhere.npz", "nowhere.npz: no such camera file")],
     "evaluate.py toy ": [
         ("--estimator=guess", "estimator: expected judge or estimator, found 'guess'"),
-        ("--ckpt={w}/foreign.safetensors", "unexpected a")],
+        ("--ckpt={w}/foreign.safetensors", "unexpected a"), ("--speeds=nan", "found nan"),
+        ("--rooms=0", "rooms: expected at least 1"), ("--show=room9_camera_1_speed_1", "show: no case")],
     COMPARE: [
         ("", "expected two different results.json, or their folders, or more"),
         ("{w}/nowhere.json", "nowhere.json"), ("{w}/cut.json", "cut.json: damaged"),
         ("{w}/old.json", "old.json: protocol 0, expec"), ("{w}/bare.json", "bare.json: damaged")],
-    "evaluate.py try ": [("", "expected a reward"), ("{w}/none.py:f", "none.py: no such file")],
+    "evaluate.py curves ": [("", "expected a log.jsonl")],
+    "evaluate.py try ": [("", "expected a reward"), ("{w}/none.py:f", "none.py: no such file"),
+                         ("brightness", "expected name=weight"), ("exposure --batches=0", "batches")],
     "": [("evaluate.py compre", "no command 'compre'; did you mean compare?")]}
 ROWS = [(command + more, message) for command, rows in BAD.items() for more, message in rows]
 

@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import refused
 from scenes import clip, put
 
 from data.video import write_video
@@ -35,6 +36,16 @@ def test_programs_do_not_take_themselves_for_a_rank(monkeypatch, tmp_path):
     other = program(tmp_path / "bin/other", "")
     tool = program(tmp_path / "bin/tool", "import shutil; print(shutil.which('other'))")
     assert outside.call([tool]) == (0, other)
+
+
+GARBAGE = ("import os, sys\nfor k in 'pose', 'intrinsics':\n  os.makedirs(sys.argv[4] + '/' + k)\n"
+           "  open(sys.argv[4] + '/' + k + '/video.npz', 'w').write('PK')")
+
+
+def test_vipe_that_fails(tmp_path, video):  # one that does not: see test_rehearsal
+    for body, why in ((GARBAGE, "no usable cameras"), ("print('no memory'); exit(1)", "code 1: no memory")):
+        tool = program(tmp_path / "vipe", body)
+        refused(lambda: outside.vipe(tool)(video), "ViPE", why)
 
 
 VBENCH = """

@@ -51,6 +51,7 @@ def test_all_cases_play_in_one_video(tmp_path):
     """The target's path is white, a method's has its colour; what cannot be read is named."""
     text = page.cases([a_case(tmp_path), a_case(tmp_path, shown=("source", "tuned"))])
     assert text.count("<video") == 1 and "none.mp4" in text
+    assert "<video" not in page.cases([a_case(tmp_path, shown=("none",))])
     frames, fps = first_video(text, tmp_path)
     assert len(frames) == 5 and fps == 8 and frames.shape[2] == 3 * 96 + 8
     half = frames.shape[1] // 2
@@ -76,10 +77,10 @@ def test_the_end_of_a_run_without_an_evaluation(tmp_path, capsys):
 def test_curves_of_runs_tell_what_differs_between_them(tmp_path, capsys):
     """Also while they go on, and a line of their logs is not whole yet."""
     for run, lr in (("a", 1e-4), ("b", 2e-4)):
-        write_log(tmp_path / run, [{"iteration": 0, "reward/trans": -1}], '{"iteration": 1, "rew')
+        write_log(tmp_path / run, [{"iteration": i, "reward/trans": -i} for i in (0, 1)], '{"iteration": 2')
         put(tmp_path / run / "iteration_000010/state.json", {"config": {"lr": lr, "members": 8}})
     draw_curves(Curves(f"{tmp_path / 'a'},{tmp_path / 'b'}", str(tmp_path / "page.html")))
-    assert capsys.readouterr().out.startswith("a: 1 iterations\nb: 1 iterations\n")
+    assert capsys.readouterr().out.startswith("a: 2 iterations\nb: 2 iterations\n")
     text = (tmp_path / "page.html").read_text()
     assert "<td>0.0001</td><td>0.0002</td>" in text and "members" not in text
 

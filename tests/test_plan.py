@@ -1,12 +1,15 @@
 """Plan: rows against the real rollout's, memory against the real loop's, and what the command says."""
+from itertools import pairwise
+
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 
 import train
 from benchmarks import plan
 from grpo import micro_batches, policy_loss
 from plumbing.settings import parse, run_command
+from scenes import put
 from sampler import rollout, schedule
 from toy.rooms import FRAMES, HEIGHT, WIDTH
 
@@ -61,15 +64,6 @@ def test_two_and_three_tell_of_all(settings):
         assert found == pytest.approx(wanted, rel=0.05)
 
 
-@pytest.mark.parametrize("recipe, ranks, card", [
-    ("one_card_24gb", 1, 24), ("one_card_48gb", 1, 48), ("one_card_80gb", 1, 80),
-    ("eight_cards_80gb", 8, 80)])
-def test_recipes_fit_their_cards(recipe, ranks, card):
-    config = parse(plan.Plan, [str(ROOT / f"config/{recipe}.py"), "--weights=nowhere"])
-    config.check(ranks, folders=False)
-    assert plan.fits(config, ranks, card)
-
-
 # ---- the command ----
 
 def run_plan(capsys, *argv):
@@ -81,13 +75,18 @@ def run_plan(capsys, *argv):
     return capsys.readouterr().out, 0
 
 
-def test_plan_needs_nothing(tmp_path, capsys):
-    out, code = run_plan(capsys, ROOT / "config/geo_align.py", "--weights=nowhere", "--conditions=1",
-                         f"--out={tmp_path / 'o'}")
-    for fact in ("of which 329,840,640 train", "65,520 a network row", "+ 25.0 update x 4 = 276.8",
-                 "971 TFLOP at 150 TFLOP/s"):
-        assert fact in out
-    assert code == 0 and "verdict" not in out and not (tmp_path / "o").exists()
+@pytest.mark.parametrize("recipe, flags, memory, hours", [
+    ("one_card_24gb", "--card=24 --rate=80", "22.4 GB", "0.21 h"),
+    ("one_card_48gb", "--card=48 --rate=80", "46.1 GB", "1.22 h"),
+    ("one_card_80gb", "--card=80", "70.9 GB", "0.65 h"),
+    ("eight_cards_80gb", "--ranks=8 --card=80", "69.1 GB", "0.32 h")])
+def test_recipes_are_what_they_say(capsys, recipe, flags, memory, hours):
+    """Without data, weights or a card."""
+    file = ROOT / f"config/{recipe}.py"
+    out, code = run_plan(capsys, file, "--weights=nowhere", *flags.split())
+    assert code == 0 and "verdict     fits" in out and "of which 329,840,640 train" in out
+    assert f"update      {memory} at its peak" in out and f"together {hours} an iteration" in out
+    assert {memory, hours} <= {f"{a} {b}" for a, b in pairwise(file.read_text().split())}
 
 
 def test_what_does_not_fit_ends_with_1(capsys, monkeypatch):
@@ -101,3 +100,19 @@ def test_what_does_not_fit_ends_with_1(capsys, monkeypatch):
     assert code == 1 and f"does NOT fit, {excess:.1f} MB too much" in out
     assert "verdict     does not fit" in out and "no single setting makes it fit" in out
     assert "largest     --frames=193\n" in run_plan(capsys, *toy, "--card=0.2", "--largest")[0]
+
+
+def test_time_is_arithmetic_over_the_rate(tmp_path):
+    config = plan.Plan(world="clips", weights="", frames=9, height=64, width=112, conditions=4, rate=100.0,
+                       rewards="sharpness=1", strategy="all", steps=6)
+    by_phase = {phase: time for phase, (time, _) in plan.hours(config, 2).items()}
+    rolled, updated = plan.mean_evaluations(config, True, None)
+    hour = plan.flops(plan.FUN_CAMERA, 2 * 3 * 4 * 7) / 1e14 / 3600  # of one row
+    wanted = {"rollout": 2 * rolled * hour, "update": 2 * updated * 4 * hour, "rewards": 0,
+              "validation": 8 / 10 / 2 * 6 * hour}
+    assert {phase: by_phase[phase] for phase in wanted} == pytest.approx(wanted)
+    rates = {"forward": 2e14, "update": 1e14, "decode": 1e14}
+    config.measured = str(put(tmp_path / "card.json", {"rates": rates}))
+    assert plan.hours(config, 2)["rollout"][0] == pytest.approx(by_phase["rollout"] / 2)
+    put(tmp_path / "card.json", {})
+    refused(lambda: plan.hours(config, 2), "card.json: expected the json file")

@@ -53,10 +53,10 @@ def test_nothing_of_others_is_removed_or_written_through_a_link(tmp_path):
     put(files.temporary_name(out / "samples"), "")
     files.remove_leftovers(out, "samples")
     assert tree(tmp_path) == before
-    for name, target in ("links", victim.parent), ("lock", victim):
+    for name, target in ("log.jsonl", victim), ("links", victim.parent), ("lock", victim):
         (out / name).symlink_to(target)
         with pytest.raises((ValueError, OSError), match=name):
-            files.lock_folder(out)
+            checkpoint.open_log(out / name, 0) if name == "log.jsonl" else files.lock_folder(out)
         (out / name).unlink()
     assert victim.read_text() == "theirs"
 
@@ -121,6 +121,7 @@ def forge(folder, name, change):
     ("self_attn.safetensors: missing", lambda f: (f / WEIGHTS).unlink()),
     ("state.json: missing", lambda f: (f / STATE).unlink()),
     ("optimizer.safetensors: damaged, its checksum", lambda f: (f / MOMENTS).write_bytes(b"")),
+    ("state.json: damaged .expected an object", lambda f: (f / STATE).write_text("[]")),
     ("state.json: damaged .expected iteration", lambda f: (f / STATE).write_text("{}")),
     ("state.json: iteration 4", lambda f: f.rename(f.with_name("iteration_000005"))),
     ("other parameters", lambda f: forge(f, WEIGHTS, lambda x: {"p": x["p"].half()})),
@@ -262,3 +263,10 @@ def test_an_interruption_ends_a_command_in_one_line():
         raise KeyboardInterrupt
     with pytest.raises(SystemExit, match="program: interrupted"):
         run_command("program", "What it is for.", {"run": (train.Config, stop, None)}, [])
+
+
+def test_errors_in_one_line_and_streams_that_break():
+    assert ranks.words_of(KeyError("x\ny")).startswith(r"KeyError: 'x\ny' (DEBUG=1 shows where)")
+    assert ranks.words_of(RuntimeError("first\nsecond")) == "first"
+    fail = lambda *_: os.write(-1, b"")
+    print("x", file=ranks.Steady(SimpleNamespace(write=fail, flush=fail)), flush=True)

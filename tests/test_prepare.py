@@ -124,6 +124,8 @@ def test_cameras_follow_the_frames_taken(tmp_path):
     put(tmp_path / "pose/v.npz", {"data": path_of(20), "inds": np.arange(20)})  # ViPE's
     with pytest.raises(ValueError, match="frames 0 to 19, but the clip's are 13 to 21"):
         cameras_for(tmp_path, "v.mp4", range(13, 22), 60)
+    with pytest.raises(ValueError, match="no camera file .*none.npz"):
+        cameras_for(tmp_path, "none.mp4")
     still = put(tmp_path / "still.npz", {"c2w": path_of(81)[[4] * 81]})  # fits any length
     assert np.allclose(cameras_for(still, "a.mp4", fov=90)[0], np.eye(4))
     put(tmp_path / "walk_0.1.npy", path_of(9, 1))  # of a folder of images: .1 is no suffix

@@ -117,6 +117,15 @@ def test_tables_hold_our_rows_then_the_papers():
     assert not any("(paper)" in str(t) for t in report.tables(two_methods(), paper=False))
 
 
+def test_table_3_has_the_papers_rows_and_ours():
+    """A run's row is told by the rewards it was trained with; geometry alone is none of them."""
+    cases = {"x_camera_9_speed_1": {"TransErr": 0.1, "RotErr": 1.0, "position": 0.3}}
+    methods = {name: {"cases": cases, "notes": {}, "rewards": spec} for name, spec in (
+        ("base", ""), ("a", "trans=0,vq=1"), ("b", "trans=1, vq=1,my.py:f=0.5"), ("c", "trans=1,rot=1"))}
+    rows = tables(methods)["Table 3: rewards, at speed 1"]["rows"]
+    assert [row[1] for row in rows] == ["base", "a", "b", "", "", ""]
+
+
 def test_three_lines():
     """Closed forms: half the position error in every case, rotation as it was, two decibels."""
     a = {case_name(clip, 5, 1.0): {"position": x, "rotation": 2.0, "PSNR": 20.0}

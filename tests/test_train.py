@@ -213,8 +213,10 @@ def test_non_finite_gradients_change_nothing_and_stop_in_a_row(tmp_path, monkeyp
     assert state_of(tmp_path) == three and not (tmp_path / "iteration_000004").exists()
 
 
-def test_file_then_flags(tmp_path):
-    """Later wins; conditions divide over the ranks."""
+def test_file_then_flags(tmp_path, capsys):
+    """Later wins; conditions divide over the ranks; --help names the settings."""
+    train.main(["--help"])
+    assert "    lr: " in capsys.readouterr().out
     (tmp_path / "mine.py").write_text('"""A run."""\nlr = 1e-3  # high\nseed = 3\nv = (1.0, 2.0)\n')
     config = parse(train.Config, [str(tmp_path / "mine.py"), "--seed=4", "--out=x=y", "--compile"])
     assert (config.lr, config.seed, config.v, config.compile) == (1e-3, 4, (1.0, 2.0), True)

@@ -161,6 +161,14 @@ def test_image_folder(tmp_path):
 
 # ---- bad input: one line naming the file ----
 
+def audio_only(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 44100
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+
+
 def cut(path, share, **more):
     """A file of which the end is missing."""
     content = encode(path, NOISE, **more).read_bytes()
@@ -176,6 +184,7 @@ BAD = [  # name, how it is made, what is said, frames that can be read neverthel
     ("a.mp4", lambda f: cut(f, 0.6, muxer=FASTSTART), "truncated", 3),
     ("a.mkv", lambda f: cut(f, 0.5), "truncated", 3),
     ("a.mp4", lambda f: f.write_text("#EXTM3U\n#EXTINF:1,\ns.mp4\n"), "a list of other files", 0),
+    ("a.mp4", audio_only, "no video stream, only audio", 0),
     ("a.mp4", lambda f: encode(f, NOISE[:8]), "too short, 8 frames, 33 needed", 8),
     ("a.mp4", lambda f: f, "no such video", 0),
     ("a.mp4", lambda f: with_matrix(encode(f, PICTURE), (0.866, 0.5, -0.5, 0.866)),
