@@ -97,7 +97,7 @@ def as_ranks(act, said, ranks=2):
         children.append(os.fork())
         if children[-1]:
             continue
-        signal.alarm(600)  # should the other rank be gone
+        signal.alarm(3600)  # should the other rank be gone
         os.environ.update(place, WORLD_SIZE=str(ranks), RANK=str(rank), LOCAL_RANK=str(rank))
         code = 1
         with open(said, "a") as file, redirect_stdout(file), redirect_stderr(file):
