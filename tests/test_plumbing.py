@@ -209,15 +209,16 @@ def test_inputs_that_changed_under_the_same_name_are_noticed(tmp_path):
 # ---- ranks ----
 
 def test_ranks_are_compared(monkeypatch):
-    """Settings and weights: the rank that differs is named."""
+    """Settings and weights: the rank that differs is named. A mean is one."""
     def gather(found, mine):
         found[:] = [mine, mine, mine | {"lr": 3.0} if isinstance(mine, dict) else mine + 1]
     for name, act in (("is_initialized", lambda: True), ("get_world_size", lambda: 3), ("all_gather", gather),
-                      ("all_gather_object", gather)):
+                      ("all_gather_object", gather), ("all_reduce", lambda x: x.mul_(3))):
         monkeypatch.setattr(ranks.dist, name, act)
     refused(lambda: ranks.compare_ranks({"lr": 1.0}), "rank 2: lr = 3.0, rank 0 has 1.0")
     refused(lambda: ranks.assert_ranks_agree([torch.ones(2)], "x"), "weights of rank 2", error=RuntimeError)
     ranks.compare_ranks({"lr": 3.0})
+    assert ranks.mean(torch.ones(2)).tolist() == [1, 1]
 
 
 def test_ranks_meet_anew_in_a_store_that_outlives_them(monkeypatch):
