@@ -89,7 +89,7 @@ def test_every_clip_once_an_epoch():
 def test_an_outlier_is_cut_to_a_multiple_of_the_median_at_any_scale():
     for scale in 1.0, 1e-9:
         p, norms = torch.nn.Parameter(torch.zeros(2)), []
-        for norm in (1, 2, 3, 2, 2, 100, 2):
+        for norm in (1, 2, 3, 2, 2, 100, 7):
             p.grad = torch.tensor([0.6, 0.8]) * norm * scale
             assert float(train.clip_gradient([p], norms, 3.0)) == pytest.approx(norm * scale, rel=1e-5)
             assert float(p.grad.norm()) == pytest.approx(min(norm, 6) * scale, rel=1e-5)
