@@ -30,7 +30,8 @@ from pretrained import vae  # noqa: E402
 from pretrained.weights import (  # noqa: E402
     DIT, IMAGE_FILE, RECAMMASTER, REDIRECTOR, TEXT_FILE, TOKENIZER, VAE_FILE)
 
-TEXT_DIM, IMAGE_DIM, VOCABULARY = 32, 80, 400
+GOLDEN = ROOT / "tests/golden"
+TEXT_DIM, IMAGE_DIM = 32, 80  # of the recorded small umT5, which stands in for the text encoder
 
 
 def random_state(shapes, seed=0):
@@ -65,30 +66,16 @@ def vae_shapes(widths=(4, 4, 8, 16, 16), blocks=2, temporal=(False, True, True),
     return shapes_of(vae.VAE, z, widths, blocks, temporal)
 
 
-def text_shapes(vocabulary=VOCABULARY, width=TEXT_DIM, attention=64, ffn=64, heads=1, layers=2):
-    shapes = {"token_embedding.weight": (vocabulary, width), "norm.weight": (width,)}
-    block = {"norm1": (width,), "norm2": (width,), "pos_embedding.embedding": (32, heads),
-             **{f"attn.{x}": (attention, width) for x in "qkv"}, "attn.o": (width, attention),
-             "ffn.gate.0": (ffn, width), "ffn.fc1": (ffn, width), "ffn.fc2": (width, ffn)}
-    return shapes | {f"blocks.{i}.{name}.weight": shape
-                     for i in range(layers) for name, shape in block.items()}
-
-
-def image_shapes(width=IMAGE_DIM, layers=3, mlp=320):
-    block = {"norm1": (width,), "norm2": (width,), "attn.to_qkv": (3 * width, width),
-             "attn.proj": (width, width), "mlp.0": (mlp, width), "mlp.2": (width, mlp)}
-    layers = {f"transformer.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
-    shapes = {"cls_embedding": (1, 1, width), "pos_embedding": (1, 257, width), "head": (width, 24),
-              "patch_embedding.weight": (width, 3, 14, 14)}
-    for name, shape in {"pre_norm": (width,), "post_norm": (width,), **layers}.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return {"log_scale": (), **{f"visual.{name}": shape for name, shape in shapes.items()}}
+def image_shapes():
+    """Those of the recorded small CLIP, but for heads of 80 and 257 positions, as published."""
+    sizes = {64: IMAGE_DIM, 192: 3 * IMAGE_DIM, 256: 4 * IMAGE_DIM, 17: 257}
+    return {name: tuple(sizes.get(n, n) for n in x.shape)
+            for name, x in load_file(GOLDEN / "clip_weights.safetensors").items()}
 
 
 def save_tokenizer(folder):
     """A small unigram tokenizer of umT5's kind: <pad> 0, </s> 1, <unk> 2, </s> added at the end."""
-    pieces = ["<pad>", "</s>", "<unk>", *"\u2581a \u2581cat \u2581dog \u2581walks \u2581".split(" "),
-              *map(chr, range(33, 127))]
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581a", "\u2581cat", "\u2581dog", "\u2581", "&", *map(chr, range(97, 123))]
     pieces = [(piece, -float(i)) for i, piece in enumerate(pieces)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -232,7 +219,7 @@ def write(folder, seed=0, policy="ReDirector"):
     else:
         save_file(dit, folder / DIT)
     torch.save(random_state(vae_shapes(), seed + 2), folder / VAE_FILE)
-    torch.save(random_state(text_shapes(), seed + 3), folder / TEXT_FILE)
+    torch.save(load_file(GOLDEN / "umt5_weights.safetensors"), folder / TEXT_FILE)
     save_tokenizer(folder / TOKENIZER)
     write_reward_models(folder, seed + 5)
     write_programs(folder)
