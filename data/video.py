@@ -205,7 +205,8 @@ def open_video(path):
     fps = next((rate for rate in rates if 0 < rate < 1000), None)
     if fps is None:
         container.close()
-        raise ValueError(f"{path}: no usable frame rate (the file says {stream.average_rate})")
+        raise ValueError(f"{path}: no usable frame rate (the file says {stream.average_rate}); "
+                         "is it damaged, or cut short?")
 
     def ticks():
         last = -1
