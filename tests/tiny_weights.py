@@ -75,7 +75,7 @@ def image_shapes():
 
 def save_tokenizer(folder):
     """A small unigram tokenizer of umT5's kind: <pad> 0, </s> 1, <unk> 2, </s> added at the end."""
-    pieces = ["<pad>", "</s>", "<unk>", "\u2581a", "\u2581cat", "\u2581dog", "\u2581", "&", *map(chr, range(97, 123))]
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581a", "\u2581cat", "\u2581dog", "\u2581", *map(chr, range(33, 125))]
     pieces = [(piece, -float(i)) for i, piece in enumerate(pieces)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -156,7 +156,7 @@ class MapAnything(torch.nn.Module):
 
     def infer(self, views, **options):
         """A view's mean colour through a matrix, less the first's: its rotation vector and position."""
-        seen = [view["img"].mean((2, 3)) @ self.weight.T for view in views]
+        seen = [0.1 * view["img"].mean((2, 3)) @ self.weight.T for view in views]
         height, width = views[0]["img"].shape[-2:]
         focal = torch.tensor([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])
         out = []
