@@ -63,6 +63,7 @@ def test_model_free_closed_forms():
     close(scores["colour"], torch.full((2,), expected), rtol=1e-5, atol=0)
     bright[:, :, :4] = 255
     bright[:, :, 4:8, :6] = 0
+    bright[:, :, 8:] = torch.tensor([255, 0, 100], dtype=torch.uint8)  # a colour is neither
     close(rewards.exposure(bright, s)["exposure"], torch.full((2,), -(0.25 + 0.25 * 0.25)))
 
 
