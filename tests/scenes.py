@@ -1,7 +1,10 @@
-"""Small videos, camera paths and scenes that several tests share."""
+"""Small videos, camera paths and scenes that several tests share; and two ranks."""
 import json
-import resource
-from contextlib import contextmanager
+import os
+import signal
+import socket
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import rewards
@@ -82,10 +85,28 @@ def put(file, content):
     return file
 
 
-@contextmanager
-def full_disk(room):
-    """A limit on a file's size stands in for the full disk: a write fails part way, as there."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def as_ranks(act, said, ranks=2):
+    """act() as so many ranks that torchrun starts, in forks of this process, which has imported all.
+
+    said: a file for what they print; returned is its text.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = []
+    for rank in range(ranks):
+        children.append(os.fork())
+        if children[-1]:
+            continue
+        signal.alarm(600)  # should the other rank be gone
+        os.environ.update(place, WORLD_SIZE=str(ranks), RANK=str(rank), LOCAL_RANK=str(rank))
+        code = 1
+        with open(said, "a") as file, redirect_stdout(file), redirect_stderr(file):
+            try:
+                act()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+        os._exit(code)  # neither pytest's end, nor that of torch's threads
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * ranks, said.read_text()
+    return said.read_text()

@@ -1,5 +1,7 @@
 """What bench counts, against what torch counts; and its command for a card, at a size for a CPU."""
 import json
+import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -20,71 +22,41 @@ def test_flops_of_a_forward():
     assert plan.flops(dit.config, 2 * 2 * 2 * 3) == pytest.approx(counted, rel=0.1)  # less the time MLP
 
 
-def test_one_iteration_marks_its_phases():
-    dit, shape, _, prepared = bench.build(bench.Bench(**TINY))
-    phases = []
-    how = dict(members=2, steps=4, tail=0.4, micro_batch=1)
-    bench.one_iteration(dit, prepared, shape, (1, 2), phases.append, **how)
-    assert phases == ["rollout", "decode", "update"]
-    assert all(p.grad.abs().sum() > 0 for name, p in dit.named_parameters() if ".self_attn.q." in name)
-
-
-def test_a_part_ends_at_its_limit():
-    """Also where what runs then hides exceptions, as the compiler does."""
-    with pytest.raises(bench.TimeLimit), bench.limited(0.01):
-        while True:
-            try:
-                while True:
-                    pass
-            except Exception:
-                pass
-
-
-@pytest.mark.parametrize("settings, how", [
-    ({"size": 2}, {}), ({"size": 1}, {"tail": 0.4}), ({"size": 2}, {"share_noise": False})])
-def test_plans_memory_is_that_of_real_tensors(settings, how):
-    """Peaks of one real iteration of the published VAE and a small network, counted live."""
-    rows = bench.measure_memory(bench.Bench(**TINY | dict(layers=3)), settings | how,
-                                tuple(range(settings["size"])), 3, 4, lambda phase: None, **how)
-    assert {row[""]: row["plan / tensors"] for row in rows} == pytest.approx(
-        {phase: 1 for phase in ("conditions", "rollout", "decode", "update")}, abs=0.1)
-
-
-@pytest.mark.parametrize("wrong, said", [({"lengths": "9,x"}, "lengths"), ({"lengths": "8"}, "lengths"),
-                                         ({"official": "nowhere"}, "no checkout")])
-def test_card_refuses(wrong, said):
-    with pytest.raises((ValueError, OSError), match=said):
-        bench.card(bench.Card(**TINY | wrong))
-
-
 @pytest.mark.parametrize("has_card", [False, True])
 def test_card_writes_a_table_and_what_plan_reads(has_card, tmp_path, monkeypatch):
     """has_card: what is only done on a card is done too, with a stand-in for the driver."""
     if has_card:
         monkeypatch.setattr(bench, "CUDA", True)
-        stand_ins = {"synchronize": lambda: None, "empty_cache": lambda: None, "get_device_name": lambda: "a card",
-                     "reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: 1e9}
-        for name, stand_in in stand_ins.items():
-            monkeypatch.setattr(torch.cuda, name, stand_in)
-    config = bench.Card(**TINY, lengths="5", repeat=1, compile=False, minutes=60.0, out=str(tmp_path / "card"))
-    bench.card(config)
+        stand_ins = {"synchronize": None, "empty_cache": None, "get_device_name": "a card",
+                     "reset_peak_memory_stats": None, "max_memory_allocated": 1e9}
+        for name, found in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    card = dict(lengths="5", repeat=1, compile=False, minutes=60.0, out=str(tmp_path / "card"))
+    bench.card(bench.Card(**TINY, **card))
     report = json.loads((tmp_path / "card.json").read_text())
     assert report["not measured"] == {}
     rates = plan.measured_rates(tmp_path / "card.json")
     assert all(x > 0 for x in rates.values())
     table = (tmp_path / "card.md").read_text()
-    for phrase in ("| ours, prepared |", "| rollout |", "| update |", "rollout rows 68, update rows 1", "driver"):
+    for phrase in ("| ours, prepared |", "| rollout |", "| update |", "rollout rows 68, update rows 1"):
         assert phrase in table
     assert ("a card" in table) == has_card and ("ours, flash_attention" in table) == has_card
     for row in report["tables"]["memory of one condition"]:  # plan's estimate, by its own functions
         assert row["plan / tensors"] == pytest.approx(row["plan MB"] / 1e3 if has_card else 1, abs=0.1), row
 
 
-def test_the_cosine_of_halves_is_that_of_the_mean_over_all_halves():
-    """For gradients of one length; alike it is 1, at right angles 0."""
+def test_card_refuses_and_a_part_ends_at_its_limit():
+    """Also where what runs then hides exceptions, as the compiler does."""
+    for wrong, said in ({"lengths": "8"}, "lengths"), ({"official": "nowhere"}, "no checkout"):
+        with pytest.raises((ValueError, OSError), match=said):
+            bench.card(bench.Card(**TINY | wrong))
+    with pytest.raises(bench.TimeLimit), bench.limited(0.01):
+        while True:
+            with suppress(Exception):
+                time.sleep(0.001)
+
+
+def test_the_cosine_of_halves():
+    """Gradients that are alike: 1; at right angles: 0."""
     assert steps.cosine_of_halves(torch.ones(6, 5)) == pytest.approx(1)
     assert steps.cosine_of_halves(torch.eye(6)) == pytest.approx(0)
-    g = torch.randn(8, 20000, generator=torch.Generator().manual_seed(0)) + 0.5
-    halves = [torch.randperm(8, generator=torch.Generator().manual_seed(i)) for i in range(50)]
-    cosines = [torch.cosine_similarity(g[h[:4]].mean(0), g[h[4:]].mean(0), 0) for h in halves]
-    assert steps.cosine_of_halves(g) == pytest.approx(float(torch.stack(cosines).mean()), abs=2e-3)

@@ -3,9 +3,6 @@
 Bad input is in test_inputs.py; here is only what needs an evaluation to be made first."""
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +11,7 @@ import tiny_weights
 import torch
 from conftest import ROOT, refused
 from safetensors.torch import load_file, save_file
-from scenes import pose, put
+from scenes import as_ranks, pose, put
 from scipy.spatial.transform import Rotation
 
 import evaluate
@@ -26,7 +23,6 @@ from evaluation import outside, scores
 from evaluation import toy as toy_evaluation
 from evaluation.cases import case_name, find_checkpoints, find_clips, find_generated
 from evaluation.scores import pose_scores, save_poses
-from plumbing import files
 from plumbing.settings import choose_command
 from pretrained import reward_models
 from trajectories import recammaster, scale_motion
@@ -52,14 +48,6 @@ def results(out):
 
 # ---- pose scores ----
 
-def test_pose_scores_agree_with_redirectors():
-    arrays = np.load(ROOT / "tests/golden/pose_errors.npz")
-    for k, errors in json.loads((ROOT / "tests/golden/pose_errors.json").read_text()).items():
-        found = pose_scores(arrays[f"pred{k}"], arrays[f"gt{k}"])
-        assert found["TransErr"] == pytest.approx(errors["TransErr"], abs=1e-6)
-        assert found["RotErr"] == pytest.approx(errors["RotErr_deg"], abs=1e-6)
-
-
 WALKED = np.zeros((41, 4, 4))
 WALKED[:, 2, 3] = np.linspace(0, 1, 41)
 
@@ -84,26 +72,12 @@ def test_what_is_off_and_nothing_else_is_scored(numbers, change, wanted):
             assert x is right[key] is None or x == pytest.approx(right[key], abs=2e-6), key
 
 
-STILL = np.tile(np.eye(4), (21, 1, 1))
-
-
-@pytest.mark.parametrize("change, key, told, why", [
-    (lambda c2w: c2w, "c2w", "", None), (lambda c2w: c2w, "pose", "@c2w", None),
-    (np.linalg.inv, "w2c", "", None), (np.linalg.inv, "pose", "@w2c", None),
-    (lambda c2w: c2w[[7] * 21], "c2w", "", "the estimated camera stands still: 21 equal poses"),
-    (lambda c2w: c2w[::4], "pose", "@c2w", "6 poses for 21 frames"),
-    (lambda c2w: c2w * np.nan, "c2w", "", "frame 0: not finite")])
-def test_estimates_that_are_none_fail(tmp_path, change, key, told, why):
-    """Poses from elsewhere: one a frame, in the convention of their key or folder's name."""
-    video = tmp_path / "x_camera_9_speed_1.mp4"
-    write_video(video, np.full((21, 16, 16, 3), 99, np.uint8), 24)
-    put(tmp_path / f"poses/method/{video.stem}.npz", {key: change(recammaster(9, 21))})
-    estimate = scores.open_estimator(f"{tmp_path / 'poses'}{told}", "", "", "", None)
-    found = scores.score_poses(tmp_path / "method", video.stem, video, estimate, "")
-    assert why in found["failed"] if why else found["scale"] == pytest.approx(1)
-    assert "failed" not in pose_scores(STILL, STILL)  # the path asked for stands still
-    assert pose_scores(STILL[:1], STILL[:1])["failed"] == "1 pose, which is no path"
-    assert "not finite" in pose_scores(STILL * np.nan, STILL)["failed"]
+def test_what_is_no_estimate_fails():
+    path = recammaster(9, 21)
+    for pred, why in ((path * np.nan, "not finite"), (path[:1], "1 pose, which is no path"),
+                      (path[[7] * 21], "the estimated camera stands still: 21 equal poses")):
+        assert why in pose_scores(pred, path[:len(pred)])["failed"]
+    assert "failed" not in pose_scores(path[[0] * 21], path[[0] * 21])  # the path asked for stands still
 
 
 def test_what_is_found_by_name(tmp_path):
@@ -112,18 +86,14 @@ def test_what_is_found_by_name(tmp_path):
     assert find_clips(clips) == {"b_cat": "b/cat.MOV", "bear": "bear.mp4", "dog": "dog"}
     assert list(find_clips(clips, str(put(tmp_path / "s.txt", "dog\n\nbear.mp4\n")))) == ["dog", "bear"]
     refused(lambda: find_clips(clips, "dog, beer, wolf"), "2 of 3 are", "wolf; did you mean bear?")
+    refused(lambda: find_clips(touch(clips, "b_cat.mp4")), "would both be called b_cat")
     made = touch(tmp_path / "made", "x_camera_9_speed_1.0.mp4", "sub/x_camera_1_speed_1.5.mp4")
     assert set(find_generated(made)) == {"x_camera_9_speed_1", "x_camera_1_speed_1.5"}
+    refused(lambda: find_generated(touch(made, "x_camera_09_speed_1.mkv")), "are both x_camera_9_speed_1")
     run = touch(tmp_path / "run", *(f"iteration_{n:06d}/self_attn.safetensors" for n in (2, 10)))
-    mine = put(tmp_path / "mine.safetensors", "")
-    found = find_checkpoints(f"{run},{run / 'iteration_000002'}, {mine}")
-    assert list(found) == ["base", "run-iteration_000010", "run-iteration_000002", "mine"]
-    assert found["base"] is None and found["mine"] == mine
+    found = find_checkpoints(f"{run}, {run / 'iteration_000002'}")
+    assert list(found) == ["base", "run-iteration_000010", "run-iteration_000002"]
     refused(lambda: find_checkpoints(f"{run},{run}"), "different names")
-    for find, why, names in ((find_clips, "would both be called b_cat", ("b/cat.mp4", "b_cat.mp4")),
-                             (find_generated, "are both x_camera_1_speed_1; expected one video",
-                              ("a/x_camera_01_speed_1.0.mkv", "x_camera_1_speed_1.mp4"))):
-        refused(lambda: find(touch(tmp_path / why, *names)), why, *names)
 
 
 # ---- videos made elsewhere ----
@@ -147,20 +117,18 @@ def elsewhere(tmp_path, monkeypatch):
     return evaluate.Evaluate(generated="A,B", estimator="poses", paths="1,5,9", out="out")
 
 
-def test_videos_made_elsewhere(elsewhere, monkeypatch, capsys):
+def test_videos_made_elsewhere(elsewhere, monkeypatch):
     """Cameras, VBench and MEt3R reach results and tables; an estimate of n frames is compared with the
     path of n frames; what is missing or failed is listed, and it alone is tried again."""
-    calls, seen = [], []
+    calls = []
 
     def vbench(python, videos, dimension):
         calls.append(dimension)
-        if dimension == "motion_smoothness":
-            return {}, "failed: VBench, motion_smoothness (exit code 1)"
-        return {case: 0.75 for case in videos}, None
+        failed = dimension == "motion_smoothness"
+        return ({}, "failed: VBench (x)") if failed else ({case: 0.75 for case in videos}, None)
 
     def met3r(python, checkout, source, video, number, speed):
-        calls.append("met3r")
-        assert source.exists() and case_name("bear", number, speed) in str(video)
+        calls.append(f"met3r {number}")
         if number == 5:
             return {"MEt3R": 0.4}, "failed: Dyn-MEt3R (x)"
         return {"MEt3R": 0.3, "Dyn-MEt3R": 0.8}, None
@@ -176,65 +144,34 @@ def test_videos_made_elsewhere(elsewhere, monkeypatch, capsys):
     evaluate.evaluate(config)
     a, b = (method["cases"] for method in results("out").values())
     assert a[lost.stem]["failed"].startswith("missing") and bad.name in b[bad.stem]["failed"]
-    assert b[bad.stem]["MEt3R"] == 0.3 and "TransErr" not in b[bad.stem]
     case = b["bear_camera_5_speed_1"]
-    assert case["aesthetic_quality"] == 0.75 and case["MEt3R"] == 0.4 and "Dyn-MEt3R" not in case
-    assert (case["clip"], case["path"], case["speed"]) == ("bear", "zoom_in", 1.0)
+    assert case["aesthetic_quality"] == 0.75 and case["MEt3R"] == 0.4
     assert case["scale"] == pytest.approx(1.1, abs=0.02)
     text = Path("out/tables.md").read_text()
-    assert "## Failed: 4" in text and "here, 2 of 3 cases" in text and "Geo-Align (paper)" in text
-    assert "| bear_camera_5_speed_1 | failed: Dyn-MEt3R (x) |" in text and "0.7500" in text
-    assert text.count("failed: VBench, motion_smoothness (exit code 1)") == 1
+    assert "## Failed: " in text and "here, 2 of 3 cases" in text and text.count("VBench (x)") == 1
     bad.write_bytes(kept)
     Path("elsewhere.mp4").rename(lost)
-    estimate = scores.pose_folder("poses")
+    estimate, seen = scores.pose_folder("poses"), []
     monkeypatch.setattr(scores, "pose_folder", lambda x: lambda *a: seen.append(str(a[0])) or estimate(*a))
     calls.clear()
-    capsys.readouterr()
     evaluate.evaluate(config)
-    assert seen == [str(lost), f"B/{bad.stem}.mp4"]
-    assert calls.count("met3r") == 3 and calls.count("motion_smoothness") == 2
-    printed = capsys.readouterr().out.splitlines()
-    assert " -> " in printed[-4] and Path(printed[-1]).exists() and max(map(len, printed)) <= 80
+    assert seen == [str(lost), f"B/{bad.stem}.mp4"] and calls.count("motion_smoothness") == 2
+    assert sorted(x for x in calls if "met3r" in x) == ["met3r 1", "met3r 5", "met3r 5"]
 
 
-def test_interrupted_or_shared_by_two_ranks_it_comes_to_the_same(elsewhere, monkeypatch):
-    """Killed at every third of 60 files and run again; or two processes, as torchrun starts them."""
-    evaluate.evaluate(dataclasses.replace(elsewhere, out="whole"))
-    whole, replace, count = results("whole"), os.replace, [0]
-
-    def stop(temporary, path):
-        count[0] += 1
-        if count[0] % 3 == 0 and count[0] < 60:
-            raise KeyboardInterrupt
-        replace(temporary, path)
-    with monkeypatch.context() as m:
-        m.setattr(files.os, "replace", stop)  # every file is written beside, then renamed
-        while not Path("out/report.html").exists():
-            try:
-                evaluate.evaluate(elsewhere)
-            except KeyboardInterrupt:
-                pass
-    assert count[0] > 60 and results("out") == whole
-    flags = [f"--{key}={getattr(elsewhere, key)}" for key in ("generated", "estimator", "paths")]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    code = ("import evaluate, sys; from evaluation import outside\n"
-            "outside.vbench = lambda *a: ({}, 'not installed: VBench (x)')\n"
-            "evaluate.run_command('', '', evaluate.COMMANDS, sys.argv[1:])")
-    ranks = [subprocess.Popen([sys.executable, "-c", code, *flags, "--out=two"], env=os.environ | place | {
-        "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)}) for rank in "01"]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0] and results("two") == whole
+def test_two_ranks_come_to_the_same(elsewhere):
+    for out, run in (("one", lambda act, said: act()), ("two", as_ranks)):
+        run(lambda: evaluate.evaluate(dataclasses.replace(elsewhere, out=out)), Path("said"))
+    assert results("two") == results("one")
 
 
-def test_comparing_evaluations(elsewhere, capsys):
+def test_comparing_evaluations(elsewhere):
     """On the cases that both have; what cannot be compared is refused."""
     for name, paths in (("A", "1,5"), ("B", "5,9")):
         evaluate.evaluate(dataclasses.replace(elsewhere, generated=name, paths=paths, out=name.lower()))
     main("compare", "a", "b/results.json", "--out=c")
-    assert capsys.readouterr().out.splitlines()[-1] == "c/report.html"
     text = Path("c/tables.md").read_text()
     assert "## B against A, all speeds" in text and "| Position error (m) ↓ | 2 |" in text
-    assert "<h3>B against A" in Path("c/report.html").read_text()
     made = json.loads(Path("b/results.json").read_text())
     cases = made["methods"]["B"]["cases"]
     cases["cat_camera_5_speed_1"]["digest"] = "another"
@@ -267,75 +204,54 @@ def clips(tmp_path_factory):
 
 
 def test_protocol(clips, tmp_path, monkeypatch):
-    """Generate, score, go on after an interruption. Noise depends on case and seed alone: equal weights
-    make equal videos, also with fewer paths; other weights, paths and seeds do not."""
+    """Generate and score. Noise depends on case and seed alone: equal weights make equal videos, also
+    with fewer paths; other weights and paths do not. Other settings are refused."""
     monkeypatch.setattr(outside, "vbench", NO_VBENCH)
     config = evaluate.Evaluate(
         **{name: str(clips / name) for name in ("videos", "weights", "cameras")}, paths="1,9", steps=1,
         ckpt=f"{clips / 'same.safetensors'},{clips / 'other.safetensors'}", height=32, width=32,
         captions=str(clips / "captions.csv"), estimator=str(clips / "poses"), out=str(tmp_path / "out"))
-    written = []
-
-    def stop_once(path, *rest):
-        if len(written) == 3:
-            written.append("interrupted")
-            raise KeyboardInterrupt
-        written.append(str(Path(path).relative_to(config.out)))
-        write_video(path, *rest)
-    with monkeypatch.context() as m:
-        m.setattr(generating, "write_video", stop_once)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate.evaluate(config)
-        evaluate.evaluate(config)
+    evaluate.evaluate(config)
     videos = [f"{m}/videos/bear_camera_{n}_speed_1.mp4" for m in ("base", "same", "other") for n in (1, 9)]
-    assert [x for x in written if x != "interrupted"] == videos
     base1, base9, same1, same9, other1, _ = (tmp_path.joinpath("out", x).read_bytes() for x in videos)
     assert base1 == same1 != base9 == same9 and base1 != other1
     assert read_video(tmp_path / "out" / videos[0])[0].shape == (5, 32, 32, 3)
     found = results(tmp_path / "out")
     assert found["same"]["cases"]["broken_camera_9_speed_1"]["failed"].startswith("source: ")
     assert "failed" not in found["other"]["cases"]["bear_camera_9_speed_1"]
-    page = (tmp_path / "out/report.html").read_text()
-    assert page.count("<video") == 1 and page.count(">From above <") == 2  # two good cases, one control
-    alone = dataclasses.replace(config, paths="9", ckpt="", clips="bear")
-    for seed in (0, 1):
-        evaluate.evaluate(dataclasses.replace(alone, seed=seed, out=str(tmp_path / f"seed{seed}")))
-        assert ((tmp_path / f"seed{seed}" / videos[1]).read_bytes() == base9) == (seed == 0)
-    more = dataclasses.replace(config, steps=50)
-    refused(lambda: evaluate.evaluate(more), "base/videos: made with steps = 1, now 50; choose another")
-    scores.keep_settings(tmp_path / "new", {"steps": 50})  # may change where nothing was made
-    put(touch(tmp_path / "new", "clip.failed") / "case.json", {"failed": "why"})
-    scores.keep_settings(tmp_path / "new", {"steps": 25})
+    written = []
+    monkeypatch.setattr(generating, "write_video", lambda path, *rest: written.append(path.parts[-3:])
+                        or write_video(path, *rest))
+    (tmp_path / "out" / videos[2]).unlink()
+    evaluate.evaluate(config)
+    assert ["/".join(parts) for parts in written] == videos[2:3]  # what is there is not made again
+    alone = dataclasses.replace(config, paths="9", ckpt="", clips="bear", out=str(tmp_path / "alone"))
+    evaluate.evaluate(alone)
+    assert (tmp_path / "alone" / videos[1]).read_bytes() == base9
+    other = dataclasses.replace(config, steps=50, seed=1)
+    refused(lambda: evaluate.evaluate(other), "base/videos: made with", "1, now 50", "seed = 0, now 1")
 
 
 def test_retake(clips, tmp_path, monkeypatch):
     """The largest 4k + 1 of 8 frames, re-rendered, and both side by side. What is not given is
     estimated: source cameras by MapAnything, the caption by BLIP-2 from the middle frame."""
-    seen, maps = [], []
-    record = lambda kept, function: lambda *args: kept.append(args) or function(*args)
+    seen, maps, of = [], [], trajectories.camera_maps
 
     class Estimator:
         cameras = staticmethod(lambda videos: (torch.from_numpy(noisy(9, videos.shape[1]))[None],
                                                torch.tensor([[0.8, 1.2, 0.5, 0.5]])))
-    for module, name, kept, function in (
-            (reward_models, "mapanything", seen, lambda *args: Estimator),
-            (retaking, "describe_frame", seen, lambda *args: "a bear, says BLIP-2"),
-            (retaking, "encode_clip", seen, retaking.encode_clip),
-            (trajectories, "camera_maps", maps, trajectories.camera_maps)):
-        monkeypatch.setattr(module, name, record(kept, function))
-    out = tmp_path / "out"
-    main("retake", clips / "videos/bear.mp4", f"--weights={clips / 'weights'}", f"--out={out}", "--steps=1",
-         "--speed=1.5", f"--ckpt={clips / 'other.safetensors'}", "--height=32", "--width=48")
-    video = read_video(clips / "videos/bear.mp4", frames=5, size=(32, 48))[0]
-    assert seen[0][0] == clips / "weights/map-anything" and seen[2][1] == "a bear, says BLIP-2"
-    assert np.array_equal(seen[1][0], video[2])
+    monkeypatch.setattr(reward_models, "mapanything", lambda *args: Estimator)
+    monkeypatch.setattr(retaking, "describe_frame", lambda frame, *args: seen.append(frame) or "a bear")
+    monkeypatch.setattr(trajectories, "camera_maps", lambda *args: maps.append(args) or of(*args))
+    main("retake", clips / "videos/bear.mp4", f"--weights={clips / 'weights'}", f"--out={tmp_path}",
+         "--steps=1", "--speed=1.5", f"--ckpt={clips / 'other.safetensors'}", "--height=32", "--width=48")
+    assert np.array_equal(seen[0], read_video(clips / "videos/bear.mp4", frames=5, size=(32, 48))[0][2])
     (target, intrinsics, *_), (source, *_) = maps
     assert np.allclose(target[0], recammaster("arc_left", 5, 1.5))
     assert np.allclose(source[0], trajectories.relative(noisy(9, 5)))
     assert intrinsics[0].tolist() == pytest.approx([0.8, 1.2, 0.5, 0.5])
-    new, fps = read_video(out / "bear_arc_left_1.5.mp4")
-    assert new.shape == (5, 32, 48, 3) and fps == 24 and len(list(out.iterdir())) == 2
-    assert read_video(out / "bear_arc_left_1.5_side_by_side.mp4")[0].shape[::2] == (5, 2 * 48 + 4)
+    new, fps = read_video(tmp_path / "bear_arc_left_1.5.mp4")
+    assert new.shape == (5, 32, 48, 3) and fps == 24 and len(list(tmp_path.iterdir())) == 2
 
 
 def test_toy(tmp_path, monkeypatch):
@@ -352,20 +268,14 @@ def test_toy(tmp_path, monkeypatch):
         return far, None
     monkeypatch.setattr(toy_evaluation, "judge", judge)
     argv = ["toy", f"--weights={ROOT / 'toy/weights'}", f"--ckpt={tmp_path / 'tuned.safetensors'}",
-            "--rooms=1", "--steps=1", "--speeds=1,2", f"--out={tmp_path / 'out'}"]
+            "--rooms=1", "--steps=1", "--speeds=2", f"--out={tmp_path / 'out'}"]
     main(*argv)
-    found = {name: method["cases"] for name, method in results(tmp_path / "out").items()}
-    assert {name: len(cases) for name, cases in found.items()} == {"base": 20, "tuned": 20}
-    case = found["tuned"]["room0_camera_9_speed_2"]
+    base, tuned = (method["cases"] for method in results(tmp_path / "out").values())
+    case = tuned["room0_camera_9_speed_2"]
     assert (case["scale"], case["TransErr"]) == pytest.approx((1.2, 0), abs=1e-4)
-    assert "not finite" in found["base"]["room0_camera_5_speed_1"]["failed"]
-    assert "(paper)" not in (tmp_path / "out/tables.md").read_text()
-    digests = [{case: x["digest"] for case, x in cases.items()} for cases in found.values()]
-    assert digests[0] == digests[1] and len(set(digests[0].values())) == 20
-    page = (tmp_path / "out/report.html").read_text()
-    assert page.count("<video") == 1 and "of 18 cases by change of position error" in page
+    assert "not finite" in base["room0_camera_5_speed_2"]["failed"]
+    digests = [[x["digest"] for x in cases.values()] for cases in (base, tuned)]
+    assert digests[0] == digests[1] and len(set(digests[0])) == 10
     main(*argv)
-    assert judged == [10] * 4  # room by room; nothing twice
-    for flag, why in (("--steps=2", "base/cases: made with steps = 1, now 2"),
-                      ("--show=room9_camera_1_speed_1", "show: no case")):
-        refused(lambda: main(*argv, flag), why)
+    assert judged == [10] * 2  # room by room; nothing twice
+    refused(lambda: main(*argv, "--steps=2"), "base/cases: made with steps = 1, now 2")

@@ -2,13 +2,11 @@
 import io
 import json
 import os
-import pickle
 import random
 import re
 import resource
 import runpy
 import shutil
-import subprocess
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -25,28 +23,15 @@ import model
 import toy.world
 import train
 from data import cameras
-from data.clips import ClipCache, INDEX, NEGATIVE, TENSORS, load_clip, read_index
-from data.video import find_videos, write_video
-from evaluation.cases import find_clips
+from data.clips import INDEX, NEGATIVE, TENSORS, load_clip, read_index
+from data.video import write_video
 from evaluation.scores import PROTOCOL, keep_settings, read_results
-from plumbing import checkpoint
 from plumbing.settings import parse
-from pretrained.weights import DIT, REDIRECTOR, VAE_FILE, open_tensors, read_weights
+from pretrained.weights import REDIRECTOR, read_weights
 
 CASE = {"clip": "a", "path": "pan_right", "speed": 1.0, "TransErr": 0.1, "RotErr": 2.0}
 RESULTS = {"protocol": PROTOCOL, "settings": {"estimator": "vipe"},
            "methods": {"base": {"cases": {"a_camera_1_speed_1": CASE}, "notes": {}}}}
-QUIET = "class Quiet(BaseException):\n    def __str__(self):\n        1 / 0\nraise Quiet\n"
-LEAVES = (("exit", "import sys\nsys.exit(3)\n", "SystemExit: 3"), ("quiet", QUIET, "Quiet"),
-          ("interrupt", "raise KeyboardInterrupt\n", "KeyboardInterrupt"))
-
-
-class Evil:
-    """Unpickled, it would leave a file."""
-    file = None
-
-    def __reduce__(self):
-        return open, (Evil.file, "w")
 
 
 def index(clips, width=48):
@@ -67,33 +52,24 @@ def world(tmp_path_factory):
             "empty": None, "notes/notes.txt": "no video", "made/anything.mp4": video,
             "good/a_camera_1_speed_1.mp4": video, "bad_paths/nan.npz": {"c2w": path_of(9) * np.nan},
             "paths/camera.npz": {"c2w": path_of(9), "intrinsics": [50.0, 60.0, 32.0, 24.0]},
-            "broken.py": "lr = = 3\n", "binary.py": "lr = 1\0\n", "code.py": code,
-            "call.py": "lr = float('1')\n", "key.py": "learning = 1\n", "good.py": "lr = 1e-4\n",
+            "binary.py": "lr = 1\0\n", "code.py": code,
+            "call.py": "lr = float('1')\n", "good.py": "lr = 1e-4\n",
             "own.py": f"rewards = '{w}/code.py:f=1'\n", "latin.csv": b"file_name,text\na,caf\xe9\n",
-            **{f"leaves_{name}.py": code for name, code, _ in LEAVES},
+            "leaves.py": "import sys\nsys.exit(3)\n",
             "results.json": RESULTS, "bare.json": {"protocol": PROTOCOL},
             "old.json": {"protocol": 0}, "cut.json": '{"protocol": 2, "met',
-            "log.jsonl": '{"iteration": 0}\nno json\n{"iteration": 2}\n', "clips.txt": "a\nb\n",
-            "foreign.safetensors": save({"a": torch.zeros(2)}), "broken_index/" + INDEX: "{",
+            "log.jsonl": '{"iteration": 0}\nno json\n{"iteration": 2}\n',
+            "foreign.safetensors": save({"a": torch.zeros(2)}),
             "list_index/" + INDEX: "[]", "others/" + INDEX: index(["a"], width=64),
             **{f"{name}/{NEGATIVE}": none for name in ("no_clips", "lost_clip", "cut_clip")},
+            "outside/" + INDEX: index(["../secret"]),
             "no_clips/" + INDEX: index([]), "lost_clip/" + INDEX: index(["a.mp4"]),
             "cut_clip/" + INDEX: index(["b"]), "cut_clip/b.safetensors": none[:-10]}.items():
         put(w / name, content)
-    Evil.file = str(w / "ran")
-    torch.save({"a": 1}, w / "other.pt")
-    dit, codec = (w / "weights" / DIT).read_bytes(), (w / "weights" / VAE_FILE).read_bytes()
-    for name, file, content in (  # a folder of weights of which one file is bad, or gone
-            ("cut_dit", DIT, dit[:-100]), ("other_dit", DIT, save({"conv.weight": torch.zeros(3)})),
-            ("no_redirector", REDIRECTOR, None), ("cut_vae", VAE_FILE, codec[:5000]),
-            ("evil_vae", VAE_FILE, pickle.dumps({"conv1.weight": Evil()}, protocol=2)),
-            ("other_vae", VAE_FILE, (w / "other.pt").read_bytes()),
-            ("toy_no_codec", "toy_codec.safetensors", None)):
-        good = ROOT / "toy/weights" if name.startswith("toy") else w / "weights"
+    for name, good, file in (("no_redirector", w / "weights", REDIRECTOR),
+                             ("toy_no_codec", ROOT / "toy/weights", "toy_codec.safetensors")):
         shutil.copytree(good, w / name, copy_function=os.symlink)
         (w / name / file).unlink()
-        if content is not None:
-            put(w / name / file, content)
     yield w
     assert not (w / "ran").exists()  # nothing in any of these files was run
 
@@ -109,63 +85,45 @@ COMPARE = "evaluate.py compare {w}/results.json "
 BAD = {  # command: (more of it, what its line must say); {w} is the folder above. One row a source
     TRAIN: [
         ("{w}/nowhere.py", "nowhere.py: no such config file; a setting is --name=value"),
-        ("{w}/empty", "empty"), ("{w}/good.py {w}/key.py", "one config file at most"),
-        *(("{w}/" + name, f"{name}: expected lines of name = value")
-          for name in ("broken.py", "binary.py", "paths/camera.npz")),
+        ("{w}/good.py {w}/code.py", "one config file at most"),
+        ("{w}/binary.py", "binary.py: expected lines of name = value"),
         ("{w}/code.py", "code.py, line 1: expected name = value"),
         ("{w}/call.py", "call.py, line 1: expected a constant"),
-        ("{w}/key.py", "key.py, line 1: no setting 'learning'"),
         ("--member=3", "no setting 'member'; did you mean members?"),
-        ("--lr", "expected --name=value"),
-        *((f"--{name}={x}", f"expected {kind}") for name, kind, values in (
-            ("members", "int", ("3.5", "True", 20 * "9")), ("compile", "bool", ("yes",)),
-            ("lr", "float", ("fast", "1e999", "1" + 400 * "0")),
-            ("v", "tuple", (500 * "(", "{{[]:1}}", "('a','b','c','d')"))) for x in values),
-        *((f"--{name}={x}", f"{name}: {why}, found {x}") for name, x, why in (
-            ("lr", "-1.0", "expected > 0"), ("frames", "80", "expected 4k + 1"),
-            ("conditions", "0", "expected at least 1"), ("seed", "-1", "expected at least 0"),
-            ("rooms", "99999999999", "expected at most 4096"),
-            ("first", "7", "expected at most 6, the steps"),
-            ("height", "480", "expected 24, the toy's"),
-            ("normalise", "std", "expected max or group"))),
+        ("--lr", "expected --name=value"), ("--members=True", "expected int"),
+        ("--compile=yes", "expected bool"), ("--lr=1e999", "expected float"),
+        ("--v=((", "expected tuple"), ("--lr=-1.0", "lr: expected > 0, found -1.0"),
+        ("--frames=80", "frames: expected 4k + 1"), ("--conditions=0", "conditions: expected at least 1"),
+        ("--first=7", "first: expected at most 6, the steps"),
+        ("--height=480", "height: expected 24, the toy's"),
+        ("--normalise=std", "normalise: expected max or group"),
         ("--rewards=trans=much", "each name once with a number"),
         ("--world=moon", "world: expected toy, clips or captions, found 'moon'"),
         ("--v=(1,2)", "v and omega: expected (lowest, highest, mean, sd)"),
         ("--v=(0.3,0.1,0.2,0.1)", "speed bounds 0.3, 0.1"),
-        ("--members=1", "or nothing can be learnt"), ("--shift=0.0", "shift: expected > 0"),
-        ("--tau=-0.1", "tau: expected >= 0"), ("--betas=(0.9,1.0)", "betas: expected two numbers"),
-        ("--grad_clip=0.5", "grad_clip: expected more than 1"),
-        ("--log_to=paper", "log_to: expected tensorboard or wandb"),
+        ("--members=1", "or nothing can be learnt"), ("--betas=(0.9,1.0)", "betas: expected two"),
+        ("--grad_clip=0.5", "grad_clip: expected more than 1"), ("--tau=-0.1", "tau: expected >= 0"),
         ("--strategy=all --window_per_condition", "window_per_condition: expected strategy random"),
         ("--updates=7", "updates: 7 do not divide"), ("--park", "park: the toy has no use for it"),
         ("--keep=3", "max_skips: expected below keep, 3"), ("--size=6", "window size: expected 1"),
-        ("--strategy=sideways", "expected progressive, random or all, found 'sideways'"),
+        ("--log_to=paper", "log_to: expected tensorboard or wandb"),
         ("--rewards=a\0b=1", "expected text without null characters"),
-        ("--out=", "--out=: expected a folder, found nothing"),
-        ("--out=a,b", "out: expected a folder without commas"),
-        ("--out=a\n", "expected a folder without blanks around its name"),
-        ("--weights={w}/nowhere", "nowhere/toy_base.safetensors"),
+        ("--out=", "--out=: expected a folder, found nothing"), ("--out=a,b", "without commas"),
+        ("--out=a\n", "without blanks around its name"), ("--rooms=9999999999", "at most 4096"),
         ("--weights={w}/toy_no_codec", "toy_codec.safetensors"),
         ("{w}/own.py", "code of one's own runs only when named by --rewards="),
         ("--guidance=2", "guidance: this world has no negative prompt, expected 1"),
-        *(("--rewards={w}/" + f"leaves_{name}.py:f=1", f"leaves_{name}.py: {said}")
-          for name, _, said in LEAVES)],
+        ("--rewards={w}/leaves.py:f=1", "leaves.py: SystemExit: 3")],
     CLIPS: [
         ("--clips=", "--clips=FOLDER is needed"), ("--clips={w}/empty", "empty: no index.json"),
         ("--height=100", "height and width: expected multiples of 16"),
-        *(("--clips={w}/" + name, "index.json: no index of prepared clips")
-          for name in ("broken_index", "list_index")),
+        ("--clips={w}/list_index", "index.json: no index of prepared clips"),
         ("--clips={w}/no_clips", "lists no clip"), ("--clips={w}/others", "width = 64, wanted 48"),
+        ("--clips={w}/outside", "expected names below this folder, found '../secret'"),
         ("--trajectories={w}/bad_paths", "no usable camera path of 9 or more frames"),
         ("--trajectories={w}/nowhere", "nowhere: no such folder of camera paths"),
-        *(("--weights={w}/" + name, message) for name, message in (
-            ("empty", "diffusion_pytorch_model.safetensors: no such file"),
-            ("no_redirector", "step20000.safetensors: no such"), ("other_dit", "not a Wan DiT"),
-            ("cut_dit", "diffusion_pytorch_model.safetensors: not a whole safetensors file"),
-            ("evil_vae", "Wan2.1_VAE.pth: refused"), ("cut_vae", "Wan2.1_VAE.pth: truncated"),
-            ("other_vae", "Wan2.1_VAE.pth: holds other things than tensors"))),
+        ("--weights={w}/no_redirector", "step20000.safetensors: no such"),
         ("", "trans and rot need MapAnything: pip install"),
-        ("--rewards=exposure=1", "a.mp4.safetensors"),
         ("--clips={w}/cut_clip --rewards=exposure=1", "b.safetensors: truncated")],
     PREPARE: [
         ("--videos=", "--videos=FOLDER is needed"), ("--videos={w}/nowhere", "nowhere: no such f"),
@@ -173,9 +131,7 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--captions={w}/latin.csv", "latin.csv: expected UTF-8 csv"),
         ("--cameras={w}/nowhere", "nowhere: expected mapanything, a camera file or a folder"),
         ("--fov=200", "fov: expected degrees between 0 and 180, found 200"),
-        ("--weights={w}/nowhere", "Wan2.1_VAE.pth: no such file"),
-        *((f"--{name}={x}", "expected 4k+1 frames, height and width divisible by 16")
-          for name, x in (("frames", 10), ("frames", -3), ("height", -32))),
+        ("--frames=10", "expected 4k+1 frames, height and width divisible by 16"),
         ("--stride=0", "stride: expected at least 1")],
     MAKE: [
         ("--weights=", "give --weights=FOLDER"), ("--ckpt={w}/empty", "empty: no checkpoint"),
@@ -187,31 +143,28 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--paths=11", "no evaluation path '11'"), ("--show=b", "show: no case 'b'"),
         ("--speeds=fast", "speeds: could not convert"), ("--speeds=-1", "speeds: expected numbers"),
         ("--estimator={w}/nowhere", "expected vipe, mapanything or a folder"),
-        ("--videos={w}/videos --clips={w}/clips.txt", "1 of 2 are not in"),
         ("--log={w}/log.jsonl", "log.jsonl, line 2: expected a JSON object"),
-        ("--clips=a", "--videos=FOLDER is needed"), ("--speeds=1.5", "none of its 1 videos"),
-        ("--ckpt=x", "--weights=FOLDER is needed"), ("--redirector=nowhere", "nowhere/evaluate.py"),
+        ("--speeds=1.5", "none of its 1 videos"), ("--redirector=nowhere", "nowhere/evaluate.py"),
         ("--estimator=vipe --vipe=no/vipe", "not installed: ViPE"),
         ("--log=nowhere.jsonl", "nowhere.jsonl: no such training log"),
-        ("--paths=", "paths: expected a comma-separated list")],
+        ("--paths=", "paths: expected a comma-separated list"),
+        ("--clips=a", "--videos=FOLDER is needed"), ("--ckpt=x", "--weights=FOLDER is needed")],
     RETAKE: [
         ("--camera=loop", "no path 'loop': expected 1-10"), ("--clip=", "expected a clip"),
-        ("--fov=-60", "fov: expected degrees"), ("--clip={w}/none.mp4", "none.mp4: no such video"),
+        ("--clip={w}/short.mp4", "too short, 3 frames"), ("--fov=-60", "fov: expected degrees"),
         ("--height=33", "height and width: expected multiples of 16, found 33 x 48"),
-        ("--clip={w}/short.mp4", "too short, 3 frames, expected at least"),
         ("--cameras={w}/nowhere.npz", "nowhere.npz: no such camera file")],
     "evaluate.py toy ": [
-        ("--speeds=nan", "speeds: expected numbers such as 1 and 1.5, found nan"),
         ("--estimator=guess", "estimator: expected judge or estimator, found 'guess'"),
-        ("--ckpt={w}/foreign.safetensors", "unexpected a"),
-        ("--rooms=0", "rooms: expected at least 1, found 0")],
+        ("--ckpt={w}/foreign.safetensors", "unexpected a"), ("--speeds=nan", "found nan"),
+        ("--rooms=0", "rooms: expected at least 1"), ("--show=room9_camera_1_speed_1", "show: no case")],
     COMPARE: [
         ("", "expected two different results.json, or their folders, or more"),
         ("{w}/nowhere.json", "nowhere.json"), ("{w}/cut.json", "cut.json: damaged"),
         ("{w}/old.json", "old.json: protocol 0, expec"), ("{w}/bare.json", "bare.json: damaged")],
-    "evaluate.py try ": [
-        ("", "expected a reward"), ("{w}/none.py:f", "none.py: no such file"),
-        ("brightness", "expected name=weight"), ("exposure --batches=0", "batches")],
+    "evaluate.py curves ": [("", "expected a log.jsonl")],
+    "evaluate.py try ": [("", "expected a reward"), ("{w}/none.py:f", "none.py: no such file"),
+                         ("brightness", "expected name=weight"), ("exposure --batches=0", "batches")],
     "": [("evaluate.py compre", "no command 'compre'; did you mean compare?")]}
 ROWS = [(command + more, message) for command, rows in BAD.items() for more, message in rows]
 
@@ -247,33 +200,23 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch, command, message):
     assert len(lines[0]) < 1000 and not (tmp_path / "out").exists()
 
 
-def test_the_same_as_a_process(tmp_path):
-    command = [sys.executable, "train.py", "--frames=80", f"--out={tmp_path / 'out'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
 # ---- mutated files: nothing but our own error, or a value ----
 
-TOKENS = [b"NaN", b"-1", b"1e999", b"null", b"[[[[", b"]", b"}", b'"', b"{}", b"..", b"\\u0000",
-          b"\xff", b"0" * 40, b"9" * 400, b"true", b",", b"[" * 3000, b"(" * 300, b"-", b"0x"]
-NUMBERS = [b"0", b"-1", b"1", b"4096", b"1e9", b"9" * 11, b"null", b'"a"']
+TOKENS = [b"NaN", b"-1", b"0", b"1e999", b"null", b"[[[[", b"}", b'"', b"\\u0000", b"\xff", b"9" * 400,
+          b"true", b"[" * 3000, b"(" * 300, b"0x"]
 
 
 def mutations(content, count):
-    """`count` copies of bytes, each with one to four random changes."""
+    """`count` copies of bytes with another byte, a piece left out, or a token, perhaps for a number."""
     g = random.Random(0)
+    numbers = [m.span() for m in re.finditer(rb"\d+", content)]
     for _ in range(count):
-        x = bytearray(content)
-        for _ in range(g.randint(1, 4)):
-            at = g.randrange(len(x) + 1)
-            number = g.choice([m.span() for m in re.finditer(rb"\d+", x)] or [(at, at)])
-            changes = [(at, at + 1, bytes([g.randrange(256)])), (at, at + g.randrange(20), b""),
-                       (at, at, x[at:at + 60]), (at, at, g.choice(TOKENS)),
-                       (*number, g.choice(NUMBERS))]
-            start, end, new = g.choice(changes * 6 + [(at, len(x), b"")])
-            x[start:end] = new
-        yield bytes(x)
+        at = g.randrange(len(content))
+        changes = [(at, at + 1, bytes([g.randrange(256)])), (at, at + g.randrange(20), b""),
+                   (at, len(content), b""), (at, at, g.choice(TOKENS)),
+                   (*g.choice(numbers), g.choice(TOKENS))]
+        start, end, new = g.choice(changes)
+        yield content[:start] + new + content[end:]
 
 
 def read_config(path):
@@ -300,8 +243,7 @@ FUZZED = [  # file, content, how it is read
     ("results.json", RESULTS, read_results),
     ("settings.json", {"protocol": PROTOCOL, "frames": 9, "name": "x"},
      lambda path: keep_settings(path.parent, {"frames": 9, "name": "x"})),
-    ("a.safetensors", SMALL, open_tensors), ("b.safetensors", SMALL, read_weights),
-    ("c.safetensors", SMALL, model.load_dit),
+    ("b.safetensors", SMALL, read_weights), ("c.safetensors", SMALL, model.load_dit),
     ("d.safetensors", CLIP, load_clip)]
 
 
@@ -309,7 +251,7 @@ FUZZED = [  # file, content, how it is read
 def test_mutated_files_are_refused_in_one_line_or_read(tmp_path, name, content, read):
     begun, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
     path = put(tmp_path / name, content)
-    for x in mutations(path.read_bytes(), 400):
+    for x in mutations(path.read_bytes(), 200):
         path.write_bytes(x)
         try:
             with warnings.catch_warnings(action="ignore"):  # python's, about odd but valid literals
@@ -317,34 +259,5 @@ def test_mutated_files_are_refused_in_one_line_or_read(tmp_path, name, content, 
         except (ValueError, OSError) as error:
             assert "\n" not in str(error) and str(tmp_path) in str(error), error
             refused += 1
-    assert refused > 100
+    assert refused > 50
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun < 500_000  # kB
-
-
-def test_a_mutated_checkpoint_is_never_half_restored(tmp_path):
-    parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([parameter])
-    parameter.sum().backward()
-    optimizer.step()
-    made, names = vars(train.Config()), {"p": parameter}
-    checkpoint.save_checkpoint(tmp_path, 2, names, optimizer, made)
-    state, kept, found = tmp_path / "iteration_000002/state.json", parameter.detach().clone(), set()
-    for x in (b"{}", *mutations(state.read_bytes(), 400)):
-        state.write_bytes(x)
-        try:
-            found.add(checkpoint.resume(tmp_path, names, optimizer, made, train.Config.FREE))
-        except (ValueError, RuntimeError) as error:  # damaged, or its settings differ
-            found.add(type(error))
-            assert str(state.parent) in str(error) and "\n" not in str(error)
-        assert torch.equal(parameter, kept)
-    assert found == {2, ValueError, RuntimeError}  # never 0: nothing is begun over it
-
-
-def test_names_with_dots_stay_inside(world, tmp_path):
-    """A clip's name is one path component, and a cache lists no file outside of it."""
-    put(tmp_path / "v/..a/..b.mp4", (world / "videos/a.mp4").read_bytes())
-    assert find_videos(tmp_path / "v") == ["..a/..b.mp4"]
-    assert find_clips(tmp_path / "v") == {"..a_..b": "..a/..b.mp4"}
-    put(tmp_path / INDEX, index(["../secret"]))
-    with pytest.raises(ValueError, match="index.json.*'../secret'"):
-        ClipCache(tmp_path)

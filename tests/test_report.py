@@ -6,7 +6,7 @@ import pytest
 from conftest import refused
 
 from evaluation import report
-from evaluation.cases import case_digest, case_name, is_same_case, split_case
+from evaluation.cases import case_digest, case_name, is_same_case
 from evaluation.report import interval, mean, paired
 from trajectories import recammaster
 
@@ -25,7 +25,6 @@ def test_an_interval_is_that_of_clip_means():
     low, high = interval(x, clips)
     assert high - low == pytest.approx(2 * 1.96 * by_clip.std() / math.sqrt(50), rel=0.1)
     assert low < by_clip.mean() < high
-    assert interval(x[::-1], clips[::-1]) == pytest.approx((low, high), abs=1e-12)
     assert interval(np.full(4, 7.0), list("aabb")) == (7, 7) and interval(x, ["a"] * 500) is None
 
 
@@ -60,22 +59,6 @@ def test_a_relative_interval_is_that_of_the_ratio():
     assert found["relative_interval"] == pytest.approx((-0.2, -0.2)) and found["interval"][0] < -1
     tiny = {case: {"position": 1e-17} for case in a}
     assert paired(tiny, a, "position")["relative"] is None  # no share of what is rounding
-
-
-def test_best_median_and_worst_change():
-    a = cases({("a", 5): 1.0, ("b", 5): 1.0, ("c", 5): 1.0, ("d", 5): None})
-    b = cases({("a", 5): 1.2, ("b", 5): 0.5, ("c", 5): 0.9, ("d", 5): 0.1})
-    assert report.extremes(a, b) == {
-        f"{which} of 3 cases by change of position error": f"{clip}_camera_5_speed_1"
-        for which, clip in (("Best", "b"), ("Median", "c"), ("Worst", "a"))}
-    assert list(report.extremes(b, b).values())[0] == "d_camera_5_speed_1"
-
-
-def test_a_cases_name_can_be_read_back():
-    for case in (("x y", 9, 0.25), ("a_camera_3_speed_2", 10, 1.5), ("a\nb", 1, 1.0000001)):
-        assert split_case(case_name(*case)) == case
-    for name in ("x_camera_0_speed_1", "x_camera_11_speed_1", "_camera_1_speed_1", "x_camera_1_speed_f"):
-        assert split_case(name) is None
 
 
 def test_digests_tell_sources_and_paths_apart():
@@ -118,57 +101,29 @@ def test_tables_hold_our_rows_then_the_papers():
     made = tables(two_methods())
     first = made["Table 1: 3 paths at speed 1"]
     assert first["header"] == ["Method", "Type", "TransErr ↓", "RotErr (deg) ↓"]
-    assert [row[0] for row in first["rows"]] == ["base", "tuned", *(f"{x} (paper)" for x in (
-        "CogNVS", "TrajectoryCrafter", "ReCamMaster", "ReDirector", "Geo-Align"))]
-    assert first["rows"][0][1] == "here, 9 of 9 cases"
+    assert first["rows"][0][1] == "here, 9 of 9 cases" and first["rows"][-1][0] == "Geo-Align (paper)"
     assert first["notes"].count("not installed: VBench (why)") == 1
     second = made["Table 2: by camera speed"]["rows"]
     papers = ("ReDirector (paper)", "Geo-Align (paper)")
     assert [row[:2] for row in second] == [[x, s] for s in "12" for x in ("base", "tuned", *papers)]
-    assert second[7][-2:] == ["0.0153", "1.8821"]
     camera = made["Cameras, with and without alignment"]
     row = dict(zip(camera["header"], camera["rows"][0]))
     every, moving = (float(row[f"TransErr{x} ↓"].split()[0]) for x in ("", ", paths that move"))
     assert every == pytest.approx(moving * 2 / 3, abs=1e-4)  # of three paths one cannot move
     against = [made[f"tuned against base, {s}"]["rows"] for s in ("speed 1", "all speeds")]
     assert [rows[0][1] for rows in against] == ["9", "17"] and against[1][0][-1] == "11 of 11"
-    text = report.markdown([made["Failed: 2"]])  # last, and each in its own row and column
-    assert "\n| base | c_camera_9_speed_2 | why \\| base  |\n" in text and list(made)[-1] == "Failed: 2"
+    text = report.markdown([made["Failed: 2"]])  # each in its own row and column
+    assert "\n| base | c_camera_9_speed_2 | why \\| base  |\n" in text
     assert not any("(paper)" in str(t) for t in report.tables(two_methods(), paper=False))
-    whole = {"A": {"cases": {"a_camera_9_speed_1": {m: 0.5 for m in report.PAPER}}, "notes": {}}}
-    assert " ".join(report.tables(whole)[0]["rows"][-1][2:]) == (
-        "0.9151 0.9179 0.5168 0.6842 0.9548 0.9862 0.8573 0.3077 0.0129 1.3645")
-
-
-@pytest.mark.parametrize("lost", [["base"], ["base", "tuned"]])
-def test_no_table_is_lost_where_a_method_has_no_score(lost):
-    methods = two_methods()
-    for name in lost:
-        methods[name]["cases"] = {case: {"failed": "x"} for case in methods[name]["cases"]}
-    made = tables(methods)
-    camera = made["Cameras, with and without alignment"]
-    assert ("Position error (m) ↓" in camera["header"]) == (len(lost) == 1)
-    assert [row[0] for row in camera["rows"] if row[-1] == "–"] == 2 * lost * (len(lost) == 1)
-    assert made["tuned against base, all speeds"]["notes"] == ["No case has a score from both."]
-    lines = report.three_lines(methods, "base", "tuned")
-    assert lines[0] == "position error  no case has it from both"
-    assert report.extremes(methods["base"]["cases"], methods["tuned"]["cases"]) == {}
 
 
 def test_table_3_has_the_papers_rows_and_ours():
     """A run's row is told by the rewards it was trained with; geometry alone is none of them."""
     cases = {"x_camera_9_speed_1": {"TransErr": 0.1, "RotErr": 1.0, "position": 0.3}}
     methods = {name: {"cases": cases, "notes": {}, "rewards": spec} for name, spec in (
-        ("base", ""), ("a", "trans=0,vq=1"), ("b", "trans=1, vq=1,my.py:f=0.5"), ("c", "trans=1,rot=1"),
-        ("d", None))}
-    found = tables(methods)["Table 3: rewards, at speed 1"]
-    rows = [dict(zip(found["header"], row)) for row in found["rows"]]
-    kinds = ["no RL", "video quality reward", "full reward"]
-    assert [row["Reward"] for row in rows] == [*kinds, *(f"{kind} (paper)" for kind in kinds)]
-    assert [row["Method"] for row in rows] == ["base", "a", "b", "", "", ""]
-    assert [rows[k]["TransErr ↓"] for k in (2, 5)] == ["0.1000", "0.0140"]
-    del methods["a"]
-    assert not any(title.startswith("Table 3") for title in tables(methods))
+        ("base", ""), ("a", "trans=0,vq=1"), ("b", "trans=1, vq=1,my.py:f=0.5"), ("c", "trans=1,rot=1"))}
+    rows = tables(methods)["Table 3: rewards, at speed 1"]["rows"]
+    assert [row[1] for row in rows] == ["base", "a", "b", "", "", ""]
 
 
 def test_three_lines():
@@ -184,9 +139,8 @@ def test_three_lines():
                      "image (PSNR)    20.0 -> 22.0 dB (+2.00 [+2.00, +2.00])"]
     assert report.three_lines(methods, "base", "base")[0] == "position error  0.200 m [0.100, 0.300]"
     assert report.lines_of_pairs(methods, [("base", tuned)]) == lines  # nothing to tell apart
-    three = methods | {"run-with-a-long-name @ 80": methods[tuned]}
-    lines = report.lines_of_pairs(three, [("base", name) for name in list(three)[1:]])
-    assert lines[4] == "run-with-a-long-name @ 80 against base:" and len(lines) == 8
+    three = methods | {"other": methods[tuned]}
+    assert report.lines_of_pairs(three, [("base", "other"), ("base", tuned)])[0] == "other against base:"
 
 
 def test_most_cases_failed_is_no_success():

@@ -1,18 +1,12 @@
-"""What authors of rewards and watchers get: scene.cameras, `evaluate.py try`, the samples of a run."""
-import json
+"""What authors of rewards get: scene.cameras, and `evaluate.py try`."""
 import math
 
-import numpy as np
 import pytest
 import torch
 
 import evaluate
 import rewards
 import trajectories
-from conftest import refused
-from data.video import read_video
-from data.world import World
-from evaluation.generate import demonstration
 from evaluation.trial import spread_and_correlation, with_others
 from plumbing.settings import choose_command
 from rewards import Scene
@@ -71,20 +65,8 @@ def test_cameras_are_estimated_once_for_all_who_ask(tmp_path, body, n, batch, as
         assert scores["trans"].tolist() == pytest.approx([-x * one for x in range(n)], rel=1e-5)
 
 
-def test_cameras_that_cannot_be_had(tmp_path):
-    """An estimator without a lens leaves the scene's; a missing one is named; without any, TypeError."""
-    videos = torch.zeros(2, T, 8, 8, 3, dtype=torch.uint8)
-    lens = own_file(tmp_path, "return scene.cameras.intrinsics[:, 0]")
-    loaded, _ = rewards.load(f"{lens}:own=1", estimator=lambda videos, scene: scene.c2w)
-    assert rewards.score(loaded, videos, scene(2))[0]["own"].tolist() == [1, 1]
-    loaded, _ = rewards.load(f"{lens}:own=1", tmp_path)  # MapAnything, whose files are not there
-    refused(lambda: rewards.score(loaded, videos, scene(2)), "own: FileNotFoundError", "map-anything")
-    refused(lambda: scene(2).cameras, "scene.cameras", error=TypeError)
-
-
 @pytest.mark.parametrize("body, words", [
-    ("return scene.cameras.c2w[:, -1, 0, 3]", "spread inside a group"),
-    ("return videos.new_zeros(len(videos)).float()", "nothing can be learnt from it"),
+    ("return 0 * scene.cameras.c2w[:, -1, 0, 3]", "nothing can be learnt from it"),
     ("raise ValueError('too dark')", "6 of 6 videos\n    ValueError: too dark")])
 def test_try_in_the_toy(tmp_path, capsys, body, words):
     """Beside the run's rewards and those that need no model; it says what is wrong with a reward."""
@@ -92,31 +74,9 @@ def test_try_in_the_toy(tmp_path, capsys, body, words):
     argv = ["try", f"{own_file(tmp_path, body)}:own", *small]
     settings, function = choose_command(evaluate.COMMANDS, argv)
     found = function(settings)
-    printed = capsys.readouterr().out
-    assert words in printed and max(map(len, printed.splitlines())) <= 80
+    assert words in capsys.readouterr().out and ("cameras" in body) == (found["failed"] == 0)
     assert found["correlation"].keys() == {"trans", "rot", *(f.__name__ for f in rewards.MODEL_FREE)}
-    assert ("cameras" in body) == (found["failed"] == 0 and found["inside"] > 0)
     assert with_others("trans=1,my.py:f=2", "my.py:f", "f").count("my.py") == 1
     # a world of captions has no source that a reward could compare with
     free = with_others("vq=1", "my.py:f", "f", "captions")
     assert "flicker" not in free and "flicker" in with_others("vq=1", "my.py:f", "f")
-
-
-@pytest.mark.parametrize("knows", [True, False])
-def test_samples_show_the_true_view_and_both_paths(tmp_path, monkeypatch, knows):
-    """source | true view, where the world knows it | base | now; the last two with two paths."""
-    filled = lambda n, level: torch.full((n, T, 192, 192, 3), level, dtype=torch.uint8)
-    monkeypatch.setattr("evaluation.generate.generate", lambda *args, **more: filled(1, 60))
-    draw = lambda numbers, rngs: (None, scene(len(numbers), source=filled(len(numbers), 30)))
-    true_view = lambda numbers, c2w: filled(len(numbers), 120)
-    loaded, weights = rewards.load("trans=1", estimator=looking([]))
-    world = World(None, None, None, 1, draw, None, loaded, weights, {}, true_view if knows else None)
-    config, _ = choose_command(evaluate.COMMANDS, ["try", "--world=clips"])
-    demonstration(world, config)(tmp_path / "iteration_000010.mp4")
-    names = ["source", *["true view"] * knows, "base", "now"]
-    assert json.loads((tmp_path / "panels.json").read_text()) == names
-    video, fps = read_video(tmp_path / "iteration_000010.mp4")
-    assert fps == 4 and video.shape[2] == len(names) * 196 - 4
-    assert np.abs(video[2, 60, 40::196].mean(-1) - [30, *[120] * knows, 60, 60]).max() < 4
-    inset = video[-1, -62:, -62:].astype(int)
-    assert (inset.min(-1) > 180).any() and (inset[..., 0] - inset[..., 2] > 60).any()  # white, and orange

@@ -1,5 +1,4 @@
 """Videos in and out: containers, clocks, presentation beside the pixels, damaged files."""
-import ctypes
 import os
 import struct
 import zlib
@@ -9,13 +8,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from av.stream import Disposition
-from scenes import clip, full_disk
+from scenes import clip
 
-import data.video
-from data.video import (FOLDER_FPS, count_frames, open_video, read_frames, read_video,
-                        resize_to_cover, rgb, to_float, to_uint8, write_video)
-from plumbing.files import write_file
+from data.video import (FOLDER_FPS, count_frames, read_frames, read_video,
+                        resize_to_cover, to_float, to_uint8, write_video)
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), dtype=np.uint8)
 
@@ -25,28 +21,18 @@ def brightness(video):
     return np.rint(video[:, -8:, -8:].mean((1, 2, 3)) / 10 - 1).astype(int).tolist()
 
 
-def begin(container, codec, video, pixels="yuv420p", rate=24, tags={}, options={}):
-    """A new stream for frames; tags: of its codec context."""
-    stream = container.add_stream(codec, rate=rate, options={"qp": "10"} | options)
-    stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], pixels
-    for name, value in tags.items():
-        setattr(stream.codec_context, name, value)
-    return stream
-
-
-def fill(container, stream, video, times=None):
-    """Write frames at times, in ticks of the stream's rate."""
-    for time, frame in zip(times or range(len(video)), video):
-        frame = av.VideoFrame.from_ndarray(frame, "rgb24")
-        frame.pts, frame.time_base = time, 1 / stream.codec_context.framerate
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode())
-
-
-def encode(path, video, codec="libx264", times=None, muxer={}, **more):
-    """A file of one video stream -> its path."""
+def encode(path, video, codec="libx264", times=None, muxer={}, pixels="yuv420p", rate=24, tags={}):
+    """A file of one video stream -> its path. times: in ticks of the rate; tags: of its context."""
     with av.open(str(path), "w", **muxer) as container:
-        fill(container, begin(container, codec, video, **more), video, times)
+        stream = container.add_stream(codec, rate=rate, options={"qp": "10"})
+        stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], pixels
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
+        for time, frame in zip(times or range(len(video)), video):
+            frame = av.VideoFrame.from_ndarray(frame, "rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
     return path
 
 
@@ -60,8 +46,7 @@ def image(folder, name, frame):
 
 # ---- frames, clocks and colours ----
 
-@pytest.mark.parametrize("suffix, codec", [
-    ("mp4", "libx264"), ("mov", "libx264"), ("mkv", "libx264"), ("webm", "libvpx-vp9")])
+@pytest.mark.parametrize("suffix, codec", [("mp4", "libx264"), ("webm", "libvpx-vp9")])
 def test_containers(tmp_path, suffix, codec):
     file = encode(tmp_path / f"a.{suffix}", clip(), codec, rate=30)
     video, fps = read_video(file)
@@ -80,18 +65,6 @@ def test_variable_rate_keeps_speed(tmp_path):
     assert late.max() < 0.1 + 0.5 / fps and abs(len(seen) / fps - 1.33) < 2 / fps
 
 
-def test_decoding_stops_early(tmp_path, monkeypatch):
-    file, shown = encode(tmp_path / "a.mp4", clip().repeat(20, 0)), []
-    keep = lambda frame, *args: shown.append(frame.time * 24) or rgb(frame, *args)
-    monkeypatch.setattr(data.video, "rgb", keep)
-    read_video(file, frames=4, stride=2)
-    assert np.allclose(shown, [0, 2, 4, 6])  # frames between are not converted
-    _, ticks = open_video(file)
-    next(ticks)
-    ticks.close()  # closes the file: no decoder is left behind
-    assert list(ticks) == []
-
-
 def test_round_trip_keeps_colours_and_rate(tmp_path):
     colours = np.array([(200, 30, 40), (20, 180, 60), (40, 60, 220), (230, 220, 30)], np.uint8)
     video = np.tile(colours.repeat(12, 0)[None, None, :47], (9, 33, 1, 1))  # odd: padded
@@ -102,18 +75,6 @@ def test_round_trip_keeps_colours_and_rate(tmp_path):
     assert np.abs(back[:, :33, :47].astype(int) - video).mean() < 3
 
 
-def test_same_frames_give_the_same_bytes(tmp_path):
-    """Whatever new memory holds (M_PERTURB, -6), as another past of the process would leave it."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # glibc's
-    video, written = np.resize(NOISE, (5, 33, 47, 3)), set()
-    for garbage in range(0, 260, 26):
-        mallopt(-6, garbage)
-        write_video(tmp_path / "a.mp4", video, 24)
-        written.add((tmp_path / "a.mp4").read_bytes())
-    mallopt(-6, 0)
-    assert len(written) == 1
-
-
 def test_resize_covers_and_crops_the_centre():
     ramp = np.tile(np.linspace(0, 255, 128).round().astype(np.uint8)[:, None], (40, 1, 3))
     out = resize_to_cover(ramp, (20, 20))  # scaled by 1/2 to (20, 64), then columns 22..41
@@ -122,10 +83,6 @@ def test_resize_covers_and_crops_the_centre():
     assert resize_to_cover(ramp, (80, 60)).shape == (80, 60, 3)
     checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, 2)
     assert np.abs(resize_to_cover(checks, (16, 16)).astype(int) - 127).max() <= 2  # antialiased
-    image = pytest.importorskip("PIL.Image", reason="Pillow, ReDirector's, is not installed")
-    pillow = np.asarray(image.fromarray(NOISE[0]).resize((107, 80), image.BILINEAR))
-    out = resize_to_cover(NOISE[0], (80, 96)).astype(int)
-    assert np.abs(out - pillow[:, 6:102]).max() <= 1  # round(5.5) is 6
 
 
 def test_float_and_back():
@@ -133,7 +90,7 @@ def test_float_and_back():
     x = to_float(video)
     assert x.shape == (3, 5, 16, 16) and x.min() == -1 and x.max() == 1
     assert (to_uint8(x).numpy() == video).all()
-    assert to_uint8(torch.full((2, 3, 5, 4, 6), 7.0)).shape == (2, 5, 4, 6, 3)
+    assert (to_uint8(torch.full((2, 3, 5, 4, 6), 7.0)) == torch.full((2, 5, 4, 6, 3), 255)).all()
 
 
 # ---- presentation beside the pixels ----
@@ -164,18 +121,15 @@ def with_matrix(path, matrix):
 
 
 @pytest.mark.parametrize("matrix", SHOWN)
-@pytest.mark.parametrize("aspect, width", [((1, 1), 64), ((5, 4), 80), ((1, 2), 32)])
-def test_display_matrices_and_pixels_that_are_not_square(tmp_path, matrix, aspect, width):
+def test_display_matrices_and_pixels_that_are_not_square(tmp_path, matrix):
     """Widened as stored, then turned."""
-    tags = {"sample_aspect_ratio": Fraction(*aspect)}
-    file = with_matrix(encode(tmp_path / "a.mp4", PICTURE, tags=tags), matrix)
-    video, _ = read_video(file)
-    assert video.shape == ((3, 48, width, 3) if matrix[0] else (3, width, 48, 3))
+    tags = {"sample_aspect_ratio": Fraction(5, 4)}
+    video, _ = read_video(with_matrix(encode(tmp_path / "a.mp4", PICTURE, tags=tags), matrix))
+    assert video.shape == ((3, 48, 80, 3) if matrix[0] else (3, 80, 48, 3))
     assert corners(video[0]) == SHOWN[matrix]
 
 
-@pytest.mark.parametrize("order", [">", "<"])
-@pytest.mark.parametrize("kind", ["jpg", "png"])
+@pytest.mark.parametrize("kind, order", [("jpg", ">"), ("png", "<")])
 def test_image_orientations(tmp_path, kind, order):
     plain = image(tmp_path, f"plain.{kind}", PICTURE[0])
     for orientation, shown in enumerate(SHOWN.values(), 1):
@@ -190,33 +144,6 @@ def test_image_orientations(tmp_path, kind, order):
         assert corners(read_video(tmp_path / str(orientation))[0][0]) == shown
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_interlaced_frames_are_straightened(tmp_path, first):
-    """A bar that moves 4 columns a field, the first of which holds the even or the odd rows."""
-    video = np.full((8, 48, 160, 3), 40, np.uint8)
-    for field in range(16):
-        left = 16 + 4 * field
-        video[field // 2, (field + first) % 2::2, left:left + 24] = 220
-    options = {"x264-params": f"{('tff', 'bff')[first]}=1"}
-    shown, _ = read_video(encode(tmp_path / "a.mp4", video, options=options))
-    edges = (shown[..., 1] > 128).argmax(2)  # (8, 48): per row
-    assert edges.shape == (8, 48) and (np.ptp(edges[1:, 8:-8], 1) <= 1).all()
-    assert (np.diff(edges[1:, 24]) == 8).all()  # one field of each frame is kept: the speed is
-
-
-@pytest.mark.parametrize("names", [("cover", "video"), ("video", "cover")])
-@pytest.mark.parametrize("disposition", ["attached_pic", "default"])
-def test_the_video_not_its_cover(tmp_path, names, disposition):
-    kinds = {"cover": ("mjpeg", np.zeros((1, 96, 128, 3), np.uint8), "yuvj420p"),
-             "video": ("libx264", clip(9), "yuv420p")}
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
-        streams = {name: begin(container, *kinds[name]) for name in names}
-        streams["cover"].disposition = getattr(Disposition, disposition)
-        for name, (_, video, _) in kinds.items():
-            fill(container, streams[name], video)
-    assert brightness(read_video(tmp_path / "a.mp4")[0]) == [*range(9)]
-
-
 def test_image_folder(tmp_path):
     folder = tmp_path / "100%d frames"
     folder.mkdir()
@@ -228,6 +155,8 @@ def test_image_folder(tmp_path):
     assert len(read_video(folder, frames=3)[0]) == 3  # what is not needed is not read
     with pytest.raises(ValueError, match="frame3.png: unreadable"):
         read_video(folder)
+    with pytest.raises(ValueError, match="uint8"):
+        write_video(tmp_path / "out.mp4", np.zeros((3, 8, 8, 3)), 24)
 
 
 # ---- bad input: one line naming the file ----
@@ -235,10 +164,9 @@ def test_image_folder(tmp_path):
 def audio_only(path):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=44100)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), "fltp", "mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
         frame.sample_rate = 44100
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        container.mux([*stream.encode(frame), *stream.encode(None)])
 
 
 def cut(path, share, **more):
@@ -251,20 +179,17 @@ Y4M = b"YUV4MPEG2 W16 H16 F24:1 C420jpeg\n" + (b"FRAME\n" + bytes(384)) * 40
 FASTSTART = {"options": {"movflags": "faststart"}}  # the index comes first
 BAD = [  # name, how it is made, what is said, frames that can be read nevertheless
     ("a.mp4", lambda f: f.write_bytes(b""), "empty file", 0),
-    ("a.mp4", lambda f: f.write_text("no video\n" * 50), "unreadable", 0),
     ("a.mp4", lambda f: f.write_bytes(Y4M), "unreadable", 0),  # of a format that is not let in
     ("a.mp4", lambda f: cut(f, 0.99), "unreadable or truncated", 0),  # the index, at its end
     ("a.mp4", lambda f: cut(f, 0.6, muxer=FASTSTART), "truncated", 3),
     ("a.mkv", lambda f: cut(f, 0.5), "truncated", 3),
-    *(("a.mp4", lambda f, text=text: f.write_text(text), "a list of other files", 0)
-      for text in ("ffconcat version 1.0\nfile 's.mp4'\n", "#EXTM3U\n#EXTINF:1,\ns.mp4\n")),
+    ("a.mp4", lambda f: f.write_text("#EXTM3U\n#EXTINF:1,\ns.mp4\n"), "a list of other files", 0),
     ("a.mp4", audio_only, "no video stream, only audio", 0),
     ("a.mp4", lambda f: encode(f, NOISE[:8]), "too short, 8 frames, 33 needed", 8),
     ("a.mp4", lambda f: f, "no such video", 0),
     ("a.mp4", lambda f: with_matrix(encode(f, PICTURE), (0.866, 0.5, -0.5, 0.866)),
      "is shown turned by 30 degrees; expected quarter turns", 0),
-    *(("a.mp4", lambda f, tag=tag: encode(f, PICTURE, tags={"color_trc": tag}),
-       f"its transfer is {name}", 0) for tag, name in ((16, "PQ"), (18, "HLG"), (8, "linear"))),
+    ("a.mp4", lambda f: encode(f, PICTURE, tags={"color_trc": 16}), "its transfer is PQ", 0),
     ("a", lambda f: f.mkdir(), "a folder without images", 0)]
 
 
@@ -281,12 +206,3 @@ def test_bad_videos(tmp_path, name, make, reason, whole):
             count_frames(tmp_path / name)
     if whole:  # damage beyond what is needed does not matter
         assert len(read_video(tmp_path / name, whole)[0]) == whole
-
-
-def test_failed_write_keeps_the_old_file(tmp_path):
-    write_file(tmp_path / "a.bin", b"old")
-    with full_disk(100_000), pytest.raises(OSError, match="500000 bytes.*a.bin"):
-        write_file(tmp_path / "a.bin", b"x" * 500_000)
-    assert os.listdir(tmp_path) == ["a.bin"] and (tmp_path / "a.bin").read_bytes() == b"old"
-    with pytest.raises(ValueError, match="uint8"):
-        write_video(tmp_path / "out.mp4", np.zeros((3, 8, 8, 3)), 24)
