@@ -715,10 +715,11 @@ def card_network(config, report):
 def card_iteration(config, report):
     """One iteration of the fast recipe at full size, decoded: seconds, and memory against plan."""
     fast = parse(train.Config, [str(ROOT / "config/geo_align_fast.py")])
-    at = (fast.first // 2,)  # the middle of where its window may be
+    start = (fast.first - fast.size) // 2
+    at = tuple(range(start, start + fast.size))  # the middle of where its window may be
     stamps = {}
     mark = lambda phase: stamps.update({phase: now()})
-    settings = dict(strategy="random", size=1, first=fast.first, tail=fast.tail)
+    settings = dict(strategy="random", size=fast.size, first=fast.first, tail=fast.tail)
     before = graphs()
     rows = measure_memory(config, settings, at, fast.members, fast.steps, mark, tail=fast.tail,
                           compile=config.compile)

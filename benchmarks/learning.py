@@ -53,14 +53,19 @@ class Updates(Kl):
     out: Folder = "out/learning/updates"  # folder for runs and evaluation; goes on there
 
 
-# The paper's loop computes every member alone; its samples and gradients are those of geo_align.
+# The paper's loop computes every member alone (--share_prefix=False); its samples and gradients are
+# those of geo_align to rounding.
 PAPER = ("--strategy=progressive", "--size=4", "--first=0", "--iters_per_window=25", "--tail=0")
-FAST = ("--strategy=random", "--size=1", "--window_per_condition=True", "--tail=0.4")
+FAST = ("--strategy=random", "--window_per_condition=True")
+ONE = (*FAST, "--size=1", "--tail=0.4")
 ARMS = {
     Recipe: {"geo_align": PAPER,
-             "fast": (*FAST, "--first=6"),
-             "no_tail": (*FAST, "--tail=0", "--first=6"),
-             "later": (*FAST, "--skip=5", "--first=10")},
+             "fast": (*FAST, "--size=2", "--tail=0.25", "--first=6"),
+             "shorter": (*FAST, "--size=2", "--tail=0.2", "--first=6"),
+             "one_step": (*ONE, "--first=6"),
+             "no_tail": (*ONE, "--tail=0", "--first=6"),
+             "earlier": (*ONE, "--first=4"),
+             "later": (*ONE, "--skip=5", "--first=10")},
     Kl: {f"kl{kl:g}": (f"--kl={kl}",) for kl in (0.0, 0.001, 0.01, 0.1)},
     Updates: {f"updates{n}": (f"--updates={n}",) for n in (1, 2, 4)}}
 

@@ -1,5 +1,6 @@
 """What all tests share: one thread in every process, since sums are rounded alike then only; the
 repository root on the path; signals as they were; how a refusal is read."""
+import functools
 import math
 import os
 import signal
@@ -30,6 +31,13 @@ def signals():
     put_back()
     yield
     put_back()
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """policy -> a folder of tiny random weights in its official layout, written once: not to be changed."""
+    import tiny_weights
+    return functools.cache(lambda policy: tiny_weights.write(tmp_path_factory.mktemp(policy), policy=policy))
 
 
 def refused(call, *words, error=ValueError):

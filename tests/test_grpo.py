@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CURES, Labels, close, cure, gaussian, normal, setting
+from conftest import Labels, close, cure, gaussian, normal, setting
 from torch import nn
 
 from grpo import advantages, group_std, micro_batches, policy_loss, summary
@@ -13,25 +13,19 @@ from sampler import rollout, schedule, window
 NAN, INF = float("nan"), float("inf")
 
 
-# ---- advantages ----
-
 A, B = [[1.0, 3.0], [0.0, 0.4]], [[5.0, 5.0], [2.0, 8.0]]  # deviations in a group: 1 and 0.2; 0 and 3
 EQUAL = [[0.1] * 7, [-1e6 / 3] * 7]  # numbers that no binary fraction holds
-NEARLY = [[0.1, 0.1 + 1e-8, 0.1 - 1e-8]]
 BY_HAND = {  # rewards, their weights, how to normalise -> advantages
     "max": ([A, B], (1, 0.5), "max", [[-1, 1], [-0.7, 0.7]]),
     "group": ([A, B], (1, 0.5), "group", [[-1, 1], [-1.5, 1.5]]),
     "weight 0 counts for nothing": ([A, [[NAN, 1.0], [2.0, 2.0]]], (1, 0), "max", [[-1, 1], [-0.2, 0.2]]),
-    "all the same": ([EQUAL, EQUAL], (1, 1), "max", [[0] * 7] * 2),
-    "all the same, by group": ([EQUAL, EQUAL], (1, 1), "group", [[0] * 7] * 2),
-    "below the floor": ([NEARLY], (1,), "group", [[0, 0, 0]]),
-    "one member": ([[[3.0], [4.0]]], (1,), "max", [[0], [0]]),
+    "all the same": ([EQUAL], (1,), "max", [[0] * 7] * 2),
+    "below the floor": ([[[0.1, 0.1 + 1e-8, 0.1 - 1e-8]]], (1,), "group", [[0, 0, 0]]),
     "at most 5": ([[[1.0] + [0.0] * 99]], (1,), "max", [[5] + [-0.01 / math.sqrt(0.0099)] * 99]),
     "one failed": ([[[1.0, NAN, 3.0], [0, 3, 6]], [[9.0, 0, 9], [9, 9, 9]]], (1, 1), "max",
                    [[-1 / 6 ** 0.5, 0, 1 / 6 ** 0.5], [-1.5 ** 0.5, 0, 1.5 ** 0.5]]),  # deviations 1 and 6 ** 0.5
-    "one failed, by group": ([[[1.0, 2.0, 3.0]], [[1.0, INF, 1.0]]], (1, 1), "group", [[-1, 0, 1]]),
     "a group failed": ([A, [[5.0, 5.0], [-INF, NAN]]], (1, 1), "max", [[-1, 1], [0, 0]]),
-    "one left": ([[[1.0, NAN]]], (1,), "max", [[0, 0]]), "all failed": ([[[NAN, NAN]]], (1,), "max", [[0, 0]])}
+    "one left": ([[[1.0, NAN]]], (1,), "max", [[0, 0]])}
 
 
 @pytest.mark.parametrize("case", BY_HAND)
@@ -47,8 +41,6 @@ def test_advantages_by_hand(case):
         assert {name: std.tolist() for name, std in group_std(rewards, weights).items()} == {
             "0": pytest.approx([1, 0.2]), "1": pytest.approx([0, 3])}
 
-
-# ---- the objective ----
 
 def gradient(policy, out, a, rows=None, **options):
     """Gradient of L and the statistics, as a training loop collects them."""
@@ -89,8 +81,8 @@ def eq_7(policy, reference, out, a, clip, kl, reweight):
     return sum(terms) / len(terms), sum(clipped) / len(clipped)
 
 
-@pytest.mark.parametrize("C, G, steps, name", [(2, 4, (0, 1, 2), "tau"), (1, 6, (3, 4), "t_max"), (2, 3, (0,), "t_max")])
-@pytest.mark.parametrize("kl, reweight", [(0.0, True), (0.2, True), (0.2, False)])
+@pytest.mark.parametrize("C, G, steps, name, kl, reweight", [
+    (2, 4, (0, 1, 2), "tau", 0.0, True), (1, 6, (3, 4), "t_max", 0.2, True), (2, 3, (0,), "t_max", 0.2, False)])
 def test_objective_is_eq_7(C, G, steps, name, kl, reweight):
     """Value and gradient of the shared, guided objective, off policy, some ratios clipped, against the equation."""
     policy, condition, given = setting(C=C)
@@ -100,7 +92,7 @@ def test_objective_is_eq_7(C, G, steps, name, kl, reweight):
     with torch.no_grad():
         policy.b += 0.1 * normal(*policy.b.shape, seed=4)
     moved = (policy_loss(policy, out, 0, a)[1]["ratio"] - 1).abs().sort().values
-    clip = float(moved[len(moved) // 2 - 1:len(moved) // 2 + 1].mean())  # between two, on neither: no gradient there
+    clip = float(moved[len(moved) // 2 - 1:len(moved) // 2 + 1].mean())  # between two: no gradient on one
     got, stats = gradient(policy, out, a, 3, clip=clip, kl=kl, reference=reference, reweight=reweight)
     exact = copy.deepcopy(policy).double()
     exact.zero_grad()
@@ -114,39 +106,17 @@ def test_objective_is_eq_7(C, G, steps, name, kl, reweight):
         assert gradient(policy, out, a, kl=kl, reference=policy)[1]["kl"] == 0  # of a policy to itself
 
 
-@pytest.mark.parametrize("tau", [None, 0.45, 0.1])
-def test_gradient_is_minus_three_halves_a_eps_dv(tau):
-    """Of r A, at every step, with lambda; the 3/2 is 1 + sigma_t^2 (1-t) / (2t), nearing 1 where tau caps."""
-    theta, sigmas, a = nn.Parameter(torch.tensor(0.3)), schedule(9, 2), normal(1, 5)
-    policy = lambda x, t, condition: theta.expand_as(x)
-    out = rollout(policy, torch.zeros(1), 5, window(0, 9, strategy="all"), sigmas=sigmas, shape=(1,), seed=8,
-                  condition_ids=[0], tau=tau, t_max=float(sigmas[1]) if tau is None else None)
-    for k in range(8):
-        found, = torch.autograd.grad(policy_loss(policy, out, k, a, total=1)[0], theta)
-        t, dt, x = float(sigmas[k]), float(sigmas[k] - sigmas[k + 1]), out.x[k].expand(1, 5, 1)[..., 0]
-        sigma = math.sqrt(t / (1 - (float(sigmas[1]) if k == 0 else t)))
-        free = tau is None or k > 0 and sigma * math.sqrt(dt) < tau
-        sigma = sigma if free else tau / math.sqrt(dt)
-        half = sigma ** 2 * (1 - t) / (2 * t)
-        assert math.isclose(half, 0.5, rel_tol=1e-6) if free and k else half < 0.5
-        mean = x - dt * (0.3 + sigma ** 2 / (2 * t) * (x + (1 - t) * 0.3))
-        eps = (out.x_next[k][..., 0] - mean) / (sigma * math.sqrt(dt))
-        close(found, (1 + half) * (a * eps).sum(), 1e-4)
-
-
-@pytest.mark.parametrize("name", CURES)
 @pytest.mark.parametrize("steps, options", [
-    ((2, 3, 4), {}), ((0,), {"guidance": 3.0}), ((0, 1), {"share_noise": False}), ((3, 4), {"tail": 0.4}),
+    ((2, 3, 4), {"tail": 0.4}), ((0,), {"guidance": 3.0, "tau": 0.45, "t_max": None}),
     ([(2, 3), (0, 1), (2, 3)], {"guidance": 3.0}), ([(2, 3), (0, 1), (2, 3)], {"share_prefix": False})])
-def test_an_update_is_a_sum_over_micro_batches_conditions_and_ranks(name, steps, options):
+def test_an_update_is_a_sum_over_micro_batches_conditions_and_ranks(steps, options):
     """On policy, r = 1 whatever the micro-batches; loss and gradient are those of the conditions, each alone,
     whose windows may differ; with the prefix shared, the network sees one row per group at the first step."""
     policy, condition, given = setting()
-    given |= {"negative": Labels(-condition.y)} | options | cure(name, given["sigmas"])
+    given |= {"negative": Labels(-condition.y)} | cure("t_max", given["sigmas"]) | options
     whole = rollout(policy, condition, 4, steps, **given)
     a = normal(3, 4)
     a[1, :2] = 0  # failed members are counted in the total all the same
-    total = 3 * 4 * len(whole.x)
     total_gradient, expected = gradient(policy, whole, a)
     for rows in None, 1, 2, 3, 9:
         policy.rows = 0
@@ -155,13 +125,12 @@ def test_an_update_is_a_sum_over_micro_batches_conditions_and_ranks(name, steps,
         assert policy.rows == whole.branches * sum(x.shape[:2].numel() for x in whole.x)
         close(got, total_gradient)
         close(stats["loss"], expected["loss"])
-    assert whole.x[0].shape[1] == (4 if "share_noise" in options or "share_prefix" in options else 1)
+    assert whole.x[0].shape[1] == (4 if "share_prefix" in options else 1)
     parts = []
     for j in range(3):
         mine = given | {"condition_ids": [10 + j], "negative": given["negative"][j:j + 1], "share_prefix": False}
         part = rollout(policy, condition[j:j + 1], 4, steps[j] if isinstance(steps, list) else steps, **mine)
-        close(part.latents[0], whole.latents[j])
-        parts.append(gradient(policy, part, a[j:j + 1], total=total))
+        parts.append(gradient(policy, part, a[j:j + 1], total=3 * 4 * len(whole.x)))
     close(sum(grad for grad, _ in parts), total_gradient)
     close(sum(stats["loss"] for _, stats in parts), expected["loss"])
     halves = [gradient(policy, whole.part(slice(i, i + 2)), a[:, i:i + 2]) for i in (0, 2)]
@@ -169,33 +138,26 @@ def test_an_update_is_a_sum_over_micro_batches_conditions_and_ranks(name, steps,
 
 
 class GaussianPolicy(nn.Module):
-    """The exact velocity for data N(mean, diag(std^2)) in 2-D, a trainable mean and std per condition."""
-    def __init__(self, conditions):
+    """The exact velocity for data N(mean, 0.5^2) in 2-D, a trainable mean per condition."""
+    def __init__(self):
         super().__init__()
-        self.mean = nn.Parameter(torch.zeros(conditions, 2))
-        self.log_std = nn.Parameter(torch.zeros(conditions, 2))
+        self.mean = nn.Parameter(torch.zeros(4, 2))
 
     def forward(self, x, t, condition):
-        i = condition.repeat_interleave(len(x) // len(condition))
-        a, b = gaussian(t, self.mean[i], self.log_std[i].exp())
+        a, b = gaussian(t, self.mean[condition.repeat_interleave(len(x) // len(condition))], 0.5)
         return a * x + b
 
 
-@pytest.mark.parametrize("seed, strategy, size", [(0, "progressive", 2), (1, "random", 1)])
-def test_policy_improvement(seed, strategy, size):
-    """The reward -|x - target|^2 (best: 0): each of four conditions reaches 90 % of the possible in 200 iterations."""
-    policy, condition, targets = GaussianPolicy(4), torch.arange(4), 2 * normal(4, 1, 2, seed=seed)
-    optimizer = torch.optim.Adam(policy.parameters(), 0.05)
-    given = {"sigmas": schedule(10, 3), "shape": (2,), "seed": seed, "condition_ids": range(4)}
-    reward = lambda out: -(out.latents - targets).square().sum(-1)
-    judge = lambda: reward(rollout(policy, condition, 500, (), share_noise=False, **given)).mean(1)
-    before = judge()
-    for i in range(200):
-        out = rollout(policy, condition, 8, window(i, 10, size, strategy, seed=seed), iteration=i, **given)
-        a = advantages({"r": reward(out)}, {"r": 1.0})
-        gradient(policy, out, a)
-        optimizer.step()
-    assert (1 - judge() / before).min() > 0.9
+def test_policy_improvement():
+    """The reward -|x - target|^2 draws the mean of each of four conditions to its target, in 100 iterations."""
+    policy, targets = GaussianPolicy(), 2 * normal(4, 1, 2)
+    for i in range(100):
+        out = rollout(policy, torch.arange(4), 8, window(i, 10, 2), sigmas=schedule(10, 3), shape=(2,), seed=0,
+                      condition_ids=range(4), iteration=i)
+        reward = -(out.latents - targets).square().sum(-1)
+        g, _ = gradient(policy, out, advantages({"r": reward}, {"r": 1.0}))
+        policy.mean.data -= 0.1 * g.sign().view(4, 2)
+    assert (policy.mean - targets[:, 0]).norm(dim=1).max() < 0.5 < targets.norm(dim=2).min()
 
 
 @pytest.mark.parametrize("message, call", [

@@ -1,20 +1,15 @@
 """model.py against recorded numbers, against its equations written out in float64, and against itself."""
-import collections
 import dataclasses
 import hashlib
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import refused
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from safetensors.torch import load_file, save_file
 from tiny_weights import random_state, shapes_of
-from torch._dynamo.backends.common import aot_autograd
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 from model import Condition, Config, DiT, load_dit
@@ -27,8 +22,6 @@ T2V = dict(in_dim=16, image_dim=None, camera_dim=None, roce=False)
 RECAM = {**T2V, "pose_dim": 12}
 EACH = pytest.mark.parametrize("policy", WEIGHTS)
 BOTH = pytest.mark.parametrize("changes", [{}, RECAM], ids=["ReDirector", "ReCamMaster"])
-WAN = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, image_dim=1280, camera_dim=24,
-             roce=True)
 
 
 def recorded(policy):
@@ -73,23 +66,15 @@ def assert_close(a, b, tolerance):
     assert (a.double() - b.double()).abs().max() < tolerance
 
 
-# ---- recorded numbers ----
-
 @EACH
 def test_recorded_velocities_and_sample(policy):
-    """Every block's and attention's at t = 517; six Euler steps at shift 5 and guidance 5."""
-    dit, (x, _, condition), seen = load_dit(WEIGHTS[policy], num_heads=2), recorded(policy), {}
+    """At three noise levels; six Euler steps at shift 5 and guidance 5."""
+    dit, (x, _, condition) = load_dit(WEIGHTS[policy], num_heads=2), recorded(policy)
     negative = dataclasses.replace(condition, text=IO[policy]["negative_context"])
-    for name, module in dit.named_modules():
-        if (key := "hidden_block" + name.removeprefix("blocks.")) in IO[policy]:
-            module.register_forward_hook(lambda module, inputs, out, key=key: seen.update({key: out}))
     with torch.no_grad():
         for t in ("1000", "37.5", "517"):
             v = dit(x, torch.tensor(float(t) / 1000), condition)
             assert_close(v, IO[policy][f"velocity_t{t}"], 1e-5)
-        assert len(seen) == 6
-        for key, value in seen.items():
-            assert_close(value, IO[policy][key], 1e-5)
         condition, negative = dit.prepare(condition), dit.prepare(negative)
         sigmas = schedule(6, 5.0)
         for t, t_next in zip(sigmas, sigmas[1:]):
@@ -183,8 +168,7 @@ def plain(dit, x, t, c, dtype):
     return torch.einsum("fhwyxc->cfhywx", v).reshape(1, -1, frames, 2 * h, 2 * w)
 
 
-@pytest.mark.parametrize("changes", [{}, RECAM, {"roce": False}, T2V | {"image_dim": 24},
-                                     {"image_dim": None, "dim": 64, "num_heads": 1}])
+@pytest.mark.parametrize("changes", [{}, RECAM, {"roce": False, "image_dim": None, "dim": 64, "num_heads": 1}, T2V])
 def test_equals_the_equations_in_float64(monkeypatch, changes):
     """So do the gradients of all that trains, with gradient checkpointing too."""
     dit = random_dit(**changes).double()
@@ -206,7 +190,7 @@ def test_equals_the_equations_in_float64(monkeypatch, changes):
 @BOTH
 def test_bfloat16_error_is_no_larger_than_the_plain_ones(changes):
     ours = theirs = 0
-    for seed in range(6):
+    for seed in range(3):
         dit = random_dit(seed, num_layers=4, **changes)
         x, t, condition = random_inputs(dit, 1, dtype=torch.bfloat16, seed=seed)
         with torch.no_grad():
@@ -227,8 +211,6 @@ def test_a_new_recammaster_is_wan_on_twice_the_frames():
         assert torch.equal(fresh(x, t, c), t2v(torch.cat([x, c.source], 2), t, Condition(c.text))[:, :, :3])
 
 
-# ---- batches ----
-
 @BOTH
 def test_rows_share_conditions_that_may_be_prepared_sliced_and_joined(changes):
     """Each row as it is alone; gradients of what trains are the same with a prepared condition."""
@@ -243,34 +225,21 @@ def test_rows_share_conditions_that_may_be_prepared_sliced_and_joined(changes):
             assert_close(alone, together[row:row + 1], 1e-5)
         for c in (prepared, condition):
             swapped = type(c).cat([c[1:], c[:1]])
-            assert len(swapped) == 2
             assert_close(dit(x.roll(3, 0), t.roll(3, 0), swapped), together.roll(3, 0), 1e-5)
-        assert_close(dit(x, torch.full((6,), 0.4), prepared), dit(x, torch.tensor(0.4), prepared), 1e-5)
-    assert direct.keys() == {name for name, p in dit.named_parameters() if model.trains(name)}
     for name, g in gradients(dit, x, t, prepared).items():
-        assert g.any()
         assert_close(g, direct[name], 1e-6 * direct[name].abs().max())
+    odd = dataclasses.replace(condition, source=condition.source[..., :5])
+    refused(lambda: dit.prepare(odd), "size no multiple of 2" if dit.takes_poses else "condition.camera is")
     refused(lambda: Condition.cat([condition, dataclasses.replace(condition, source=None)]), "same parts")
-
-
-# ---- what trains ----
-
-@pytest.mark.parametrize("changes, total, trained", [
-    ({}, 1_662_761_792, 30 * (4 * (1536 ** 2 + 1536) + 2 * 1536 + 2 * 12 * 42 * 1536)),
-    (RECAM, 1_490_420_800, 354_816_000)])
-def test_published_counts(changes, total, trained):
-    shapes = shapes_of(DiT, dataclasses.replace(WAN, **changes))
-    assert sum(shape.numel() for shape in shapes.values()) == total
-    assert sum(shape.numel() for key, shape in shapes.items() if model.trains(key)) == trained
 
 
 @pytest.mark.parametrize("changes, fingerprint", [
     ({}, "ac6a5aa74f4a0aab6f64eb9a72f19901"),  # Wan2.1-Fun-V1.1-1.3B-Control-Camera
-    ({"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
-     "b61c605c2adbd23124d152ed28e049ae"), (T2V | {"camera_blocks": 0}, "9269f8db9040a9d860eaca435be61814")])
+    (T2V | {"camera_blocks": 0}, "9269f8db9040a9d860eaca435be61814")])
 def test_published_keys_and_shapes(changes, fingerprint):
     """By the md5 of all keys and shapes by which DiffSynth-Studio recognises Wan's files."""
-    config = dataclasses.replace(WAN, **{"roce": False} | changes)
+    config = Config(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960,
+                    **dict(image_dim=1280, camera_dim=24, roce=False) | changes)
     shapes = {key: tuple(shape) for key, shape in shapes_of(DiT, config).items()}
     keys = [text for key, shape in shapes.items() for text in (f"{key}:{'_'.join(map(str, shape))}", key)]
     assert hashlib.md5(",".join(sorted(keys)).encode()).hexdigest() == fingerprint
@@ -279,8 +248,8 @@ def test_published_keys_and_shapes(changes, fingerprint):
 
 @EACH
 def test_float32_masters_beside_bfloat16(policy):
-    half = load_dit(WEIGHTS[policy], num_heads=2, dtype=torch.bfloat16)
-    mixed = load_dit(WEIGHTS[policy], num_heads=2, dtype=torch.bfloat16, trained_dtype=torch.float32)
+    half, mixed = (load_dit(WEIGHTS[policy], num_heads=2, dtype=torch.bfloat16, trained_dtype=kind)
+                   for kind in (None, torch.float32))
     assert all((p.dtype == torch.float32) == model.trains(name) for name, p in mixed.named_parameters())
     args = recorded(policy)
     with torch.no_grad():
@@ -288,39 +257,7 @@ def test_float32_masters_beside_bfloat16(policy):
     if policy == "recammaster":  # a pose rounded to bfloat16 would move a camera at 3 m by millimetres
         assert torch.equal(half.prepare(args[2]).camera, args[2].camera)
     model.trainable(mixed)
-    exact = gradients(load_dit(WEIGHTS[policy], num_heads=2), *args)
-    for name, g in gradients(mixed, *args).items():
-        assert g.dtype == torch.float32
-        assert F.cosine_similarity(g.flatten(), exact[name].flatten(), 0) > 0.99
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_checkpointing_does_not_repeat_self_attention(compiled):
-    """A block has three attentions: of itself, the text, the image. Backward recomputes the short two."""
-    dit, ops = random_dit(num_layers=1), []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            ops.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    def read(gm, inputs):  # a compiled block's backward
-        ops.extend(str(x) for node in gm.graph.nodes for x in (node.target, *node.args[:2])
-                   if isinstance(x, torch._ops.OpOverload))  # or saves the random state for it
-        return make_boxed_func(gm.forward)
-
-    model.trainable(dit)
-    dit.checkpoint = True
-    if compiled:
-        torch._dynamo.reset()
-        dit.compile(backend=aot_autograd(
-            fw_compiler=lambda gm, inputs: make_boxed_func(gm.forward), bw_compiler=read,
-            partition_fn=min_cut_rematerialization_partition))
-    v = dit(*random_inputs(dit, 1))
-    with nullcontext() if compiled else Record():
-        v.square().sum().backward()
-    attentions = collections.Counter("backward" in op for op in ops if "dot_product" in op)
-    assert attentions == {True: 3, False: 2}
+    assert {g.dtype for g in gradients(mixed, *args).values()} == {torch.float32}
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
@@ -338,8 +275,6 @@ def test_compiled(policy):
         assert_close(found[name], g, 1e-5 * (1 + g.abs().max()))
 
 
-# ---- files; what else may be wrong with them is in test_weights.py ----
-
 @EACH
 def test_files_lie_over_one_another(tmp_path, policy):
     """A method's additions and what we train over the base; one of them only with all of its keys."""
@@ -349,53 +284,36 @@ def test_files_lie_over_one_another(tmp_path, policy):
     save_file({key: x for key, x in state.items() if key not in added}, base)
     torch.save(added, method)
     save_file({key: 2 * x for key, x in state.items() if model.trains(key)}, ours)
-    for factor, *files in ((1, base, method), (2, WEIGHTS[policy], ours), (2, base, ours),
-                           (1, base, ours, WEIGHTS[policy])):
+    for factor, *files in (1, base, method), (2, base, ours), (1, base, ours, WEIGHTS[policy]):
         for key, x in load_dit(*files, num_heads=2).state_dict().items():
             assert torch.equal(x, state[key] * (factor if model.trains(key) else 1))
-    alone = load_dit(base, num_heads=2).config
-    assert not alone.roce and alone.pose_dim is None
     last = list(added)[-1]
     torch.save({key: x for key, x in added.items() if key != last}, method)
     refused(lambda: load_dit(base, method, num_heads=2), f"missing {last}")
 
 
-# a head size that shapes alone do not tell: 192 could pass for one head
-@pytest.mark.parametrize("call, message", [
-    (lambda: model.config_from(shapes_of(DiT, Config(192, num_heads=3, num_layers=1, ffn_dim=8))),
-     "dim 192 is not heads of 128: give num_heads"),
-    *((lambda c=c: DiT(Config(dim=48, num_layers=1, ffn_dim=8, **c)), message) for c, message in (
-        (dict(num_heads=5), "give num_heads"), (dict(num_heads=2, pose_dim=12), "needs Wan T2V"),
-        (dict(num_heads=2, roce=True), "needs a base with control_adapter"),
-        (dict(num_heads=2, in_dim=16, pose_dim=16), "16 numbers a frame, ReCamMaster's takes 12")))])
-def test_wrong_shapes_are_refused(call, message):
-    refused(call, message)
-
-
 # ---- wrong input ----
 
-DIRECTOR, MASTER, PLAIN = random_dit(), random_dit(**RECAM), random_dit(**T2V)
-C, M = (random_inputs(dit, 2)[2] for dit in (DIRECTOR, MASTER))
-X = torch.zeros(2, 16, 3, 4, 6)
+@pytest.mark.parametrize("changes, message", [
+    (dict(num_heads=5), "give num_heads"), (dict(pose_dim=12), "needs Wan T2V"),
+    (dict(roce=True), "needs a base with control_adapter"),
+    (dict(in_dim=16, pose_dim=16), "16 numbers a frame, ReCamMaster's takes 12")])
+def test_wrong_shapes_are_refused(changes, message):
+    shapes = shapes_of(DiT, Config(192, num_heads=3, num_layers=1, ffn_dim=8))  # could pass for one head
+    refused(lambda: model.config_from(shapes), "dim 192 is not heads of 128: give num_heads")
+    refused(lambda: DiT(Config(**dict(dim=48, num_heads=2, num_layers=1, ffn_dim=8) | changes)), message)
 
 
-@pytest.mark.parametrize("dit, changes, message", [
-    (DIRECTOR, dict(x=X[0]), "expected (B, C, F, h, w)"),
-    (DIRECTOR, dict(x=X[..., :3, :]), "h and w even"),
-    (DIRECTOR, dict(x=torch.cat([X, X])[:3]), "3 rows of x, 2 conditions"),
-    (DIRECTOR, dict(t=torch.rand(3)), "3 noise levels"),
-    (DIRECTOR, dict(x=X[:, :, :2]), "expected (16, 3, 4, 6)"),
-    (DIRECTOR, dict(text=C.text[..., :9]), "text is (2, 7, 9), expected (2, any, 40)"),
-    (DIRECTOR, dict(image=C.image[:1]), "condition.image is (1, 5, 24), expected (2, any, 24)"),
-    (DIRECTOR, dict(source=C.source[:, :, :2]), "condition.camera is"),
-    (DIRECTOR, dict(camera=None), "condition.camera: this model needs it"),
-    (DIRECTOR, dict(source=None), "condition.source_camera: this model takes none"),
-    (DIRECTOR, dict(source=None, source_camera=None, camera=C.camera[..., 8:, :]), "no multiple of 16"),
-    (MASTER, dict(camera=M.camera[:, :2]), "camera is (2, 2, 12), expected (2, 3, 12)"),
-    (MASTER, dict(source=M.source[..., :5]), "no multiple of 2"),
-    (PLAIN, dict(camera=None), "condition.source: this model takes none")])
-def test_wrong_input_is_refused(dit, changes, message):
-    given = {"x": X, "t": torch.tensor(0.5)} | changes
-    changes = {key: value for key, value in changes.items() if key not in "xt"}
-    condition = dataclasses.replace(C if dit is DIRECTOR else M, **changes)
-    refused(lambda: dit(given["x"], given["t"], condition), message)
+DIRECTOR = random_dit()
+X, _, C = random_inputs(DIRECTOR, 2)
+
+
+@pytest.mark.parametrize("x, levels, changes, message", [
+    (X[..., :3, :], 1, {}, "h and w even"), (torch.cat([X, X])[:3], 1, {}, "3 rows of x, 2 conditions"),
+    (X, 3, {}, "3 noise levels"), (X[:, :, :2], 1, {}, "expected (16, 3, 4, 6)"),
+    (X, 1, dict(image=C.image[:1]), "condition.image is (1, 5, 24), expected (2, any, 24)"),
+    (X, 1, dict(camera=None), "condition.camera: this model needs it"),
+    (X, 1, dict(source=None), "condition.source_camera: this model takes none"),
+    (X, 1, dict(source=None, source_camera=None, camera=C.camera[..., 8:, :]), "no multiple of 16")])
+def test_wrong_input_is_refused(x, levels, changes, message):
+    refused(lambda: DIRECTOR(x, torch.zeros(levels), dataclasses.replace(C, **changes)), message)

@@ -2,9 +2,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import CURES, ROOT, Labels, close, cure, gaussian, setting
+from conftest import ROOT, Labels, close, cure, gaussian, setting
 from safetensors.torch import load_file
 
 import sampler
@@ -12,8 +13,6 @@ from sampler import compress, dpm_step, ode_step, rollout, sample, schedule, sde
 
 GOLDEN = ROOT / "tests/golden"
 
-
-# ---- schedule ----
 
 def test_schedule_golden():
     """The levels and timesteps of Wan's own scheduler, and 0 after them."""
@@ -27,15 +26,14 @@ def test_schedule_golden():
         assert torch.allclose(1000 * sigmas[:-1], torch.tensor(record["timesteps"]), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("steps, shift, start", [(25, 5, 4), (25, 5, 23), (16, 1, 7), (9, 3, 0), (1, 5, 0)])
+@pytest.mark.parametrize("steps, shift, start", [(25, 5, 4), (16, 1, 7), (1, 5, 0)])
 @pytest.mark.parametrize("fraction", [0.1, 0.4, 1.0])
 def test_compressed_tail(steps, shift, start, fraction):
-    """Evenly spaced before the shift, from the window's end to 0; all of the steps give the schedule again."""
+    """Evenly spaced before the shift, from the window's end to 0."""
     levels, keep = compress(schedule(steps, shift), start, fraction), max(1, int(fraction * (steps - start)))
     u = (1 - start / steps) * (1 - torch.arange(keep + 1, dtype=torch.float64) / keep)
     assert torch.allclose(levels.double(), shift * u / (1 + (shift - 1) * u), atol=2e-6)
     assert levels[0] == schedule(steps, shift)[start] and levels[-1] == 0
-    assert fraction < 1 or torch.allclose(levels, schedule(steps, shift)[start:], atol=2e-6)
 
 
 def test_steps_golden():
@@ -67,29 +65,21 @@ def test_window_golden():
         assert full >= 25 and list(map(list, ours)) == [*windows[:full], [0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("strategy", ["progressive", "random", "all"])
-@pytest.mark.parametrize("steps, size, stride, iters, first, skip", [
-    (25, 4, 1, 1, None, 0), (25, 4, 3, 5, None, 2), (16, 1, 1, 1, 6, 1), (16, 5, 7, 1, 11, 6), (2, 1, 1, 1, None, 0)])
-def test_window_is_of_full_width_and_of_the_iteration_alone(strategy, steps, size, stride, iters, first, skip):
-    """Consecutive usable steps; nothing depends on what was asked before. Random ones are uniform over all starts,
-    and each condition has its own."""
+@pytest.mark.parametrize("steps, size, first, skip", [(25, 4, None, 2), (16, 1, 6, 1)])
+def test_random_windows(steps, size, first, skip):
+    """Of consecutive usable steps, uniform over all starts, anew for each seed and condition."""
     end = min(steps - 1, first or steps)
-    size = end - skip if strategy == "all" else size
-    find = lambda i, seed=3, condition=None: window(i, steps, size, strategy, stride, iters, first, seed, condition, skip)
-    there = [find(i) for i in range(3000)]
-    assert there == [find(i) for i in reversed(range(3000))][::-1]
-    assert all(w == tuple(range(w[0], w[0] + size)) for w in there)
-    starts = range(skip, end - size + 1, stride if strategy == "progressive" else 1)
-    count, share = len(starts), 3000 / len(starts)
-    if strategy == "progressive":
-        assert [w[0] for w in there] == [starts[i // iters % count] for i in range(3000)]
-    else:
-        assert all(abs(sum(w[0] == start for w in there) - share) <= 5 * math.sqrt(share * (1 - 1 / count)) for start in starts)
-        for other in ([find(i, seed=4) for i in range(3000)], [find(i, condition=0) for i in range(3000)]):
-            assert abs(sum(map(tuple.__eq__, there, other)) - share) <= 5 * math.sqrt(share * (1 - 1 / count))
+    find = lambda seed=3, condition=None, strategy="random": [
+        window(i, steps, size, strategy, 2, 5, first, seed, condition, skip) for i in range(3000)]
+    there, starts = find(), range(skip, end - size + 1)
+    assert set(there) == {tuple(range(start, start + size)) for start in starts}
+    counts = [*map(there.count, set(there)), *(sum(map(tuple.__eq__, there, other)) for other in (
+        find(seed=4), find(condition=0)))]
+    share = 3000 / len(starts)
+    assert max(abs(n - share) for n in counts) <= 5 * math.sqrt(share * (1 - 1 / len(starts)))
+    assert set(find(strategy="all")) == {tuple(range(skip, end))}
+    assert [w[0] for w in find(strategy="progressive")] == [*np.resize(np.repeat(starts[::2], 5), 3000)]
 
-
-# ---- Gaussian data, whose exact velocity is known ----
 
 def flow(steps, n=50, count=80, mean=1.0, std=0.5, **options):
     """n samples of data N(mean, std^2) under its exact velocity, as two members of one condition."""
@@ -100,14 +90,12 @@ def flow(steps, n=50, count=80, mean=1.0, std=0.5, **options):
                    condition_ids=[0], share_noise=False, **options)
 
 
-@pytest.mark.parametrize("name", CURES)
-@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("name, eta", [("tau", 0.5), ("t_max", 1.0)])
 def test_the_sde_keeps_the_odes_marginals_and_forgets_as_it_should(name, eta):
     """With the last three quarters of the steps stochastic, mean and variance at t = 0 are the data's, as without; and
     of where the ODE ends from the same start there remains the correlation exp(-int sigma_t^2 / (2 var_t) dt).
 
-    In the first few steps it is not so: sigma_t^2 dt = t dt / (1 - t) is of order 1 there however fine the schedule
-    is. That is a property of the method (of Flow-GRPO's and LongCat's cures alike), not of this code.
+    In the first few steps it is not so, by the method: sigma_t^2 dt is of order 1 however fine the schedule is.
     """
     sigmas, n = schedule(200, 3), 50_000
     ode, sde = (flow(steps, n, 200, eta=eta, **cure(name, sigmas)).latents for steps in ((), tuple(range(50, 199))))
@@ -127,11 +115,8 @@ def test_the_fast_tail_is_nearer_the_exact_flow():
     x, t = euler.x_next[-1].double(), euler.t_next[-1].double()  # from the window's end, the exact flow to t = 0
     exact = 1 + (x - (1 - t)) * 0.5 / torch.sqrt((1 - t) ** 2 * 0.5 ** 2 + t ** 2)
     errors = [float((out.latents - exact).abs().max()) for out in (euler, fast, whole)]
-    assert torch.equal(fast.x_next[-1], euler.x_next[-1]) and fast.evaluations == 2 * (3 + int(0.4 * 77))
     assert errors[1] < 0.5 * errors[0] and errors[2] < 0.25 * errors[0]
 
-
-# ---- rollout ----
 
 def same(a, b, tolerance=0.0):
     """Two rollouts agree; a step stored once per group counts as stored for each member."""
@@ -143,31 +128,26 @@ def same(a, b, tolerance=0.0):
 
 
 @pytest.mark.parametrize("steps, tail, guidance, share_noise", [
-    ((0, 1), None, 1, True), ((3, 4, 5), None, 3, True), ((2,), 0.4, 4, True), ((), None, 1, True),
-    ((2, 3), None, 1, False), ((2, 3), 0.4, 4, False)])
+    ((0, 1), None, 1, True), ((2,), 0.4, 4, True), ((), None, 1, True), ((2, 3), None, 3, False)])
 def test_how_it_is_computed_does_not_matter(steps, tail, guidance, share_noise):
-    """What a group shares is computed once, bitwise as if it were not; nor matter micro-batches, which hold as many
-    rows as they may, nor the other conditions and members on a rank. Network rows are counted."""
+    """What a group shares is computed once, bitwise as if it were not; nor matter micro-batches, nor the other
+    conditions and members on a rank. Network rows are counted."""
     policy, condition, given = setting(C=4, seed=2)
     given |= {"tail": tail, "guidance": guidance, "share_noise": share_noise, "negative": Labels(-condition.y)}
     whole = rollout(policy, condition, 6, steps, **given)
     branches = 1 + (guidance != 1)
-    assert policy.largest == (24 if steps else 4) * branches
     once = (steps[0] + 1 if steps else 8) if share_noise else 0
     after = (8 if tail is None else steps[-1] + 1 + int(tail * (7 - steps[-1]))) - once
     assert policy.rows == whole.evaluations == branches * 4 * (once + 6 * after)
-    bitwise = [rollout(policy, condition, 6, steps, share_prefix=share, micro_batch=1, **given)
-               for share in (True, False)]
-    same(*bitwise)
-    assert bitwise[1].evaluations == branches * 4 * 6 * (once + after)
+    shared, each = (rollout(policy, condition, 6, steps, share_prefix=share, micro_batch=1, **given)
+                    for share in (True, False))
+    same(shared, each)
+    assert each.evaluations == branches * 4 * 6 * (once + after)
     assert steps or torch.equal(sample(policy, condition, **given), whole.latents[:, 0])
-    assert not steps or {out.x[0].shape[1] for out in bitwise} == ({1, 6} if share_noise else {6})
-    for rows in 1, 4, 5, 13, 1000:
+    for rows in 4, 5, 13, 1000:
         policy.largest = 0
         same(rollout(policy, condition, 6, steps, micro_batch=rows, **given), whole, 1e-5)
-        members = max(1, rows // branches)
-        most = members // 6 * 6 if members >= 6 else members
-        assert policy.largest == branches * min(most, 24 if steps else 4) or not steps
+        assert min(rows, 24 if steps else 4) / 2 < policy.largest <= rows
     given |= {"condition_ids": given["condition_ids"][2:3], "negative": given["negative"][2:3]}
     alone = rollout(policy, condition[2:3], 4, steps, **given)
     close(alone.latents[0], whole.latents[2, :4])
@@ -175,7 +155,7 @@ def test_how_it_is_computed_does_not_matter(steps, tail, guidance, share_noise):
 
 
 def test_noise_belongs_to_seed_iteration_condition_and_member():
-    """And to nothing else: not to the global generator. Draws of different keys are independent and normal."""
+    """And to nothing else: not to the global generator. Draws of different keys are independent."""
     policy, condition, given = setting(C=2)
     find = lambda **change: rollout(policy, condition, 3, (0, 1), **(given | change))
     base = find()
@@ -186,7 +166,6 @@ def test_noise_belongs_to_seed_iteration_condition_and_member():
     draws = torch.stack([sampler.normal((1000,), 0, i, c, g, what) for i in range(4) for c in range(4)
                          for g in range(4) for what in ("start", "steps")])
     assert (torch.corrcoef(draws) - torch.eye(128)).abs().max() < 6 / math.sqrt(1000)
-    assert abs(draws.mean()) < 5 / math.sqrt(128_000) and abs(draws.var() - 1) < 5 * math.sqrt(2 / 128_000)
 
 
 def roll(window):
@@ -195,12 +174,11 @@ def roll(window):
 
 
 @pytest.mark.parametrize("message, call", [
-    ("at least 1 step and a shift > 0, found 5 and 0", lambda: schedule(5, 0)),
     ("tau or t_max", lambda: sde_step(torch.zeros(1, 2), torch.zeros(1, 2), 1.0, 0.9, tau=None)),
     ("eta: expected > 0", lambda: sde_step(torch.zeros(1, 2), torch.zeros(1, 2), 0.5, 0.4, eta=0.0)),
-    ("window size", lambda: window(0, 4, 4)), ("window size", lambda: window(0, 10, 1, first=2, skip=2)),
-    ("consecutive", lambda: roll((7,))), ("consecutive", lambda: roll((1, 3))), ("consecutive", lambda: roll((-1, 0))),
-    ("one for each of 3", lambda: roll([(2,), (1,)])), ("of one length", lambda: roll([(2,), (1, 2), (0,)]))])
+    ("window size", lambda: window(0, 10, 1, first=2, skip=2)), ("consecutive", lambda: roll((-1, 0))),
+    ("consecutive", lambda: roll((7,))), ("consecutive", lambda: roll((1, 3))),
+    ("at least 1 step", lambda: schedule(5, 0)), ("one for each of 3", lambda: roll([(2,), (1,)]))])
 def test_refusals(message, call):
     with pytest.raises(ValueError, match=message):
         call()

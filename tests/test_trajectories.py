@@ -25,8 +25,6 @@ def walks(n, frames, seed=0):
     return np.stack([pose(rng) @ walk(rng, frames) for _ in range(n)])
 
 
-# ---- speeds, resampling and rescaling
-
 def test_relative_paths_and_speeds_are_their_closed_form():
     """The inverse of the first pose applied; the speeds of a screw motion, in any world."""
     c2w = walks(3, 6)
@@ -39,7 +37,7 @@ def test_relative_paths_and_speeds_are_their_closed_form():
     assert tr.speeds(c2w[:1]) == (0, 0)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_rescaled_maximum_speeds_are_those_asked_for(seed):
     """Eq. 12-14: one factor for all positions, one for all turns, so that the shape stays."""
     rng = np.random.default_rng(seed)
@@ -51,7 +49,6 @@ def test_rescaled_maximum_speeds_are_those_asked_for(seed):
     assert_allclose(out[:, :3, 3], c2w[:, :3, 3] * (wanted[0] / before[0]), rtol=1e-9, atol=1e-12)
     turns = tr.increments(c2w)[0] * (wanted[1] / before[1])
     assert_allclose(tr.increments(out)[0], turns, atol=1e-12)
-    assert_allclose(tr.rescale(out, *before), c2w, atol=1e-9 * np.abs(c2w).max())
     rounded = (pose(rng) @ c2w).astype(np.float32)  # as files hold it: no less exact
     assert_allclose(tr.speeds(tr.rescale(rounded, *wanted)), wanted, rtol=1e-9)
 
@@ -61,11 +58,7 @@ def test_rescaling_keeps_turns_and_rest():
     for total, omega, expected in ((5 * math.pi, 0.01 * math.pi, math.pi), (2.8, 0.05, 5)):
         out = tr.rescale(yawed(np.linspace(0, total, 101)), 0.1, omega)
         assert_allclose(out, yawed(np.linspace(0, expected, 101)), atol=1e-12)
-    still, line = walks(1, 7)[0, [3] * 7], np.tile(np.eye(4), (9, 1, 1))
-    line[:, 2, 3] = np.linspace(0, 3, 9)
-    for path, speeds in ((still, (0, 0)), (line, (0.05, 0)), (np.eye(4)[None], (0, 0)),
-                         (yawed(np.linspace(0, 1, 9)), (0, 0.01))):
-        assert_allclose(tr.speeds(tr.rescale(path, 0.05, 0.01)), speeds, rtol=1e-9, atol=1e-15)
+    still = walks(1, 7)[0, [3] * 7]
     assert_allclose(tr.rescale(still, 0.05, 0.01), still, atol=1e-12)
     assert_allclose(tr.rescale(tr.relative(walks(1, 9)[0]), 0, 0), [np.eye(4)] * 9, atol=1e-12)
 
@@ -77,48 +70,32 @@ def test_drawn_speeds_follow_the_truncated_gaussians():
     for x, (low, high, mean, sd) in zip(draws.T, (tr.V_BOUNDS, tr.OMEGA_BOUNDS)):
         law = truncnorm((low - mean) / sd, (high - mean) / sd, mean, sd)
         assert low <= x.min() and x.max() <= high
-        assert abs(x.mean() - law.mean()) < 5 * law.std() / math.sqrt(len(x))
         assert np.abs(np.sort(x) - law.ppf((np.arange(len(x)) + 0.5) / len(x))).max() < 0.1 * sd
-    above, below = (0.05, 0.06, 0.025, 0.001), (0.05, 0.06, 0.085, 0.001)  # their means, by 25 sd
-    far = np.array([tr.draw_speeds(rng, above, below) for _ in range(99)])
-    assert 0.05 <= far[:, 0].min() and far[:, 0].max() < 0.051 and 0.059 < far[:, 1].min()
-    assert_allclose(np.degrees(tr.OMEGA_BOUNDS), (0.05, 0.8, 0.3, 0.2))
-    assert tr.draw_speeds(rng, (0.02, 0.02, 0.5, 0.1), (0.1, 0.2, 0.15, 1)) <= (0.02, 0.2)
+    far = [tr.draw_speeds(rng, (0.05, 0.06, 0.025, 0.001), (0.05, 0.06, 0.085, 0.001)) for _ in range(99)]
+    v, omega = np.transpose(far)  # 25 sd above and below their means
+    assert 0.05 <= v.min() and v.max() < 0.051 and 0.059 < omega.min()
 
 
-@pytest.mark.parametrize("frames", [1, 2, 17, 41, 161])
-def test_resampling_follows_the_same_curve(frames):
+def test_resampling_follows_the_same_curve():
     def curve(n):
         c2w = yawed(np.linspace(0, 2, n))
         c2w[:, :3, 3] = np.outer(np.linspace(0, 2, n), [1, -2, 0.5])
         return c2w
-    assert_allclose(tr.resample(curve(41), frames), curve(frames), atol=1e-12)
-    assert_allclose(tr.resample(curve(41)[3:4], frames), curve(41)[[3] * frames], atol=0)
+    for frames in 1, 17, 41, 161:
+        assert_allclose(tr.resample(curve(41), frames), curve(frames), atol=1e-12)
+    assert_allclose(tr.resample(curve(41)[3:4], 5), curve(41)[[3] * 5], atol=0)
 
-
-# ---- the ten evaluation paths
 
 def test_evaluation_paths_agree_with_redirector():
+    """Whose numbers are those of PATHS, from 1."""
     golden = np.load(GOLDEN / "recammaster_trajectories.npz")
     assert len(golden.files) == 120
+    assert (tr.recammaster("zoom_in") == tr.recammaster(5)).all() and tr.PATHS[8:] == ("arc_left", "arc_right")
     for key in golden.files:  # camNN_nFRAMES_sSPEED
         cam, n, s = key.split("_")
         c2w = tr.recammaster(int(cam[3:]), int(n[1:]), float(s[1:]))
         assert_allclose(c2w, golden[key], atol=1e-3, err_msg=key)
 
-
-def test_evaluation_paths_go_where_their_names_say():
-    """OpenCV: x right, y down, z forward. Third column: looks along; fourth: stands."""
-    for name, row, column, low, high in (
-            ("pan_right", 0, 2, 0.3, 1), ("pan_left", 0, 2, -1, -0.3), ("tilt_up", 1, 2, -1, -0.1),
-            ("tilt_down", 1, 2, 0.1, 1), ("zoom_in", 2, 3, 1.9, 2), ("zoom_out", 2, 3, -2, -1.9),
-            ("translate_up", 1, 3, -1, -0.9), ("translate_down", 1, 3, 0.9, 1),
-            ("arc_left", 0, 3, -2, -1.9), ("arc_right", 0, 3, 1.9, 2)):
-        assert low < tr.recammaster(name)[-1, row, column] < high
-        assert_allclose(tr.recammaster(name, 1), [np.eye(4)], atol=0)
-
-
-# ---- what the networks take: Pluecker maps, ReCamMaster's poses
 
 def test_camera_maps_agree_with_redirector():
     golden = load_file(GOLDEN / "redirector_io.safetensors")
@@ -132,16 +109,14 @@ def test_camera_maps_agree_with_redirector():
         torch.testing.assert_close(maps, golden[f"camera_{which}"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("B, T, H, W", [(1, 1, 3, 5), (2, 5, 7, 4), (3, 17, 6, 10)])
-def test_camera_maps_are_the_rays_of_the_pixels(B, T, H, W):
-    rng, c2w = np.random.default_rng(T), walks(B, T)
-    intrinsics = rng.uniform([0.6, 0.9, 0.3, 0.4], [1.2, 1.7, 0.7, 0.6], (B, 4))
+def test_camera_maps_are_the_rays_of_the_pixels():
+    rng, c2w, (H, W) = np.random.default_rng(0), walks(3, 17), (6, 10)
+    intrinsics = rng.uniform([0.6, 0.9, 0.3, 0.4], [1.2, 1.7, 0.7, 0.6], (3, 4))
     maps = tr.camera_maps(pt(c2w), pt(intrinsics), H, W).numpy()
-    F = (T - 1) // 4 + 1
-    assert maps.shape == (B, 24, F, H, W)
+    assert maps.shape == (3, 24, 5, H, W)
     for _ in range(100):
-        b, f, k, j, i = (rng.integers(n) for n in (B, F, 4, H, W))
-        frame = 0 if f == 0 else 4 * (f - 1) + 1 + k
+        b, f, k, j, i = (rng.integers(n) for n in (3, 5, 4, H, W))
+        frame = 4 * (f - 1) + 1 + k if f else 0
         fx, fy, cx, cy = intrinsics[b] * [W, H, W, H]  # pixels
         d = c2w[b, frame, :3, :3] @ [(i + 0.5 - cx) / fx, (j + 0.5 - cy) / fy, 1]
         d /= np.linalg.norm(d)
@@ -158,10 +133,7 @@ def test_poses_are_recammasters():
         assert_allclose(found, io[f"camera_cam0{number}"], atol=1e-4)
 
 
-# ---- the reward's errors
-
-@pytest.mark.parametrize("angle", [
-    0, 1e-12, 1e-9, 3e-7, 1e-4, 1, math.pi - 1e-4, math.pi - 1e-7, math.pi])
+@pytest.mark.parametrize("angle", [0, 1e-12, 3e-7, 1, math.pi - 1e-7, math.pi])
 def test_angles_are_exact_near_zero_and_near_pi(angle):
     axes = np.random.default_rng(0).normal(size=(50, 3))
     axes /= np.linalg.norm(axes, axis=1, keepdims=True)
@@ -191,19 +163,15 @@ def test_errors_do_not_depend_on_either_world_frame_but_on_size():
     rng, pred, target = np.random.default_rng(0), walks(4, 17), walks(4, 17, 1)
     before = tr.pose_errors(pt(pred), pt(target))
     moved = tr.pose_errors(pt(pose(rng) @ pred), pt(pose(rng) @ target))
-    one = tr.pose_errors(pt(pred[2]), pt(target[2]))
-    for a, b, c in zip(before, moved, one):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
-        torch.testing.assert_close(a[2], c, atol=1e-14, rtol=1e-14)
-    target = tr.relative(target)
-    double = target.copy()
+    double = tr.relative(target)
+    length = np.linalg.norm(double[..., :3, 3], axis=-1) @ tr.frame_weights(17)
     double[..., :3, 3] *= 2  # metric: the right shape at the wrong size is an error
-    length = np.linalg.norm(target[..., :3, 3], axis=-1) @ tr.frame_weights(17)
-    assert_allclose(tr.pose_errors(pt(double), pt(target))[0], length, rtol=1e-12)
+    assert_allclose(tr.pose_errors(pt(double), pt(target))[0], length, rtol=1e-9)
     pred[1] = math.nan  # a video that failed touches no other
-    for a, b in zip(tr.pose_errors(pt(pred), pt(target)), before):
+    for a, b, c in zip(tr.pose_errors(pt(pred), pt(target)), before, moved):
         assert a[1].isnan()
         torch.testing.assert_close(a[[0, 2, 3]], b[[0, 2, 3]], atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(b, c, atol=1e-10, rtol=1e-10)
     assert np.isnan([error(pred[1], target[1]) for error in (tr.trans_err, tr.rot_err)]).all()
 
 
@@ -217,14 +185,7 @@ def test_gradients_are_those_of_the_errors():
     assert (pred.grad == 0).all()
     other = pt(tr.relative(walks(1, 5, 1))).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: tr.pose_errors(x, target[:1]), other)
-    turn = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)  # d angle / d turn = 1
-    x, o, i = turn.cos(), torch.zeros_like(turn), torch.ones_like(turn)
-    R = torch.stack([x, o, turn.sin(), o, i, o, -turn.sin(), o, x]).view(3, 3)
-    tr.rotation_angle(R, torch.eye(3, dtype=torch.float64)).backward()
-    assert turn.grad.item() == pytest.approx(1, rel=1e-12)
 
-
-# ---- the evaluation's errors
 
 def test_evaluation_errors_agree_with_redirector():
     poses = np.load(GOLDEN / "pose_errors.npz")
@@ -236,11 +197,10 @@ def test_evaluation_errors_agree_with_redirector():
         assert tr.rot_err(pred, target) == pytest.approx(expected["RotErr_deg"], abs=1e-6)
 
 
-@pytest.mark.parametrize("seed, frames", [(0, 3), (1, 10), (2, 93)])
-def test_evaluation_errors_are_invariant_as_they_should_be(seed, frames):
-    """Under a similarity of the estimate, whose mirror image is none."""
-    rng = np.random.default_rng(seed)
-    target, noise = walk(rng, frames), rng.normal(size=(frames, 3))
+def test_evaluation_errors_are_invariant_as_they_should_be():
+    """Under a similarity of the estimate, whose mirror image is none; a turn on the spot has no position."""
+    rng = np.random.default_rng(0)
+    target, noise = walk(rng, 10), rng.normal(size=(10, 3))
     pred = target.copy()
     pred[:, :3, 3] += 0.1 * noise
     pred[:, :3, :3] = pred[:, :3, :3] @ Rotation.from_rotvec(0.1 * noise).as_matrix()
@@ -249,37 +209,23 @@ def test_evaluation_errors_are_invariant_as_they_should_be(seed, frames):
         path = pose(rng) @ path
         path[:, :3, 3] = 3.7 * path[:, :3, 3] + [5, -2, 1]
         return path
-    assert tr.trans_err(moved(pred), target) == pytest.approx(tr.trans_err(pred, target), rel=1e-8)
-    assert tr.rot_err(moved(pred), target) == pytest.approx(tr.rot_err(pred, target), rel=1e-8)
-    assert tr.trans_err(moved(target), target) < 1e-9 and tr.rot_err(moved(target), target) < 1e-9
-    if frames > 3:  # three points lie in a plane
-        assert tr.trans_err(target * [[1, 1, 1, -1], *[[1, 1, 1, 1]] * 3], target) > 1e-3
-
-
-def test_translation_error_where_nothing_moves():
-    pan, line = tr.recammaster("pan_left", 21), tr.recammaster("zoom_in", 21)
-    assert tr.trans_err(walks(1, 21)[0], pan) < 1e-12  # a pure rotation: 0 for any estimate
-    centre = np.linalg.norm(line[:, :3, 3] - line[:, :3, 3].mean(0), axis=1).mean()
-    for still in (walks(1, 1)[0][[0] * 21], line * 0):
-        expected = centre / (line[-1, 2, 3] + 1e-6)
-        assert tr.trans_err(still, line) == pytest.approx(expected, rel=1e-9)
-    assert tr.trans_err(line[:9], tr.resample(line, 9)) < 1e-12  # the same line at another speed
-    assert tr.rot_err(pan[:1], pan[:1]) == 0
-
-
-def maps_of(c2w, intrinsics=(1, 4)):
-    return tr.camera_maps(torch.zeros(c2w), torch.ones(intrinsics), 8, 8)
+    for error in tr.trans_err, tr.rot_err:
+        assert error(moved(pred), target) == pytest.approx(error(pred, target), rel=1e-8)
+        assert error(moved(target), target) < 1e-9
+    assert tr.trans_err(target * [[1, 1, 1, -1], *[[1, 1, 1, 1]] * 3], target) > 1e-3
+    assert tr.trans_err(target, yawed(noise[:, 0])) < 1e-12 and tr.rot_err(pred[:1], pred[:1]) == 0
+    still = pred[[3] * 10]
+    assert tr.trans_err(still, target) == pytest.approx(tr.trans_err(still * 0, target), rel=1e-9)
 
 
 @pytest.mark.parametrize("call, arguments, message", [
     *((tr.rescale, (yawed([0, 0.1]), *speeds), "rescale") for speeds in (
-        (-1, 0.1), (math.nan, 0.1), (math.inf, 0.1), (0.1, -1), (0.1, 3.2), (0.1, math.nan))),
+        (-1, 0.1), (math.inf, 0.1), (0.1, 3.2), (math.nan, 0.1))),
     (tr.resample, (np.eye(4)[None], 0), "at least 1 frame"),
     (tr.recammaster, (1, 0), "at least 1 frame"),
-    *((tr.recammaster, (path,), "arc_left") for path in (0, 11, "left", "", 2.5, None)),
-    *((maps_of, ((1, T, 4, 4),), "4k . 1") for T in (0, 2, 3, 4, 80)),
-    *((maps_of, shapes, "4k . 1") for shapes in (
-        [(5, 4, 4)], [(1, 5, 3, 4)], [(2, 5, 4, 4)], [(1, 5, 4, 4), (4,)])),
+    *((tr.recammaster, (path,), "arc_left") for path in (0, 11, "left")),
+    *((tr.camera_maps, (torch.zeros(c2w), torch.ones(intrinsics), 8, 8), "4k . 1") for c2w, intrinsics in (
+        ((1, 4, 4, 4), (1, 4)), ((5, 4, 4), (1, 4)), ((1, 5, 4, 4), (4,)))),
     (tr.pose_errors, (*torch.zeros(2, 1, 4, 4), "cubic"), "linear, uniform, quadratic"),
     (tr.pose_errors, (torch.zeros(9, 4, 4), torch.zeros(8, 4, 4)), "expected poses"),
     (tr.trans_err, (np.zeros((9, 4, 4)), np.zeros((8, 4, 4))), "resample the target")])

@@ -3,11 +3,9 @@
     python tests/tiny_weights.py FOLDER [ReDirector | ReCamMaster | Wan]
 
 Names, keys, layouts and the parts of each network are the published files'; only widths and depths
-are small. Pictures made with it are noise, and so are their scores. Beside it, for a rehearsal:
-    FOLDER/paths     camera files: the ten evaluation paths, and "static"
-    FOLDER/videos    two short videos, with their captions in captions.csv
-    FOLDER/packages  a package `mapanything` that stands in for the real one (for PYTHONPATH)
-    FOLDER/bin       a program `vipe` that stands in for the real one (for PATH)
+are small, and pictures made with it are noise. Beside it, for a rehearsal: paths/ (camera files),
+videos/ (two, with captions.csv), packages/ and bin/ (stand-ins for the package mapanything and the
+program vipe, for PYTHONPATH and PATH).
 """
 import inspect
 import json
@@ -32,10 +30,9 @@ from pretrained import vae  # noqa: E402
 from pretrained.weights import (  # noqa: E402
     DIT, IMAGE_FILE, RECAMMASTER, REDIRECTOR, TEXT_FILE, TOKENIZER, VAE_FILE)
 
-TEXT_DIM, IMAGE_DIM, VOCABULARY = 32, 80, 400
+GOLDEN = ROOT / "tests/golden"
+TEXT_DIM, IMAGE_DIM = 32, 80  # of the recorded small umT5, which stands in for the text encoder
 
-
-# ---- shapes by the official names ----
 
 def random_state(shapes, seed=0):
     """name -> shape into name -> bfloat16 tensor that keeps a signal's size; gains are about 1."""
@@ -69,32 +66,16 @@ def vae_shapes(widths=(4, 4, 8, 16, 16), blocks=2, temporal=(False, True, True),
     return shapes_of(vae.VAE, z, widths, blocks, temporal)
 
 
-def text_shapes(vocabulary=VOCABULARY, width=TEXT_DIM, attention=64, ffn=64, heads=1, layers=2):
-    shapes = {"token_embedding.weight": (vocabulary, width), "norm.weight": (width,)}
-    block = {"norm1": (width,), "norm2": (width,), "pos_embedding.embedding": (32, heads),
-             **{f"attn.{x}": (attention, width) for x in "qkv"}, "attn.o": (width, attention),
-             "ffn.gate.0": (ffn, width), "ffn.fc1": (ffn, width), "ffn.fc2": (width, ffn)}
-    return shapes | {f"blocks.{i}.{name}.weight": shape
-                     for i in range(layers) for name, shape in block.items()}
+def image_shapes():
+    """Those of the recorded small CLIP, but for heads of 80 and 257 positions, as published."""
+    sizes = {64: IMAGE_DIM, 192: 3 * IMAGE_DIM, 256: 4 * IMAGE_DIM, 17: 257}
+    return {name: tuple(sizes.get(n, n) for n in x.shape)
+            for name, x in load_file(GOLDEN / "clip_weights.safetensors").items()}
 
-
-def image_shapes(width=IMAGE_DIM, layers=3, pixels=224, patch=14, mlp=320):
-    shapes = {"cls_embedding": (1, 1, width), "pos_embedding": (1, (pixels // patch) ** 2 + 1, width),
-              "patch_embedding.weight": (width, 3, patch, patch), "head": (width, 24)}
-    block = {"norm1": (width,), "norm2": (width,), "attn.to_qkv": (3 * width, width),
-             "attn.proj": (width, width), "mlp.0": (mlp, width), "mlp.2": (width, mlp)}
-    layers = {f"transformer.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
-    for name, shape in {"pre_norm": (width,), "post_norm": (width,), **layers}.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return {"log_scale": (), **{f"visual.{name}": shape for name, shape in shapes.items()}}
-
-
-# ---- tokenizers and reward models ----
 
 def save_tokenizer(folder):
     """A small unigram tokenizer of umT5's kind: <pad> 0, </s> 1, <unk> 2, </s> added at the end."""
-    pieces = ["<pad>", "</s>", "<unk>", *"\u2581a \u2581cat \u2581dog \u2581walks \u2581".split(" "),
-              *map(chr, range(33, 127))]
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581a", "\u2581cat", "\u2581dog", "\u2581", *map(chr, range(33, 125))]
     pieces = [(piece, -float(i)) for i, piece in enumerate(pieces)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -120,28 +101,23 @@ def save_qwen_base(folder):
     fast.save_pretrained(folder)
     ids = {token.removesuffix("_pad") + "_token_id": tokenizer.token_to_id(f"<|{token}|>")
            for token in QWEN_TOKENS[3:]}
-    vision = {"depth": 1, "embed_dim": 16, "mlp_ratio": 2, "num_heads": 1, "in_chans": 3,
-              "hidden_size": 32, "patch_size": 14, "spatial_merge_size": 2,
-              "spatial_patch_size": 14, "temporal_patch_size": 2}
     config = {"model_type": "qwen2_vl", "hidden_size": 32, "intermediate_size": 48,
               "num_attention_heads": 1, "num_hidden_layers": 2, "num_key_value_heads": 1,
-              "vocab_size": len(fast), "rms_norm_eps": 1e-6, "max_position_embeddings": 32768,
-              "tie_word_embeddings": True, **ids, "bos_token_id": 0, "eos_token_id": 2,
-              "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "vision_config": vision}
+              "vocab_size": len(fast), **ids, "bos_token_id": 0, "eos_token_id": 2,
+              "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+              "vision_config": {"depth": 1, "embed_dim": 16, "mlp_ratio": 2, "num_heads": 1, "hidden_size": 32}}
     (folder / "config.json").write_text(json.dumps(config))
     return len(fast)
 
 
-def qwen_shapes(base, added, heads):
+def qwen_state(base, added, heads, seed):
     """The official checkpoint's: the body's under "model.", with `added` tokens; the reward's head."""
     tokens = save_qwen_base(base) + added
     config = AutoConfig.from_pretrained(base)
     config.text_config.vocab_size = tokens
     body = shapes_of(Qwen2VLModel, config)
     shapes = {name.replace("language_model.", "model."): shape for name, shape in body.items()}
-    for name, shape in heads.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return shapes
+    return random_state(shapes | heads, seed)
 
 
 VIDEO_REWARD = {  # what is read of the published model_config.json
@@ -149,8 +125,8 @@ VIDEO_REWARD = {  # what is read of the published model_config.json
                     "prompt_template_type": "detailed_special"},
     "model_config": {"output_dim": 1, "reward_token": "special"},
     "peft_lora_config": {"lora_r": 64, "lora_alpha": 128},
-    "inference_config": {"VQ_mean": 3.6757, "VQ_std": 2.2476, "MQ_mean": 1.1646, "MQ_std": 1.3811,
-                         "TA_mean": 2.8105, "TA_std": 2.5121}}
+    "inference_config": {f"{name}_{what}": x for name in ("VQ", "MQ", "TA")
+                         for what, x in (("mean", 2.5), ("std", 2.0))}}
 
 
 def write_reward_models(folder, seed):
@@ -158,43 +134,36 @@ def write_reward_models(folder, seed):
     for name in ("VideoReward/checkpoint-1", "HPSv3", "map-anything"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "VideoReward/model_config.json").write_text(json.dumps(VIDEO_REWARD))
-    shapes = qwen_shapes(folder / "Qwen2-VL-2B-Instruct", 3, {"rm_head": (1, 32)})
-    state = {f"base_model.model.{name}": x for name, x in random_state(shapes, seed).items()}
-    del state["base_model.model.rm_head.bias"]
-    torch.save(state, folder / "VideoReward/checkpoint-1/model.pth")
-    heads = {"rm_head.0": (32, 32), "rm_head.3": (16, 32), "rm_head.5": (2, 16)}
-    state = random_state(qwen_shapes(folder / "Qwen2-VL-7B-Instruct", 1, heads), seed + 1)
+    (folder / "map-anything/config.json").write_text("{}")
+    state = qwen_state(folder / "Qwen2-VL-2B-Instruct", 3, {"rm_head.weight": (1, 32)}, seed)
+    torch.save({f"base_model.model.{name}": x for name, x in state.items()},
+               folder / "VideoReward/checkpoint-1/model.pth")
+    head = {"0.weight": (32, 32), "0.bias": (32,), "3.weight": (16, 32), "3.bias": (16,),
+            "5.weight": (2, 16), "5.bias": (2,)}
+    state = qwen_state(folder / "Qwen2-VL-7B-Instruct", 1,
+                       {f"rm_head.{name}": shape for name, shape in head.items()}, seed + 1)
     save_file(state, folder / "HPSv3/HPSv3.safetensors")
-    (folder / "map-anything/config.json").write_text(json.dumps({"torch_hub_pretrained": False}))
-    state = random_state({"info_sharing.weight": (6, 48)}, seed + 2)
-    save_file(state, folder / "map-anything/model.safetensors")
+    save_file(random_state({"info_sharing.weight": (6, 3)}, seed + 2), folder / "map-anything/model.safetensors")
 
-
-# ---- programs of others, and videos ----
 
 class MapAnything(torch.nn.Module):
     """Stands in for MapAnything: cameras that depend on the pixels, and mean nothing."""
     @classmethod
     def from_pretrained(cls, folder, strict=True):
         model = cls()
-        weight = load_file(f"{folder}/model.safetensors")["info_sharing.weight"]
-        model.weight = torch.nn.Parameter(weight.float())
+        model.register_buffer("weight", load_file(f"{folder}/model.safetensors")["info_sharing.weight"].float())
         return model
 
     def infer(self, views, **options):
-        """A view's thumbnail through a matrix, less the first's: its rotation vector and position."""
-        thumbnail = torch.nn.AdaptiveAvgPool2d(4)
-        seen = [0.1 * torch.tanh(thumbnail(view["img"].float()).flatten(1) @ self.weight.T)
-                for view in views]
+        """A view's mean colour through a matrix, less the first's: its rotation vector and position."""
+        seen = [0.1 * view["img"].mean((2, 3)) @ self.weight.T for view in views]
         height, width = views[0]["img"].shape[-2:]
         focal = torch.tensor([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])
         out = []
         for x in seen:
-            turn, position = (x - seen[0]).split(3, 1)
             c2w = torch.eye(4).to(x).repeat(len(x), 1, 1)
-            skew = torch.linalg.cross(turn[:, None], torch.eye(3).to(x)[None])
-            c2w[:, :3, :3] = torch.matrix_exp(skew)
-            c2w[:, :3, 3] = position
+            turn, c2w[:, :3, 3] = (x - seen[0]).split(3, 1)
+            c2w[:, :3, :3] = torch.matrix_exp(torch.linalg.cross(turn[:, None], c2w[:, :3, :3]))
             out.append({"camera_poses": c2w, "intrinsics": focal.to(x).expand(len(x), 3, 3)})
         return out
 
@@ -212,8 +181,8 @@ def vipe(video, out):
 
 
 def write_programs(folder):
-    package = "import torch\nfrom safetensors.torch import load_file\n\n\n" + inspect.getsource(MapAnything)
-    program = (f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n\nimport av\nimport numpy as np\n\n\n"
+    package = f"import torch\nfrom safetensors.torch import load_file\n\n\n{inspect.getsource(MapAnything)}"
+    program = (f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\nimport av\nimport numpy as np\n\n\n"
                f"{inspect.getsource(vipe)}\n\nvipe(sys.argv[2], sys.argv[4])\n")
     for name, text in (("packages/mapanything/__init__.py", ""), ("bin/vipe", program),
                        ("packages/mapanything/models.py", package)):
@@ -250,7 +219,7 @@ def write(folder, seed=0, policy="ReDirector"):
     else:
         save_file(dit, folder / DIT)
     torch.save(random_state(vae_shapes(), seed + 2), folder / VAE_FILE)
-    torch.save(random_state(text_shapes(), seed + 3), folder / TEXT_FILE)
+    torch.save(load_file(GOLDEN / "umt5_weights.safetensors"), folder / TEXT_FILE)
     save_tokenizer(folder / TOKENIZER)
     write_reward_models(folder, seed + 5)
     write_programs(folder)
