@@ -1,5 +1,5 @@
 """Plan: rows against the real rollout's, memory against the real loop's, and what the command says."""
-from itertools import pairwise
+import re
 
 import pytest
 import torch
@@ -75,18 +75,15 @@ def run_plan(capsys, *argv):
     return capsys.readouterr().out, 0
 
 
-@pytest.mark.parametrize("recipe, flags, memory, hours", [
-    ("one_card_24gb", "--card=24 --rate=80", "22.4 GB", "0.21 h"),
-    ("one_card_48gb", "--card=48 --rate=80", "46.1 GB", "1.22 h"),
-    ("one_card_80gb", "--card=80", "70.9 GB", "0.65 h"),
-    ("eight_cards_80gb", "--ranks=8 --card=80", "69.1 GB", "0.32 h")])
-def test_recipes_are_what_they_say(capsys, recipe, flags, memory, hours):
-    """Without data, weights or a card."""
-    file = ROOT / f"config/{recipe}.py"
-    out, code = run_plan(capsys, file, "--weights=nowhere", *flags.split())
+@pytest.mark.parametrize("recipe", ["one_card_24gb", "one_card_48gb", "one_card_80gb", "eight_cards_80gb"])
+def test_recipes_are_what_they_say(capsys, recipe):
+    """Each tells a command, and what that prints; without data, weights or a card."""
+    text = " ".join((ROOT / f"config/{recipe}.py").read_text().split())
+    told = r"benchmarks.plan (\S+) ([^`]*)` says: (\S+ GB) at the update .* ([\d.]+ h) an iteration"
+    file, flags, memory, hours = re.search(told, text).groups()
+    out, code = run_plan(capsys, ROOT / file, "--weights=nowhere", *flags.split())
     assert code == 0 and "verdict     fits" in out and "of which 329,840,640 train" in out
     assert f"update      {memory} at its peak" in out and f"together {hours} an iteration" in out
-    assert {memory, hours} <= {f"{a} {b}" for a, b in pairwise(file.read_text().split())}
 
 
 def test_what_does_not_fit_ends_with_1(capsys, monkeypatch):
