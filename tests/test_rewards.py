@@ -61,6 +61,8 @@ def test_model_free_closed_forms():
     # mean 0.1 higher in three channels, deviation about 0.1 (unbiased) instead of 0
     expected = -math.sqrt(3 * 0.1 ** 2 * (1 + 2304 / 2303))
     close(scores["colour"], torch.full((2,), expected), rtol=1e-5, atol=0)
+    s.source, calm = bright, s.source
+    assert (rewards.flicker(calm, s)["flicker"] == 0).all()  # less than the source's earns nothing
     bright[:, :, :4] = 255
     bright[:, :, 4:8, :6] = 0
     bright[:, :, 8:] = torch.tensor([255, 0, 100], dtype=torch.uint8)  # a colour is neither
