@@ -3,6 +3,7 @@ import io
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,12 @@ def test_bytes_that_are_no_checkpoint_are_refused(original, tmp_path, name):
         assert refused(lambda: LOAD[name](file)).startswith(f"{file}: ")
     file.unlink()
     refused(lambda: LOAD[name](file), name, error=FileNotFoundError)
+
+
+def test_pth_files_are_mapped_not_read(original):
+    """The published text encoder has 11 GB."""
+    state, maps = weights.read_weights(original(TEXT_FILE)), Path("/proc/self/maps")
+    assert state and (not maps.exists() or f"/{TEXT_FILE}" in maps.read_text())
 
 
 def call(capsys, *argv):
