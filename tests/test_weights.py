@@ -1,6 +1,8 @@
 """Published files: each is read or refused by name; a folder of them is checked; merging."""
 import io
 import json
+import os
+import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -108,10 +110,24 @@ def test_bytes_that_are_no_checkpoint_are_refused(original, tmp_path, name):
     refused(lambda: LOAD[name](file), name, error=FileNotFoundError)
 
 
-def test_pth_files_are_mapped_not_read(original):
-    """The published text encoder has 11 GB."""
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain"])
+def test_pickled_code_is_refused_and_not_run(tmp_path, form):
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    content, file = {"conv1.weight": torch.zeros(1), "bad": Malicious()}, tmp_path / VAE_FILE
+    file.write_bytes(pickle.dumps(content, 2) if form == "plain" else to_bytes(content, "", form == "zip"))
+    refused(lambda: load_vae(file), str(file), "refused")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_pth_files_are_mapped_not_read(original, tmp_path):
+    """The published text encoder has 11 GB. They hold tensors by name, nothing else."""
     state, maps = weights.read_weights(original(TEXT_FILE)), Path("/proc/self/maps")
     assert state and (not maps.exists() or f"/{TEXT_FILE}" in maps.read_text())
+    torch.save({"state_dict": state}, tmp_path / "x.pth")
+    refused(lambda: load_vae(tmp_path / "x.pth"), "x.pth: holds other things than tensors")
 
 
 def call(capsys, *argv):
