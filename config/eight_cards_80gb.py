@@ -1,8 +1,8 @@
 """Eight 80 GB cards in two days: the fast recipe, 16 conditions where the paper had 64.
 
-What `python -m benchmarks.plan config/eight_cards_80gb.py --ranks=8 --card=80` says: 69.1 GB at
-the update of 77.3 usable; 85 network rows for a condition; 17,920 videos; 4 GB a checkpoint; 0.32
-h an iteration, so 1.9 days at 150 TFLOP/s (48 % of an A100), 0.7 at --rate=400.
+What `python -m benchmarks.plan config/eight_cards_80gb.py --ranks=8 --card=80` says: 69.3 GB at
+the update of 77.3 usable; 85 network rows for a condition; 17,920 videos; 4 GB a checkpoint; 0.37
+h an iteration, so 2.1 days at 150 TFLOP/s (48 % of an A100), 0.8 at --rate=400.
 """
 world = "clips"
 conditions = 16                    # two on each card; 40 take as long on cards of 400 TFLOP/s

@@ -4,9 +4,9 @@ The base was trained on the larger ones, so its pictures are worse to begin with
 are not seen; HPSv3's 15.5 GB do not fit beside the optimiser, so nothing looks at single frames'
 beauty: watch the samples.
 
-What `python -m benchmarks.plan config/one_card_24gb.py --card=24 --rate=80` says: 22.4 GB at the
+What `python -m benchmarks.plan config/one_card_24gb.py --card=24 --rate=80` says: 22.5 GB at the
 update of 23.2 usable; 85 network rows for a condition, each a sixth of a full one; 4,480 videos;
-4 GB a checkpoint; 9 GB of the computer's memory; 0.21 h an iteration, so 1.2 days at 80 TFLOP/s.
+4 GB a checkpoint; 9 GB of the computer's memory; 0.24 h an iteration, so 1.4 days at 80 TFLOP/s.
 """
 world = "clips"
 frames = 49

@@ -1,9 +1,9 @@
 """One 48 GB card: as one_card_80gb.py; nothing is cut, but it takes as much longer as the card is
 slower.
 
-What `python -m benchmarks.plan config/one_card_48gb.py --card=48 --rate=80` says: 46.1 GB at the
+What `python -m benchmarks.plan config/one_card_48gb.py --card=48 --rate=80` says: 46.4 GB at the
 update of 46.4 usable (conditions = 2 leaves one more); 85 network rows for a condition; 4,480
-videos; 4 GB a checkpoint; 25 GB of the computer's memory; 1.22 h an iteration, so 7.1 days at 80
+videos; 4 GB a checkpoint; 25 GB of the computer's memory; 1.39 h an iteration, so 8.1 days at 80
 TFLOP/s.
 """
 world = "clips"

@@ -1,9 +1,9 @@
 """One 80 GB card in four days: the fast recipe with 4 conditions an iteration, so gradients are
 noisier.
 
-What `python -m benchmarks.plan config/one_card_80gb.py --card=80` says: 70.9 GB at the update of
-77.3 usable; 85 network rows for a condition; 4,480 videos; 4 GB a checkpoint; 0.65 h an
-iteration, so 3.8 days at 150 TFLOP/s (48 % of an A100), 1.4 at --rate=400.
+What `python -m benchmarks.plan config/one_card_80gb.py --card=80` says: 71.2 GB at the update of
+77.3 usable; 85 network rows for a condition; 4,480 videos; 4 GB a checkpoint; 0.74 h an
+iteration, so 4.3 days at 150 TFLOP/s (48 % of an A100), 1.6 at --rate=400.
 """
 world = "clips"
 conditions = 4
