@@ -136,7 +136,8 @@ IDS, IMAGE = torch.ones(1, 4, dtype=torch.long), torch.zeros(1, 3, 8, 8)
 @pytest.mark.parametrize("half, bad, word", [
     ("encode", video(8), "4k+1"), ("encode", video(5, 16, 20), "divisible by 8"),
     ("encode", X[:, :2], "(B, 3,"), ("encode", X.byte(), "torch.uint8"),
-    ("encode", (X + 1) * 127, "[-1, 1]"), ("encode", X * torch.nan, "[-1, 1]"), ("decode", Z[:, :4], "(B, 16,")])
+    ("encode", (X + 1) * 127, "[-1, 1]"), ("encode", X * torch.nan, "[-1, 1]"),
+    ("decode", Z[:, :4], "(B, 16,")])
 def test_wrong_videos_are_refused_before_any_work(vae, monkeypatch, half, bad, word):
     monkeypatch.setattr(getattr(vae, f"{half}r"), "forward", lambda *_: pytest.fail("work was done"))
     refused(lambda: getattr(vae, half)(bad), word)

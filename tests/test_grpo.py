@@ -23,7 +23,7 @@ BY_HAND = {  # rewards, their weights, how to normalise -> advantages
     "below the floor": ([[[0.1, 0.1 + 1e-8, 0.1 - 1e-8]]], (1,), "group", [[0, 0, 0]]),
     "at most 5": ([[[1.0] + [0.0] * 99]], (1,), "max", [[5] + [-0.01 / math.sqrt(0.0099)] * 99]),
     "one failed": ([[[1.0, NAN, 3.0], [0, 3, 6]], [[9.0, 0, 9], [9, 9, 9]]], (1, 1), "max",
-                   [[-1 / 6 ** 0.5, 0, 1 / 6 ** 0.5], [-1.5 ** 0.5, 0, 1.5 ** 0.5]]),  # deviations 1 and 6 ** 0.5
+                   [[-1 / 6 ** 0.5, 0, 1 / 6 ** 0.5], [-1.5 ** 0.5, 0, 1.5 ** 0.5]]),  # of 1 and 6 ** 0.5
     "a group failed": ([A, [[5.0, 5.0], [-INF, NAN]]], (1, 1), "max", [[-1, 1], [0, 0]]),
     "one left": ([[[1.0, NAN]]], (1,), "max", [[0, 0]])}
 
@@ -76,15 +76,17 @@ def eq_7(policy, reference, out, a, clip, kl, reweight):
             new, old = transition(policy), transition(reference)
             r = torch.exp(new.log_prob(out.x_next[k][c, g].double()).mean() - out.log_prob[k, c, g].double())
             gain = torch.minimum(r * a[c, g], r.clamp(1 - clip, 1 + clip) * a[c, g])
-            terms.append(-weight * gain + kl * weight ** 2 * torch.distributions.kl_divergence(new, old).mean())
+            divergence = torch.distributions.kl_divergence(new, old).mean()
+            terms.append(-weight * gain + kl * weight ** 2 * divergence)
             clipped.append(abs(float(r.detach()) - 1) > clip)
     return sum(terms) / len(terms), sum(clipped) / len(clipped)
 
 
 @pytest.mark.parametrize("C, G, steps, name, kl, reweight", [
-    (2, 4, (0, 1, 2), "tau", 0.0, True), (1, 6, (3, 4), "t_max", 0.2, True), (2, 3, (0,), "t_max", 0.2, False)])
+    (2, 4, (0, 1, 2), "tau", 0.0, True), (1, 6, (3, 4), "t_max", 0.2, True),
+    (2, 3, (0,), "t_max", 0.2, False)])
 def test_objective_is_eq_7(C, G, steps, name, kl, reweight):
-    """Value and gradient of the shared, guided objective, off policy, some ratios clipped, against the equation."""
+    """Value and gradient of the shared, guided objective, off policy, some ratios clipped."""
     policy, condition, given = setting(C=C)
     out = rollout(policy, condition, G, steps, negative=Labels(normal(C, 3, seed=8)), guidance=2.5,
                   **given, **cure(name, given["sigmas"]))
@@ -128,7 +130,7 @@ def test_an_update_is_a_sum_over_micro_batches_conditions_and_ranks(steps, optio
     assert whole.x[0].shape[1] == (4 if "share_prefix" in options else 1)
     parts = []
     for j in range(3):
-        mine = given | {"condition_ids": [10 + j], "negative": given["negative"][j:j + 1], "share_prefix": False}
+        mine = given | {"condition_ids": [10 + j], "negative": given["negative"][j:j + 1]}
         part = rollout(policy, condition[j:j + 1], 4, steps[j] if isinstance(steps, list) else steps, **mine)
         parts.append(gradient(policy, part, a[j:j + 1], total=3 * 4 * len(whole.x)))
     close(sum(grad for grad, _ in parts), total_gradient)
@@ -149,11 +151,11 @@ class GaussianPolicy(nn.Module):
 
 
 def test_policy_improvement():
-    """The reward -|x - target|^2 draws the mean of each of four conditions to its target, in 100 iterations."""
+    """The reward -|x - target|^2 draws each of four conditions to its target, in 100 iterations."""
     policy, targets = GaussianPolicy(), 2 * normal(4, 1, 2)
     for i in range(100):
-        out = rollout(policy, torch.arange(4), 8, window(i, 10, 2), sigmas=schedule(10, 3), shape=(2,), seed=0,
-                      condition_ids=range(4), iteration=i)
+        out = rollout(policy, torch.arange(4), 8, window(i, 10, 2), sigmas=schedule(10, 3), shape=(2,),
+                      seed=0, condition_ids=range(4), iteration=i)
         reward = -(out.latents - targets).square().sum(-1)
         g, _ = gradient(policy, out, advantages({"r": reward}, {"r": 1.0}))
         policy.mean.data -= 0.1 * g.sign().view(4, 2)

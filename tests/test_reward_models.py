@@ -168,7 +168,8 @@ def test_a_video_scores_in_a_batch_as_alone(weights, stand_in):
 
 def test_motion_may_be_judged_without_colour(weights):
     video, s = noise(2, 6, 56, 84), scene_of(["a", "b"], frames=6)
-    grey = (video.float() @ torch.tensor([0.299, 0.587, 0.114])).round().byte()[..., None].repeat(1, 1, 1, 1, 3)
+    grey = (video.float() @ torch.tensor([0.299, 0.587, 0.114])).round().byte()
+    grey = grey[..., None].repeat(1, 1, 1, 1, 3)
     plain, spared = (rewards.load("vq=1,mq=1,ta=0", weights, **options)[0]
                      for options in ({}, {"grey_mq": True, "park": True}))
     (coloured, _), (of_grey, _) = (rewards.score(plain, videos, s) for videos in (video, grey))

@@ -61,6 +61,8 @@ def test_model_free_closed_forms():
     # mean 0.1 higher in three channels, deviation about 0.1 (unbiased) instead of 0
     expected = -math.sqrt(3 * 0.1 ** 2 * (1 + 2304 / 2303))
     close(scores["colour"], torch.full((2,), expected), rtol=1e-5, atol=0)
+    s.source, calm = bright, s.source
+    assert (rewards.flicker(calm, s)["flicker"] == 0).all()  # less than the source's earns nothing
     bright[:, :, :4] = 255
     bright[:, :, 4:8, :6] = 0
     bright[:, :, 8:] = torch.tensor([255, 0, 100], dtype=torch.uint8)  # a colour is neither
@@ -98,7 +100,8 @@ def own(tmp_path, code, spec="f=1"):
 
 def test_a_reward_of_ones_own(tmp_path):
     code = ("def f(videos, scene):\n    return videos.float().mean((1, 2, 3, 4))\n"
-            "def g(videos, scene):\n    return {'g': torch.rand(len(videos)) + random.random() + np.random.rand()}\n")
+            "def g(videos, scene):\n    luck = random.random() + np.random.rand()\n"
+            "    return {'g': torch.rand(len(videos)) + luck}\n")
     loaded, weights = own(tmp_path, code, f"f=0.5, {tmp_path}/own.txt:g=2, exposure=1")
     assert weights == {"exposure": 1, "f": 0.5, "g": 2}
     (video, s), draws = scene(3), []
@@ -154,8 +157,8 @@ def f(videos, scene):
     assert torch.zeros(1).dtype == torch.float32 and torch.zeros(1).device.type == "cpu"
     assert os.getcwd() == str(tmp_path) and "ADDED" not in os.environ
     said = capsys.readouterr().err
-    for switch in "txt changed torch's default dtype", "f changed torch's default device", "f changed the environment":
-        assert said.count(f"{switch}; set back") == 1
+    for what in "torch's default dtype", "torch's default device", "the working directory", "the environment":
+        assert said.count(f"changed {what}; set back") == 1
 
 
 def test_what_a_file_imports_belongs_to_its_code(tmp_path, monkeypatch):

@@ -92,27 +92,27 @@ def flow(steps, n=50, count=80, mean=1.0, std=0.5, **options):
 
 @pytest.mark.parametrize("name, eta", [("tau", 0.5), ("t_max", 1.0)])
 def test_the_sde_keeps_the_odes_marginals_and_forgets_as_it_should(name, eta):
-    """With the last three quarters of the steps stochastic, mean and variance at t = 0 are the data's, as without; and
-    of where the ODE ends from the same start there remains the correlation exp(-int sigma_t^2 / (2 var_t) dt).
-
-    In the first few steps it is not so, by the method: sigma_t^2 dt is of order 1 however fine the schedule is.
+    """With the last three quarters of the steps stochastic, mean and variance at t = 0 are the data's, and of
+    where the ODE ends from the same start there remains the correlation exp(-int sigma_t^2 / (2 var_t) dt).
+    In the first few steps it is not so: sigma_t^2 dt is of order 1 there however fine the schedule is.
     """
     sigmas, n = schedule(200, 3), 50_000
-    ode, sde = (flow(steps, n, 200, eta=eta, **cure(name, sigmas)).latents for steps in ((), tuple(range(50, 199))))
+    ode, sde = (flow(steps, n, 200, eta=eta, **cure(name, sigmas)).latents
+                for steps in ((), tuple(range(50, 199))))
     for x in ode, sde:
         assert abs(x.mean() - 1.0) < 0.01 and abs(x.var() / 0.5 ** 2 - 1) < 0.05
     t = torch.linspace(sigmas[199], sigmas[50], 10_000, dtype=torch.float64)
     rate = eta ** 2 * t / (1 - t) / (2 * ((1 - t) ** 2 * 0.5 ** 2 + t ** 2))
     found = torch.corrcoef(torch.cat([ode, sde]).flatten(0, 1).flatten(1))  # of members 0, 1, and 0, 1
     expected = float(torch.exp(-torch.trapezoid(rate, t)))
-    assert found[0, 2] == pytest.approx(expected, abs=0.02) and found[1, 3] == pytest.approx(expected, abs=0.02)
+    assert [found[0, 2], found[1, 3]] == pytest.approx([expected] * 2, abs=0.02)
     assert abs(found[2, 3]) < 5 / math.sqrt(n / 2)  # members have noise of their own
 
 
 def test_the_fast_tail_is_nearer_the_exact_flow():
     """With 2 in 5 of the steps, DPM-Solver++(2M) is nearer than Euler with all of them."""
     euler, fast, whole = (flow((2,), tail=tail) for tail in (None, 0.4, 1.0))
-    x, t = euler.x_next[-1].double(), euler.t_next[-1].double()  # from the window's end, the exact flow to t = 0
+    x, t = euler.x_next[-1].double(), euler.t_next[-1].double()  # exact from the window's end
     exact = 1 + (x - (1 - t)) * 0.5 / torch.sqrt((1 - t) ** 2 * 0.5 ** 2 + t ** 2)
     errors = [float((out.latents - exact).abs().max()) for out in (euler, fast, whole)]
     assert errors[1] < 0.5 * errors[0] and errors[2] < 0.25 * errors[0]
@@ -130,10 +130,11 @@ def same(a, b, tolerance=0.0):
 @pytest.mark.parametrize("steps, tail, guidance, share_noise", [
     ((0, 1), None, 1, True), ((2,), 0.4, 4, True), ((), None, 1, True), ((2, 3), None, 3, False)])
 def test_how_it_is_computed_does_not_matter(steps, tail, guidance, share_noise):
-    """What a group shares is computed once, bitwise as if it were not; nor matter micro-batches, nor the other
-    conditions and members on a rank. Network rows are counted."""
+    """What a group shares is computed once, bitwise as if it were not; nor matter micro-batches, nor the
+    other conditions and members on a rank. Network rows are counted."""
     policy, condition, given = setting(C=4, seed=2)
-    given |= {"tail": tail, "guidance": guidance, "share_noise": share_noise, "negative": Labels(-condition.y)}
+    given |= {"tail": tail, "guidance": guidance, "share_noise": share_noise}
+    given |= {"negative": Labels(-condition.y)}
     whole = rollout(policy, condition, 6, steps, **given)
     branches = 1 + (guidance != 1)
     once = (steps[0] + 1 if steps else 8) if share_noise else 0

@@ -1,8 +1,11 @@
 """Published files: each is read or refused by name; a folder of them is checked; merging."""
 import io
 import json
+import os
+import pickle
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +110,26 @@ def test_bytes_that_are_no_checkpoint_are_refused(original, tmp_path, name):
     refused(lambda: LOAD[name](file), name, error=FileNotFoundError)
 
 
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain"])
+def test_pickled_code_is_refused_and_not_run(tmp_path, form):
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    content, file = {"conv1.weight": torch.zeros(1), "bad": Malicious()}, tmp_path / VAE_FILE
+    file.write_bytes(pickle.dumps(content, 2) if form == "plain" else to_bytes(content, "", form == "zip"))
+    refused(lambda: load_vae(file), str(file), "refused")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_pth_files_are_mapped_not_read(original, tmp_path):
+    """The published text encoder has 11 GB. They hold tensors by name, nothing else."""
+    state, maps = weights.read_weights(original(TEXT_FILE)), Path("/proc/self/maps")
+    assert state and (not maps.exists() or f"/{TEXT_FILE}" in maps.read_text())
+    torch.save({"state_dict": state}, tmp_path / "x.pth")
+    refused(lambda: load_vae(tmp_path / "x.pth"), "x.pth: holds other things than tensors")
+
+
 def call(capsys, *argv):
     """(output, exit code or the error's text)"""
     code = 0
@@ -132,14 +155,14 @@ def test_a_whole_folder_is_described(published, capsys, monkeypatch, policy, wor
 GRADES, QWEN = "VideoReward/checkpoint-1/model.pth", "Qwen2-VL-2B-Instruct/tokenizer.json"
 
 
-@pytest.mark.parametrize("name, change, said, code, without_grades", [
-    (DIT, "cut", "damaged  diffusion_pytorch_model.safetensors", 1, 1), (QWEN, "cut", f"damaged  {QWEN}", 1, 1),
-    (TEXT_FILE, "cut", "damaged  models_t5", 1, 1),
+@pytest.mark.parametrize("name, change, said, code, cameras", [  # the last: code for their rewards alone
+    (DIT, "cut", "damaged  diffusion_pytorch_model.safetensors", 1, 1),
+    (QWEN, "cut", f"damaged  {QWEN}", 1, 1), (TEXT_FILE, "cut", "damaged  models_t5", 1, 1),
     (TEXT_FILE, "remove", "evaluate:         lacks models_t5", 0, 0),
     (GRADES, "remove", "missing  VideoReward/checkpoint-*/model.pth", 1, 0),
     (REDIRECTOR, DIT, "expected ReDirector's self-attention, found Wan DiT", 1, 1),
     (RECAMMASTER, RECAMMASTER, "expected one policy, found step20000.ckpt", 1, 1)])
-def test_a_folders_faults_are_told(folder, original, capsys, monkeypatch, name, change, said, code, without_grades):
+def test_a_folders_faults_are_told(folder, original, capsys, monkeypatch, name, change, said, code, cameras):
     """What is missing, damaged or of another policy, and which commands can run."""
     monkeypatch.syspath_prepend(str(folder / "packages"))
     if change == "cut":
@@ -150,7 +173,7 @@ def test_a_folders_faults_are_told(folder, original, capsys, monkeypatch, name, 
         shutil.copy(original(change), folder / name)
     out, found = call(capsys, folder)
     assert said in out and found == code
-    assert call(capsys, folder, "--rewards=trans=1")[1] == without_grades
+    assert call(capsys, folder, "--rewards=trans=1")[1] == cameras
 
 
 def test_a_checkpoint_is_a_drop_in_and_merges_with_its_base(folder, tmp_path, capsys):
@@ -182,6 +205,7 @@ def test_a_checkpoint_is_a_drop_in_and_merges_with_its_base(folder, tmp_path, ca
                         ({key: torch.full_like(ours[key], torch.nan)}, "not finite")):
         save_file({**ours, **wrong}, run)
         assert said in call(capsys, "merge", folder, run, new)[1] and not new.exists()
-    for argv, said in (((folder, run), "expected BASE CKPT OUT"), ((folder, run, out), "expected the name of a new"),
+    for argv, said in (((folder, run), "expected BASE CKPT OUT"),
+                       ((folder, run, out), "expected the name of a new"),
                        ((folder / "no.safetensors", run, new), "no such file, expected the base")):
         assert said in call(capsys, "merge", *argv)[1]

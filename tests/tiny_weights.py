@@ -75,7 +75,8 @@ def image_shapes():
 
 def save_tokenizer(folder):
     """A small unigram tokenizer of umT5's kind: <pad> 0, </s> 1, <unk> 2, </s> added at the end."""
-    pieces = ["<pad>", "</s>", "<unk>", "\u2581a", "\u2581cat", "\u2581dog", "\u2581", *map(chr, range(33, 125))]
+    words = "<pad> </s> <unk> \u2581a \u2581cat \u2581dog \u2581".split(" ")
+    pieces = [*words, *map(chr, range(33, 125))]
     pieces = [(piece, -float(i)) for i, piece in enumerate(pieces)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -105,7 +106,8 @@ def save_qwen_base(folder):
               "num_attention_heads": 1, "num_hidden_layers": 2, "num_key_value_heads": 1,
               "vocab_size": len(fast), **ids, "bos_token_id": 0, "eos_token_id": 2,
               "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-              "vision_config": {"depth": 1, "embed_dim": 16, "mlp_ratio": 2, "num_heads": 1, "hidden_size": 32}}
+              "vision_config": {"depth": 1, "embed_dim": 16, "mlp_ratio": 2, "num_heads": 1,
+                                "hidden_size": 32}}
     (folder / "config.json").write_text(json.dumps(config))
     return len(fast)
 
@@ -143,7 +145,8 @@ def write_reward_models(folder, seed):
     state = qwen_state(folder / "Qwen2-VL-7B-Instruct", 1,
                        {f"rm_head.{name}": shape for name, shape in head.items()}, seed + 1)
     save_file(state, folder / "HPSv3/HPSv3.safetensors")
-    save_file(random_state({"info_sharing.weight": (6, 3)}, seed + 2), folder / "map-anything/model.safetensors")
+    state = random_state({"info_sharing.weight": (6, 3)}, seed + 2)
+    save_file(state, folder / "map-anything/model.safetensors")
 
 
 class MapAnything(torch.nn.Module):
@@ -151,7 +154,8 @@ class MapAnything(torch.nn.Module):
     @classmethod
     def from_pretrained(cls, folder, strict=True):
         model = cls()
-        model.register_buffer("weight", load_file(f"{folder}/model.safetensors")["info_sharing.weight"].float())
+        state = load_file(f"{folder}/model.safetensors")
+        model.register_buffer("weight", state["info_sharing.weight"].float())
         return model
 
     def infer(self, views, **options):
@@ -182,7 +186,8 @@ def vipe(video, out):
 
 def write_programs(folder):
     package = f"import torch\nfrom safetensors.torch import load_file\n\n\n{inspect.getsource(MapAnything)}"
-    program = (f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\nimport av\nimport numpy as np\n\n\n"
+    imports = "import sys\nfrom pathlib import Path\nimport av\nimport numpy as np\n\n\n"
+    program = (f"#!{sys.executable}\n{imports}"
                f"{inspect.getsource(vipe)}\n\nvipe(sys.argv[2], sys.argv[4])\n")
     for name, text in (("packages/mapanything/__init__.py", ""), ("bin/vipe", program),
                        ("packages/mapanything/models.py", package)):
