@@ -14,6 +14,7 @@ from scenes import as_ranks
 import model
 import train
 from data.world import clip_numbers
+from grpo import policy_loss
 from plumbing import checkpoint, ranks
 from plumbing.settings import parse
 from toy import world as toy_world
@@ -84,6 +85,30 @@ def test_every_clip_once_an_epoch():
     numbers = [n for iteration in range(7) for n in clip_numbers(iteration, 4, 14, 0)]
     assert sorted(numbers[:14]) == sorted(numbers[14:]) == list(range(14)) and numbers[:14] != numbers[14:]
     assert clip_numbers(3, 4, 14, 0) == numbers[12:16] != clip_numbers(3, 4, 14, 1)
+
+
+@pytest.mark.parametrize("eps, same", [(1e-15, True), (1e-8, False)])
+def test_the_objectives_scale_does_not_matter(tmp_path, monkeypatch, capsys, eps, same):
+    """Log-probs are means over latent elements: a large video's gradient is a million times smaller."""
+    base = load_file(ROOT / "toy/weights/toy_base.safetensors")
+    steps = []
+    logs = []
+    for scale in (1.0, 1e-6):
+        out = tmp_path / str(scale)
+
+        def scaled(*args, scale=scale, **options):
+            loss, stats = policy_loss(*args, **options)
+            return loss * scale, stats
+        monkeypatch.setattr(train, "policy_loss", scaled)
+        main(out, "--iterations=3", f"--eps={eps}", "--weight_decay=0")
+        weights = load_file(out / "iteration_000003" / checkpoint.WEIGHTS)
+        steps.append(torch.cat([(x - base[name].float()).flatten() for name, x in weights.items()]))
+        logs.append(log_of(out)[0])
+    off = float((steps[1] - steps[0]).norm() / steps[0].norm())  # of elements whose gradient is next to nothing
+    assert off < 0.03 if same else off > 0.3
+    assert logs[0]["update_rms"] == pytest.approx(1, abs=0.02) and (logs[1]["update_rms"] > 0.9) == same
+    assert logs[1]["grad_rms"] == pytest.approx(1e-6 * logs[0]["grad_rms"], rel=1e-4)
+    assert capsys.readouterr().err.count("below 10 times eps") == (0 if same else 1)
 
 
 def test_an_outlier_is_cut_to_a_multiple_of_the_median_at_any_scale():
