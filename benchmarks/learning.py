@@ -53,13 +53,14 @@ class Updates(Kl):
     out: Folder = "out/learning/updates"  # folder for runs and evaluation; goes on there
 
 
-# The paper's loop computes every member alone (--share_prefix=False); its samples and gradients are
-# those of geo_align to rounding.
+# The paper's loop computes every member alone; its samples and gradients are those of geo_align to
+# rounding.
 PAPER = ("--strategy=progressive", "--size=4", "--first=0", "--iters_per_window=25", "--tail=0")
 FAST = ("--strategy=random", "--window_per_condition=True")
 ONE = (*FAST, "--size=1", "--tail=0.4")
 ARMS = {
-    Recipe: {"geo_align": PAPER,
+    Recipe: {"paper": (*PAPER, "--share_prefix=False"),
+             "geo_align": PAPER,
              "fast": (*FAST, "--size=2", "--tail=0.25", "--first=6"),
              "shorter": (*FAST, "--size=2", "--tail=0.2", "--first=6"),
              "one_step": (*ONE, "--first=6"),
