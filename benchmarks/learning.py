@@ -83,7 +83,7 @@ def rows_of(flags):
     """Network rows of an iteration, a backward counting 2: as run, and with every member alone."""
     run = parse(Config, flags, str(ROOT / "config/toy.py"))
     return [run.conditions * cost(mean_evaluations(run, share, run.tail or None), checkpointing=False)
-            for share in (True, False)]
+            for share in (run.share_prefix, False)]
 
 
 def train(config, arm, seed):
