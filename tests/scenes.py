@@ -1,8 +1,9 @@
 """Small videos, camera paths and scenes that several tests share; and two ranks."""
 import json
+import multiprocessing
 import os
-import signal
 import socket
+import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -85,28 +86,42 @@ def put(file, content):
     return file
 
 
+# Processes that have imported what is slow, and nothing else: neither threads nor a video of this one's.
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload(["torch.distributed", "transformers.models.umt5.modeling_umt5", "av", "scipy.stats",
+                              "transformers.models.clip.modeling_clip", "tqdm", "torch._dynamo",
+                              "transformers.models.qwen2_vl.modeling_qwen2_vl"])
+
+
+def one_rank(act, said, folder, environment, paths):
+    """What a process of as_ranks does."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:] = paths
+    torch.set_num_threads(1)
+    with open(said, "a") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            act()
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+
 def as_ranks(act, said, ranks=2):
-    """act() as so many ranks that torchrun starts, in forks of this process, which has imported all.
+    """act() as so many ranks that torchrun starts, each a process of its own; it must be picklable.
 
     said: a file for what they print; returned is its text.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     children = []
-    for rank in range(ranks):
-        children.append(os.fork())
-        if children[-1]:
-            continue
-        signal.alarm(3600)  # should the other rank be gone
-        os.environ.update(place, WORLD_SIZE=str(ranks), RANK=str(rank), LOCAL_RANK=str(rank))
-        code = 1
-        with open(said, "a") as file, redirect_stdout(file), redirect_stderr(file):
-            try:
-                act()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-        os._exit(code)  # neither pytest's end, nor that of torch's threads
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * ranks, said.read_text()
+    for rank in map(str, range(ranks)):
+        environment = os.environ | place | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks)}
+        children.append(CLEAN.Process(target=one_rank, args=(act, said, os.getcwd(), environment, sys.path)))
+        children[-1].start()
+    for child in children:
+        child.join(600)
+        child.kill()  # should the other rank be gone
+    assert [child.exitcode for child in children] == [0] * ranks, said.read_text()
     return said.read_text()

@@ -5,12 +5,13 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from conftest import ROOT
 from safetensors.torch import load_file
 from scenes import as_ranks, put
-from tiny_weights import DIT  # which imports transformers, as its forks would
+from tiny_weights import DIT
 
 SCRIPT = (ROOT / "tests/real_run.sh").read_text()
 README = (ROOT / "pretrained/README.md").read_text(encoding="utf-8")
@@ -46,7 +47,8 @@ def run(*words):
 
 def test_the_readmes_rehearsal(tmp_path, monkeypatch):
     """The README has the script's commands, and its rehearsal of them runs word for word, but for the
-    folder `out`, on two ranks, in forks of this process; training under torchrun itself. Then it goes on."""
+    folder `out`, on two ranks, in processes that have imported what is slow; training under torchrun
+    itself. Then it goes on."""
     blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", README, re.S)
     assert commands(SCRIPT) in [commands(block) for block in blocks]
     lines = next(block for block in blocks if "tests/tiny_weights.py" in block)
@@ -65,7 +67,7 @@ def test_the_readmes_rehearsal(tmp_path, monkeypatch):
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0 and "on-policy ratio 1 + " in done.stdout, done.stdout + done.stderr
             words = [*words, "--iterations=2"]
-        said = as_ranks(lambda: run(*words), tmp_path / "said", ranks)
+        said = as_ranks(partial(run, *words), tmp_path / "said", ranks)
     for phrase in ("train:            all there", "clips made", "verdict     fits 2 card(s)",
                    "1 of 2 iterations done", "report.html", "side_by_side.mp4", "whole.safetensors: "):
         assert phrase in said, phrase

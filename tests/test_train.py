@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -53,21 +54,27 @@ def straight(tmp_path_factory):
 
 # ---- the method ----
 
-def test_two_ranks_equal_one_process(tmp_path, monkeypatch, capsys):
-    """The largest group deviation (Eq. 5) included, and windows that differ within a rank. Every call is
-    of one condition, the reward goes in steps: batches of another size round otherwise."""
+def one_by_one(out, *args):
+    """`main`, whose every condition is prepared alone."""
     prepare = model.DiT.prepare
 
-    def one_by_one(self, condition):
+    def each(self, condition):
         parts = [prepare(self, condition[i:i + 1]) for i in range(len(condition))]
         return parts[0].cat(parts)
-    monkeypatch.setattr(model.DiT, "prepare", one_by_one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.DiT, "prepare", each)
+        main(out, *args)
+
+
+def test_two_ranks_equal_one_process(tmp_path, capsys):
+    """The largest group deviation (Eq. 5) included, and windows that differ within a rank. Every call is
+    of one condition, the reward goes in steps: batches of another size round otherwise."""
     (tmp_path / "reward.py").write_text("def steps(videos, scene):\n"
                                         "    return (videos.long().sum((1, 2, 3, 4)) // 300).float()\n")
     args = ["--iterations=1", "--micro_batch=2", "--reward_batch=2", "--share_prefix=False", "--conditions=4",
             "--seed=3", f"--rewards={tmp_path}/reward.py:steps=1", "--window_per_condition", "--first=4"]
-    main(tmp_path / "one", *args)
-    said = as_ranks(lambda: main(tmp_path / "two", *args), tmp_path / "said")
+    one_by_one(tmp_path / "one", *args)
+    said = as_ranks(partial(one_by_one, tmp_path / "two", *args), tmp_path / "said")
     for text in capsys.readouterr().out, said:
         assert text.count("on-policy ratio 1 + 0e+00, as it should be") == 1
     logs, gradients = [], []
