@@ -20,6 +20,7 @@ from evaluation.toy import Toy, evaluate_toy
 from plumbing.files import read_json
 from plumbing.settings import Folder, at_least_1, parse, run_command
 from train import Config
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
