@@ -1,4 +1,4 @@
-"""Plan: rows against the real rollout's, memory against the real loop's, and what the command says."""
+"""Plan: rows against the real rollout's, memory told and measured, and what the command says."""
 import re
 
 import pytest
@@ -62,6 +62,28 @@ def test_two_and_three_tell_of_all(settings):
     measured, layers = plan.measure(told, 5, 1, plan.measure(told, 1, 1, 2, None, None)[1], None, None)
     for found, wanted in zip(plan.memory(config), measured):
         assert found == pytest.approx(wanted, rel=0.05)
+
+
+def test_reward_models_are_in_the_sum(monkeypatch):
+    """Side by side they add up; parked, the largest counts while it judges, and only then."""
+    found = {"rewards": 2e9, "update": 3e9}
+    monkeypatch.setattr(plan, "memory", lambda config, ranks: ({"weights": 1e9}, dict(found)))
+    config = plan.Plan(world="clips", rewards="trans=1,hpsv3=1,sharpness=1", reward_batch=1)
+    mapanything, hpsv3 = 4.92e9, 15.5e9
+    assert plan.needs(config, 1)[1]["update"] == pytest.approx(3e9 + mapanything + hpsv3)
+    config.park = True
+    assert plan.needs(config, 1)[1] == {"rewards": pytest.approx(2e9 + hpsv3 + 1e9), "update": 3e9}
+    config.rewards = "sharpness=1"
+    assert plan.needs(config, 1)[1] == found
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 2])
+@pytest.mark.parametrize("at, limit", [(0, 700), (20, 700), (20, 50), (90, 1), (3, 1e9)])
+def test_the_last_that_fits(power, at, limit):
+    """Found from few values, whether memory is linear or bends; one short at most where it bends up."""
+    peaks = lambda i: {"rollout": 10 + i ** power, "update": 5 + 3 * i ** power}
+    last = max((i for i in range(100) if max(peaks(i).values()) <= limit), default=-1)
+    assert last - plan.last_that_fits(peaks, at, 100, limit) in ((0, 1) if power == 2 else (0,))
 
 
 # ---- the command ----
