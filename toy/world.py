@@ -28,16 +28,19 @@ def read_tensors(path, wanted):
     return state
 
 
+def filled(module, path):
+    """A module of which all weights are read from a file, for use without gradients."""
+    wanted = {name: tuple(x.shape) for name, x in module.state_dict().items()}
+    module.load_state_dict(read_tensors(path, wanted))
+    return module.eval().requires_grad_(False)
+
+
 def open_weights(folder):
     """The shipped base policy, codec and estimator. FileNotFoundError, ValueError for files not theirs."""
-    folder, net = Path(folder), Estimator().eval()
+    folder = Path(folder)
     dit = model.load_dit(folder / "toy_base.safetensors", num_heads=HEADS)
-    wanted = {}
-    for name, size in (("first", 3 * PATCH ** 2), ("rest", 4 * 3 * PATCH ** 2)):
-        wanted |= {f"{name}.mean": (size,), f"{name}.down": (size, 16), f"{name}.up": (16, size)}
-    codec = Codec(read_tensors(folder / "toy_codec.safetensors", wanted))
-    wanted = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    net.load_state_dict(read_tensors(folder / "toy_estimator.safetensors", wanted), strict=False)
+    codec = filled(Codec(), folder / "toy_codec.safetensors")
+    net = filled(Estimator(), folder / "toy_estimator.safetensors")
 
     @torch.no_grad()
     def estimator(videos, scene=None):
