@@ -14,13 +14,14 @@ import numpy as np
 
 from data.camera_files import read_path
 from data.draw import draw_paths, grid
-from data.video import read_video
+from data.video import read_video, write_video
 from evaluation.page import read_log
 from evaluation.report import paired, short
 from plumbing.files import read_json, write_file
 from plumbing.settings import run_command
 
 RANKS = (0.1, 0.5, 0.9)  # of the cases that move, by their position error's change: most, median, least
+FROM_BEHIND = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # up, where a map has forward
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 
 
@@ -28,7 +29,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 class Cases:
     """`python -m benchmarks.figures cases EVALUATION`"""
     evaluation: str = "out/toy/evaluation"  # folder that an evaluation of the toy wrote
-    out: str = "assets/toy.png"             # the picture
+    out: str = "assets/toy.png"             # the picture; beside it the same as an mp4
 
 
 @dataclass
@@ -58,24 +59,37 @@ def chosen_cases(results):
 
 
 def draw_cases(config):
-    """Rows of last frames: source, the asked path on a map, true view, base, after."""
+    """Rows of source, a map with the path asked and those the judge found, true view, base, after: the last
+    frames as a picture, all of them as an mp4."""
     folder = Path(config.evaluation)
     results = read_json(folder / "results.json")
     base, tuned, cases = chosen_cases(results)
     rows = []
     for case in cases:
         scores = [results["methods"][method]["cases"][case] for method in (base, tuned)]
-        target = read_path(folder / "targets" / f"{case}.npz")
-        source = read_video(folder / "sources" / f"{scores[0]['clip']}.mp4")[0][-1:]
-        black = np.zeros_like(source[:, :min(source.shape[1:3]), :min(source.shape[1:3])]).repeat(3, 1).repeat(3, 2)
-        map_of_path = draw_paths(black, [target[-1:], target])[:, -source.shape[1]:, -source.shape[1]:]
-        panels = [source, map_of_path, read_video(folder / "truth" / f"{case}.mp4")[0][-1:]]
-        panels += [read_video(folder / method / "videos" / f"{case}.mp4")[0][-1:] for method in (base, tuned)]
+        source, fps = read_video(folder / "sources" / f"{scores[0]['clip']}.mp4")
+        paths = [read_path(folder / "targets" / f"{case}.npz")]
+        paths += [read_path(folder / method / "poses" / f"{case}.npz") for method in (base, tuned)]
+        panels = [source, map_of(paths, source.shape[1]), read_video(folder / "truth" / f"{case}.mp4")[0]]
+        panels += [read_video(folder / method / "videos" / f"{case}.mp4")[0] for method in (base, tuned)]
         off = [f"{s['position']:.2f} m, {s['rotation']:.1f} deg off" for s in scores]
         labels = ["source", scores[0]["path"].replace("_", " "), "true view", f"base: {off[0]}", f"after: {off[1]}"]
-        rows.append(grid(panels, labels)[0])
-    write_png(config.out, np.concatenate(rows))
-    print(f"{config.out}: {', '.join(cases)} of {short(tuned)}")
+        rows.append(grid(panels, labels))
+    video = np.concatenate(rows, 1)
+    write_png(config.out, video[-1])
+    still = video[-1:].repeat(round(fps), 0)  # a second to look at the end
+    write_video(Path(config.out).with_suffix(".mp4"), np.concatenate([video, still]), fps)
+    print(f"{config.out}, and as an mp4: {', '.join(cases)} of {short(tuned)}")
+
+
+def map_of(paths, side):
+    """The paths (T, 4, 4) on a square map, uint8 (T, side, side, 3): from above, or from behind the camera where
+    the first goes up or down rather than anywhere else."""
+    ways = np.ptp(paths[0][:, :3, 3], axis=0)
+    if ways.argmax() == 1:
+        paths = [FROM_BEHIND @ path for path in paths]
+    ground = np.zeros((len(paths[0]), 3 * side, 3 * side, 3), np.uint8)  # the map takes a third of it
+    return draw_paths(ground, paths)[:, -side:, -side:]
 
 
 def write_png(path, picture):

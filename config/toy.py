@@ -17,7 +17,8 @@ first = 3
 skip = 1                           # at t = 1 a step is too small to decide anything
 tau = 0.6                          # wider than LongCat's 0.45: the base explores little by itself
 rewards = "trans=1,rot=0.5,sharpness=0.01,flicker=0.03"
-reward_batch = 32
+micro_batch = 64                   # rows and videos that fit a processor's cache: a tenth faster
+reward_batch = 64
 normalise = "group"                # GRPO's; Eq. 5's common divisor learns half as fast here
 lr = 2e-4
 iterations = 80

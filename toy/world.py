@@ -62,8 +62,9 @@ def sources(n, seed, codec):
     step = torch.cat([step for step, _ in paths])
     turn = torch.cat([turn for _, turn in paths])
     c2w = integrate(0.1 * BASE_SPEED * step, 0.1 * BASE_TURN * turn)
-    latents = codec.encode(render_video(room, c2w))
-    return room, c2w, latents, to_uint8(codec.decode(latents))
+    parts = [slice(i, i + 32) for i in range(0, n, 32)]  # whose frames fit into little memory
+    latents = torch.cat([codec.encode(render_video(room[part], c2w[part])) for part in parts])
+    return room, c2w, latents, torch.cat([to_uint8(codec.decode(latents[part])) for part in parts])
 
 
 def plucker_maps(c2w, scale=1):
