@@ -70,7 +70,7 @@ def test_cameras_are_estimated_once_for_all_who_ask(tmp_path, body, n, batch, as
     ("raise ValueError('too dark')", "6 of 6 videos\n    ValueError: too dark")])
 def test_try_in_the_toy(tmp_path, capsys, body, words):
     """Beside the run's rewards and those that need no model; it says what is wrong with a reward."""
-    small = "--conditions=2", "--members=3", "--steps=2", "--first=1", "--batches=1"
+    small = "--conditions=2", "--members=3", "--steps=2", "--first=1", "--size=1", "--skip=0", "--batches=1"
     argv = ["try", f"{own_file(tmp_path, body)}:own", *small]
     settings, function = choose_command(evaluate.COMMANDS, argv)
     found = function(settings)
