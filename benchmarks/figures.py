@@ -173,8 +173,8 @@ def held_out(methods, left):
 
 def print_tables(config):
     """Of each method against the base, speed by speed: how many moving cases improve, how far the
-    scale ratio is from 1, the image's change by quarter of the cases (sorted by the base's), and
-    the position error's change by frame of those that move."""
+    scale ratio is from 1, how much detail there is, the image's change by quarter of the cases
+    (sorted by the base's), and the position error's change by frame of those that move."""
     folder = Path(config.evaluation)
     methods = read_json(folder / "results.json")["methods"]
     base, *others = methods
@@ -184,6 +184,7 @@ def print_tables(config):
         moving = [case for case in cases if before[case]["scale"] is not None]
         by_image = sorted(cases, key=lambda case: before[case]["PSNR"])
         error = by_frame(folder, base, moving)
+        sharp = detail(folder / base / "videos", cases)
         print(f"speed {speed:g}, {len(moving)} of {len(cases)} cases move")
         print("  base, position error by frame, m: " + " ".join(f"{x:.3f}" for x in error))
         for name in others:
@@ -197,8 +198,22 @@ def print_tables(config):
             print(f"  {short(name)}: {np.mean(nearer):.0%} of the moving cases improve")
             print(f"    scale ratio, distance from 1: {off_before:.3f} -> {off_after:.3f} "
                   f"({off_after / off_before - 1:+.0%})")
+            print(f"    detail: {detail(folder / name / 'videos', cases) / sharp - 1:+.0%} "
+                  f"(the true views: {detail(folder / 'truth', cases) / sharp - 1:+.0%})")
             print("    PSNR by quarter, worst base first: " + " ".join(f"{x:+.2f}" for x in gained))
             print("    position error by frame: " + " ".join(f"{x:+.0%}" for x in changes))
+
+
+def detail(videos, cases):
+    """Geometric mean over cases of the mean squared Laplacian of a folder's videos, as in rewards.sharpness."""
+    amounts = []
+    for case in cases:
+        shown = read_video(videos / f"{case}.mp4")[0]
+        video = shown[:, 2::5, 2::5].mean(3)  # enlarged 5 times: the toy's own pixels
+        edges = 4 * video[:, 1:-1, 1:-1] - video[:, :-2, 1:-1] - video[:, 2:, 1:-1] \
+            - video[:, 1:-1, :-2] - video[:, 1:-1, 2:]
+        amounts.append(np.square(edges).mean())
+    return np.exp(np.log(amounts).mean())
 
 
 def by_frame(folder, method, cases):
