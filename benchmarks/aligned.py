@@ -1,6 +1,6 @@
 """A reward for the ablation: Eq. 3 without its metre. What the paper's "metric" is worth.
 
-    python train.py --rewards="rot=1,benchmarks/aligned.py:aligned=1,sharpness=0.01,flicker=0.03"
+    python train.py --rewards=benchmarks/aligned.py:aligned=1,sharpness=0.01,flicker=0.03 --out=out/aligned
 """
 import torch
 

@@ -19,6 +19,7 @@ from evaluation.page import read_log
 from evaluation.report import paired, short
 from plumbing.files import read_json, write_file
 from plumbing.settings import run_command
+from toy.rooms import HEIGHT
 
 RANKS = (0.1, 0.5, 0.9)  # of the cases that move, by their position error's change: most, median, least
 FROM_BEHIND = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # up, where a map has forward
@@ -143,20 +144,21 @@ def chart(title, series, left):
 
 
 def held_out(methods, left):
-    """Changes of the first method's errors by each other, in per cent with 95 % intervals, as SVG elements.
+    """Changes of the first method's errors at speed 1 by each other, in per cent with 95 % intervals, as SVG
+    elements.
 
     methods: of an evaluation's results.json, the base first. Colours as in `chart`: one for each method.
     """
-    base, *others = methods
+    base, *others = [{case: scores for case, scores in method["cases"].items() if scores["speed"] == 1}
+                     for method in methods.values()]
     metrics = {"position": "position error", "rotation": "rotation error"}
-    found = {metric: [paired(methods[base]["cases"], methods[name]["cases"], metric) for name in others]
-             for metric in metrics}
+    found = {metric: [paired(base, cases, metric) for cases in others] for metric in metrics}
     if any(x["relative_interval"] is None for rows in found.values() for x in rows):
         raise ValueError("evaluation: intervals need at least two rooms")
     low = min(x["relative_interval"][0] for rows in found.values() for x in rows)
     high = max(0, *(x["relative_interval"][1] for rows in found.values() for x in rows))
     px = lambda x: left + 45 + 295 * (x - low) / (high - low)
-    out = [f'<text x="{left + 45}" y="18" font-weight="bold">held-out errors against the base, 95 %</text>',
+    out = [f'<text x="{left + 45}" y="18" font-weight="bold">held-out errors against the base, speed 1, 95 %</text>',
            f'<path d="M{px(0):.1f},35V200" stroke="#888"/><text x="{px(0):.0f}" y="220" text-anchor="end">0</text>',
            f'<text x="{px(low):.0f}" y="220">{100 * low:.0f} %</text>']
     for row, (metric, label) in enumerate(metrics.items()):
@@ -185,6 +187,7 @@ def print_tables(config):
         by_image = sorted(cases, key=lambda case: before[case]["PSNR"])
         error = by_frame(folder, base, moving)
         sharp = detail(folder / base / "videos", cases)
+        sharp_truth = detail(folder / "truth", cases)
         print(f"speed {speed:g}, {len(moving)} of {len(cases)} cases move")
         print("  base, position error by frame, m: " + " ".join(f"{x:.3f}" for x in error))
         for name in others:
@@ -199,17 +202,19 @@ def print_tables(config):
             print(f"    scale ratio, distance from 1: {off_before:.3f} -> {off_after:.3f} "
                   f"({off_after / off_before - 1:+.0%})")
             print(f"    detail: {detail(folder / name / 'videos', cases) / sharp - 1:+.0%} "
-                  f"(the true views: {detail(folder / 'truth', cases) / sharp - 1:+.0%})")
+                  f"(the true views: {sharp_truth / sharp - 1:+.0%})")
             print("    PSNR by quarter, worst base first: " + " ".join(f"{x:+.2f}" for x in gained))
             print("    position error by frame: " + " ".join(f"{x:+.0%}" for x in changes))
 
 
 def detail(videos, cases):
-    """Geometric mean over cases of the mean squared Laplacian of a folder's videos, as in rewards.sharpness."""
+    """Geometric mean over cases of the mean squared Laplacian of a folder's videos, as compressed; grey is the
+    mean of red, green and blue."""
+    k = 240 // HEIGHT  # that evaluation.toy enlarges videos by; its middle pixels are the toy's own
     amounts = []
     for case in cases:
         shown = read_video(videos / f"{case}.mp4")[0]
-        video = shown[:, 2::5, 2::5].mean(3)  # enlarged 5 times: the toy's own pixels
+        video = shown[:, k // 2::k, k // 2::k].mean(3)
         edges = 4 * video[:, 1:-1, 1:-1] - video[:, :-2, 1:-1] - video[:, 2:, 1:-1] \
             - video[:, 1:-1, :-2] - video[:, 1:-1, 2:]
         amounts.append(np.square(edges).mean())

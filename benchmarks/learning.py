@@ -56,9 +56,10 @@ class Updates(Kl):
 
 # The paper's loop computes every member alone; its samples and gradients are those of geo_align to
 # rounding. Every setting in which the toy's recipe is its own is said.
-PAPER = ("--strategy=progressive", "--size=4", "--first=0", "--skip=0", "--iters_per_window=25", "--tail=0",
-         "--window_per_condition=False", "--normalise=max")
-FAST = ("--strategy=random", "--window_per_condition=True", "--normalise=max", "--first=6", "--skip=0")
+SAME = ("--tau=0.9", "--normalise=max", "--rewards=trans=1,rot=1,sharpness=0.01,flicker=0.03")
+PAPER = (*SAME, "--strategy=progressive", "--size=4", "--first=0", "--skip=0", "--iters_per_window=25", "--tail=0")
+RANDOM = (*SAME, "--strategy=random", "--window_per_condition=True")
+FAST = (*RANDOM, "--first=6", "--skip=0")
 ARMS = {
     Recipe: {"paper": (*PAPER, "--share_prefix=False"),
              "geo_align": PAPER,
@@ -66,8 +67,8 @@ ARMS = {
              "shorter": (*FAST, "--size=2", "--tail=0.2"),
              "one_step": (*FAST, "--size=1", "--tail=0.4"),
              "no_tail": (*FAST, "--size=1", "--tail=0"),
-             "earlier": (*FAST[:3], "--size=1", "--tail=0.4", "--first=4", "--skip=0"),
-             "later": (*FAST[:3], "--size=1", "--tail=0.4", "--first=10", "--skip=5")},
+             "earlier": (*RANDOM, "--size=1", "--tail=0.4", "--first=4", "--skip=0"),
+             "later": (*RANDOM, "--size=1", "--tail=0.4", "--first=10", "--skip=5")},
     Kl: {f"kl{kl:g}": (f"--kl={kl}",) for kl in (0.0, 0.001, 0.01, 0.1)},
     Updates: {f"updates{n}": (f"--updates={n}",) for n in (1, 2, 4)}}
 

@@ -10,16 +10,15 @@ conditions = 16
 members = 16
 steps = 6
 shift = 5.0
-strategy = "random"                # LongCat's: early, where the camera is decided
-window_per_condition = True
+strategy = "random"
 size = 2
-first = 3
-skip = 1                           # at t = 1 a step is too small to decide anything
+first = 3                          # always steps 1 and 2: early, where the camera is decided, ...
+skip = 1                           # ... but not at t = 1, where a step is too small to decide anything
 tau = 0.6                          # wider than LongCat's 0.45: the base explores little by itself
 rewards = "trans=1,rot=0.5,sharpness=0.01,flicker=0.03"
 micro_batch = 64                   # rows and videos that fit a processor's cache: a tenth faster
 reward_batch = 64
-normalise = "group"                # GRPO's; Eq. 5's common divisor learns half as fast here
+normalise = "group"                # GRPO's; Eq. 5's common divisor learns less here
 lr = 2e-4
 iterations = 80
 save_every = 20

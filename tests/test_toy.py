@@ -84,8 +84,8 @@ def test_held_out_follows_the_ten_paths(shipped):
 # ---- what the base learns from ----
 
 def test_footage_falls_short_of_the_script_and_ever_more(monkeypatch):
-    """Every step is the script's times a share of the operator's own, which falls; not at the source.
-    Without shortfall footage is the script."""
+    """Every step of a take is the script's times the operator's share, which falls with time; a source is filmed
+    as scripted. Without shortfall, takes are too."""
     seen = []
     draw = lambda room, c2w: (seen.append(c2w), render(room, c2w, 2, 2))[1]
     _, source_path, _, scripts = footage(24, 3, draw)
@@ -158,7 +158,7 @@ def test_the_estimator_is_metric(shipped):
     assert rotation.median() < math.radians(1.5)
 
 
-def test_the_base_has_the_papers_faults(shipped):
+def test_the_base_has_the_papers_fault(shipped):
     """On metric targets it falls short, the later the frame, the more; on test rooms, by the judge."""
     dit, codec, _ = shipped
     room, condition, scene, _ = held_out(1, codec)

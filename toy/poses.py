@@ -42,8 +42,8 @@ class Estimator(torch.nn.Module):
     """Video (n, 3, T, H, W) in [-1, 1] -> c2w (n, T, 4, 4), metres, relative to frame 0, from pixels alone.
 
     A network reads metric depth off frame 0 (tile size and eye level tell it); each next frame's camera is
-    the one whose picture of these points differs least from frame 0, searched from where the frame before
-    it was. All on pictures of half the size, which are cheap and in which the codec hardly errs.
+    the one whose picture of these points differs least from frame 0, searched from where the motion so far
+    leads. All on pictures of half the size, which are cheap and in which the codec hardly errs.
     """
     FIELD = 8           # pixels that a place (of 2 x 2) sees of its surroundings
     FASTEST = 0.4, 0.2  # metres, radians a frame: more is no camera's way, but a search that went astray
@@ -84,11 +84,11 @@ class Estimator(torch.nn.Module):
             guess = pose @ torch.linalg.inv(before) @ pose  # as fast as so far
             before = pose
             found = first.find(seen, guess, steps=2)
-            # who jumps is lost, and one lost video would be the largest deviation of all groups (Eq. 5)
+            # who jumps is lost, and one lost video would outweigh its group, by Eq. 5 all groups
             jump = torch.linalg.inv(before) @ found
             angle = ((jump[:, :3, :3].diagonal(dim1=1, dim2=2).sum(1) - 1) / 2).clamp(-1, 1).acos()
-            lost = (jump[:, :3, 3].norm(dim=1) > self.FASTEST[0]) | (angle > self.FASTEST[1])
-            pose = torch.where(lost[:, None, None], before, found)
+            kept = (jump[:, :3, 3].norm(dim=1) <= self.FASTEST[0]) & (angle <= self.FASTEST[1])
+            pose = torch.where(kept[:, None, None], found, before)
             path.append(pose)
         return torch.stack(path, 1)
 
@@ -152,9 +152,9 @@ def judge(video, room, guess, codec=None):
     search along -> c2w (n, T, 4, 4), metres, relative to the source's first camera, and the root mean square
     residual (n, T).
 
-    Registers every frame to the true scene: to a picture rendered (through the codec, if given, as a perfect
-    video would be) where the frame seems to be taken, then to one rendered there, and so on; first along the
-    guess, from standing still to 1.5 times as far, wherever the picture is most alike.
+    Tries places along the guess first, from standing still to 1.5 times as far, and takes the one whose picture
+    is most alike. Then, three times, renders the true scene from there (through the codec, if given, as a
+    perfect video would be), registers the frame to that picture, and moves there if that is better.
     """
     n, frames = guess.shape[:2]
     height = video.shape[-2]

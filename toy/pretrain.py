@@ -41,8 +41,8 @@ from toy.world import condition_and_scene, filled, open_weights, plucker_maps, s
 
 # what the base learns from: scripted paths, filmed by operators who do not go as far as the script says
 TAKES = 4      # videos of each room, besides its source
-SHORT = 0.75   # an operator falls short by a share of up to this, their own: most of them by little or by much, ...
-TIRES = 0.4    # ... and of what is left by up to this more, growing to the end
+SHORT = 0.75   # an operator falls short by a share of their own, 0 to this, mostly near either end, ...
+TIRES = 0.4    # ... and at the end of a take does up to this share less still
 RESHOOT = 32   # steps between new footage
 KEPT = 96      # batches of footage that are learnt from at a time
 
@@ -55,7 +55,7 @@ def footage(n, seed, draw=render):
     paths = 1 + TAKES
     step, turn = (x.unflatten(0, (n, paths)) for x in walks(n * paths, g))  # (n, paths, T-1, 3)
 
-    def pace():  # (n, paths, 1, 1): a source's; another's own, or 0, which makes pans and dollies
+    def pace():  # (n, paths, 1, 1): a source's; a take's own, or 0, so that some only turn or only move
         fast, moves = (torch.rand(n, TAKES, 1, 1, generator=g) for _ in range(2))
         return torch.cat([torch.full((n, 1, 1, 1), 0.1), (0.2 + 0.8 * fast) * (moves > 0.25)], 1)
     step = step * BASE_SPEED * pace()
@@ -121,6 +121,8 @@ def train_codec(out, codec, steps=4000, rows=12):
         write_weights(out / "toy_codec.safetensors", codec.state_dict() | dict(zip(names, average)))
 
     optimise(parameters, steps, loss_at, out, "toy_codec", export, "squared_error")
+    if not (out / "toy_codec.safetensors").exists():  # no step was asked for
+        export([p.detach() for p in parameters])
     filled(codec, out / "toy_codec.safetensors")
 
 
@@ -136,7 +138,7 @@ def optimise(parameters, steps, loss_at, out, name, export, label="loss", matric
     others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
     rates = [1e-3]
     optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)]
-    if matrices:  # orthogonal updates: 2 to 4 times fewer steps than AdamW's
+    if matrices:  # orthogonal updates: a lower loss after as many steps (README.md here)
         rates.append(3e-3)
         optimizers.append(torch.optim.Muon(matrices, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw"))
     average = [p.detach().clone() for p in parameters]
@@ -149,7 +151,7 @@ def optimise(parameters, steps, loss_at, out, name, export, label="loss", matric
             optimizer.load_state_dict(saved)
         for p, saved in zip(parameters, state["parameters"]):
             p.data.copy_(saved)
-    total = 0
+    losses = []
     began = time.time()
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=name):
         pace = min(1, (step + 1) / 200) * min(1, (steps - step) / (0.3 * steps))
@@ -165,11 +167,11 @@ def optimise(parameters, steps, loss_at, out, name, export, label="loss", matric
             optimizer.step()
         keep = min(0.995, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.data for p in parameters], 1 - keep)
-        total += float(loss.detach())
+        losses.append(float(loss.detach()))
         if (step + 1) % 50 == 0:
-            record = {"step": step + 1, label: round(total / 50, 4), "seconds": round(time.time() - began)}
+            record = {"step": step + 1, label: round(float(np.mean(losses)), 4), "seconds": round(time.time() - began)}
             print(json.dumps(record), file=log, flush=True)
-            total = 0
+            losses = []
         if (step + 1) % 100 == 0 or step + 1 == steps:
             state = {"step": step + 1, "parameters": [p.data for p in parameters], "average": average,
                      "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
@@ -345,8 +347,8 @@ def describe(config):
     print("share of the way gone, by frame: " + " ".join(f"{x:.2f}" for x in shares.tolist()))
 
 
-NOISES = {"the noise of step 1 (tau 0.9)": {"window": (1,), "tau": 0.9},
-          "the noise of step 2 (tau 0.9)": {"window": (2,), "tau": 0.9},
+NOISES = {"the recipe's noise (steps 1 and 2, tau 0.6)": {"window": (1, 2), "tau": 0.6},
+          "the noise of step 1 (tau 0.9)": {"window": (1,), "tau": 0.9},
           "start noise of their own": {"window": (), "share_noise": False}}
 
 

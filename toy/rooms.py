@@ -220,7 +220,7 @@ class Codec(torch.nn.Module):
     """The first frame alone, then four by four, 8 x 8 pixels -> 16 channels, as the VAE's.
 
     Encoding is linear: principal components. Decoding is linear first; convolutions over places of 4 x 4
-    pixels then mend what that leaves, the blocks above all. As in the VAE they remember the frames before.
+    pixels then mend the errors that this leaves, above all at the blocks' edges. As in the VAE they remember the frames before.
     """
     GRAIN = 4  # pixels of a place that is mended
 
