@@ -2,8 +2,6 @@
 
     python train.py --rewards=benchmarks/aligned.py:aligned=1,sharpness=0.01,flicker=0.03 --out=out/aligned
 """
-import torch
-
 import trajectories
 
 
@@ -12,9 +10,10 @@ def aligned(videos, scene):
 
     The right shape at half the size loses nothing. NaN for a video whose cameras were not found.
     """
-    seen = scene.cameras.c2w[..., :3, 3].double()                         # (n, T, 3)
-    asked = trajectories.relative(scene.c2w.double())[..., :3, 3].to(seen)
-    scale = (seen * asked).sum((1, 2)) / seen.square().sum((1, 2)).clamp_min(1e-12)
-    off = scale.clamp_min(0)[:, None, None] * seen - asked
-    w = torch.as_tensor(trajectories.frame_weights(seen.shape[1])).to(seen)
-    return -(off.norm(dim=-1) * w).sum(-1).float()
+    seen = trajectories.relative(scene.cameras.c2w.double())  # (n, T, 4, 4)
+    asked = trajectories.relative(scene.c2w.double()).to(seen.device)
+    went = seen[..., :3, 3]
+    ought = asked[..., :3, 3]
+    scale = (went * ought).sum((1, 2)) / went.square().sum((1, 2)).clamp_min(1e-12)  # least squares
+    went *= scale.clamp_min(0)[:, None, None]  # in place: of `seen`, too
+    return -trajectories.pose_errors(seen, asked)[0].float()

@@ -381,9 +381,10 @@ def halves(dit, prepared, sampled, found, asked):
     gradients = []
     for first in (0, 1):
         dit.zero_grad()
-        for c in range(first, C, 2):
-            loss, _ = policy_loss(dit, sampled, 0, A, C * G, slice(c, c + 1))
-            loss.backward()
+        for k in range(len(sampled.x)):  # the window's steps
+            for c in range(first, C, 2):
+                loss, _ = policy_loss(dit, sampled, k, A, conditions=slice(c, c + 1))
+                loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
     dit.zero_grad()
     return float(F.cosine_similarity(*gradients, dim=0))
