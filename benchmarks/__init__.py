@@ -7,5 +7,5 @@
     figures    the README's pictures and tables, from runs and evaluations
     steps      which of the sampler's steps carry signal, for any config
 
-README.md here has the numbers; aligned is a reward for an ablation. The method does not need this folder.
+README.md here has the numbers. The method does not need this folder.
 """

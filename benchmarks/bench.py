@@ -8,6 +8,7 @@
     python -m benchmarks.bench soak         resident memory over many iterations of the toy
     python -m benchmarks.bench scaling      one and two gloo ranks; where the host waits for the device
     python -m benchmarks.bench share        VAE decode and Pluecker packing
+    python -m benchmarks.bench curves       the toy's learning curve, fast loop against every member alone
 
 `python -m benchmarks.bench COMMAND --help` lists a command's settings. --official=CHECKOUT puts the
 official code beside ours. Weights are random. Sizes and dtype are the published
@@ -619,6 +620,35 @@ def share(config):
     table(config, "share: arithmetic at 81x480x832, TFLOP", counted)
 
 
+# ---- curves ----
+
+@dataclass
+class Curves(Bench):
+    """python -m benchmarks.bench curves"""
+    iterations: int = 80                 # of the toy
+    seeds: int = 3                       # runs of each loop
+
+
+def curves(config):
+    """A shared prefix and a tail against neither (calls of one row would change no sum, only take
+    long)."""
+    runs = {name: [toy_log(f"--iterations={config.iterations}", f"--seed={seed}", *how)
+                   for seed in range(config.seeds)]
+            for name, how in (("fast", ()), ("alone", ("--share_prefix=False", "--tail=0.0")))}
+    length = max(1, config.iterations // 10)
+    rows = []
+    for i in range(0, config.iterations, length):
+        fast, alone = ([np.mean([line["reward/trans"] for line in log[i:i + length]]) for log in logs]
+                       for logs in runs.values())
+        rows.append({"from iteration": i, "fast": float(np.mean(fast)), "alone": float(np.mean(alone)),
+                     "difference": float(np.mean(fast) - np.mean(alone)),
+                     "sd over seeds": float(np.std(fast + alone))})
+    table(config, f"curves: the toy's translation reward, metres, mean over {config.seeds} seeds", rows)
+    cost = lambda log: sum(line["seconds/rollout"] + line["seconds/update"] for line in log)
+    table(config, "curves: seconds of rollout and update", [
+        {name: float(np.mean([cost(log) for log in logs])) for name, logs in runs.items()}])
+
+
 # ---- all that is owed of a card ----
 
 class TimeLimit(BaseException):
@@ -751,7 +781,8 @@ def card(config):
 COMMANDS = {"card": (Card, card, None), "network": (Network, network, None),
             "compilation": (Bench, compilation, None), "iteration": (Bench, iteration, None),
             "memory": (Bench, memory, None), "soak": (Soak, soak, None), "scaling": (Scaling, scaling, None),
-            "allreduce": (Bench, allreduce, None), "share": (Bench, share, None)}
+            "allreduce": (Bench, allreduce, None), "share": (Bench, share, None),
+            "curves": (Curves, curves, None)}
 
 if __name__ == "__main__":
     run_command("benchmarks.bench", __doc__, COMMANDS, sys.argv[1:] or ["--help"])

@@ -14,15 +14,13 @@ import numpy as np
 
 from data.camera_files import read_path
 from data.draw import draw_paths, grid
-from data.video import read_video, write_video
+from data.video import read_video
 from evaluation.page import read_log
 from evaluation.report import paired, short
 from plumbing.files import read_json, write_file
 from plumbing.settings import run_command
-from toy.rooms import HEIGHT
 
 RANKS = (0.1, 0.5, 0.9)  # of the cases that move, by their position error's change: most, median, least
-FROM_BEHIND = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # up, where a map has forward
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 
 
@@ -30,7 +28,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 class Cases:
     """`python -m benchmarks.figures cases EVALUATION`"""
     evaluation: str = "out/toy/evaluation"  # folder that an evaluation of the toy wrote
-    out: str = "assets/toy.png"             # the picture; beside it the same as an mp4
+    out: str = "assets/toy.png"             # the picture
 
 
 @dataclass
@@ -60,37 +58,24 @@ def chosen_cases(results):
 
 
 def draw_cases(config):
-    """Rows of source, a map with the path asked and those the judge found, true view, base, after: the last
-    frames as a picture, all of them as an mp4."""
+    """Rows of last frames: source, the asked path on a map, true view, base, after."""
     folder = Path(config.evaluation)
     results = read_json(folder / "results.json")
     base, tuned, cases = chosen_cases(results)
     rows = []
     for case in cases:
         scores = [results["methods"][method]["cases"][case] for method in (base, tuned)]
-        source, fps = read_video(folder / "sources" / f"{scores[0]['clip']}.mp4")
-        paths = [read_path(folder / "targets" / f"{case}.npz")]
-        paths += [read_path(folder / method / "poses" / f"{case}.npz") for method in (base, tuned)]
-        panels = [source, map_of(paths, source.shape[1]), read_video(folder / "truth" / f"{case}.mp4")[0]]
-        panels += [read_video(folder / method / "videos" / f"{case}.mp4")[0] for method in (base, tuned)]
+        target = read_path(folder / "targets" / f"{case}.npz")
+        source = read_video(folder / "sources" / f"{scores[0]['clip']}.mp4")[0][-1:]
+        black = np.zeros_like(source[:, :min(source.shape[1:3]), :min(source.shape[1:3])]).repeat(3, 1).repeat(3, 2)
+        map_of_path = draw_paths(black, [target[-1:], target])[:, -source.shape[1]:, -source.shape[1]:]
+        panels = [source, map_of_path, read_video(folder / "truth" / f"{case}.mp4")[0][-1:]]
+        panels += [read_video(folder / method / "videos" / f"{case}.mp4")[0][-1:] for method in (base, tuned)]
         off = [f"{s['position']:.2f} m, {s['rotation']:.1f} deg off" for s in scores]
         labels = ["source", scores[0]["path"].replace("_", " "), "true view", f"base: {off[0]}", f"after: {off[1]}"]
-        rows.append(grid(panels, labels))
-    video = np.concatenate(rows, 1)
-    write_png(config.out, video[-1])
-    still = video[-1:].repeat(round(fps), 0)  # a second to look at the end
-    write_video(Path(config.out).with_suffix(".mp4"), np.concatenate([video, still]), fps)
-    print(f"{config.out}, and as an mp4: {', '.join(cases)} of {short(tuned)}")
-
-
-def map_of(paths, side):
-    """The paths (T, 4, 4) on a square map, uint8 (T, side, side, 3): from above, or from behind the camera where
-    the first goes up or down rather than anywhere else."""
-    ways = np.ptp(paths[0][:, :3, 3], axis=0)
-    if ways.argmax() == 1:
-        paths = [FROM_BEHIND @ path for path in paths]
-    ground = np.zeros((len(paths[0]), 3 * side, 3 * side, 3), np.uint8)  # the map takes a third of it
-    return draw_paths(ground, paths)[:, -side:, -side:]
+        rows.append(grid(panels, labels)[0])
+    write_png(config.out, np.concatenate(rows))
+    print(f"{config.out}: {', '.join(cases)} of {short(tuned)}")
 
 
 def write_png(path, picture):
@@ -144,21 +129,20 @@ def chart(title, series, left):
 
 
 def held_out(methods, left):
-    """Changes of the first method's errors at speed 1 by each other, in per cent with 95 % intervals, as SVG
-    elements.
+    """Changes of the first method's errors by each other, in per cent with 95 % intervals, as SVG elements.
 
     methods: of an evaluation's results.json, the base first. Colours as in `chart`: one for each method.
     """
-    base, *others = [{case: scores for case, scores in method["cases"].items() if scores["speed"] == 1}
-                     for method in methods.values()]
+    base, *others = methods
     metrics = {"position": "position error", "rotation": "rotation error"}
-    found = {metric: [paired(base, cases, metric) for cases in others] for metric in metrics}
+    found = {metric: [paired(methods[base]["cases"], methods[name]["cases"], metric) for name in others]
+             for metric in metrics}
     if any(x["relative_interval"] is None for rows in found.values() for x in rows):
         raise ValueError("evaluation: intervals need at least two rooms")
     low = min(x["relative_interval"][0] for rows in found.values() for x in rows)
     high = max(0, *(x["relative_interval"][1] for rows in found.values() for x in rows))
     px = lambda x: left + 45 + 295 * (x - low) / (high - low)
-    out = [f'<text x="{left + 45}" y="18" font-weight="bold">held-out errors against the base, speed 1, 95 %</text>',
+    out = [f'<text x="{left + 45}" y="18" font-weight="bold">held-out errors against the base, 95 %</text>',
            f'<path d="M{px(0):.1f},35V200" stroke="#888"/><text x="{px(0):.0f}" y="220" text-anchor="end">0</text>',
            f'<text x="{px(low):.0f}" y="220">{100 * low:.0f} %</text>']
     for row, (metric, label) in enumerate(metrics.items()):
@@ -175,8 +159,8 @@ def held_out(methods, left):
 
 def print_tables(config):
     """Of each method against the base, speed by speed: how many moving cases improve, how far the
-    scale ratio is from 1, how much detail there is, the image's change by quarter of the cases
-    (sorted by the base's), and the position error's change by frame of those that move."""
+    scale ratio is from 1, the image's change by quarter of the cases (sorted by the base's), and
+    the position error's change by frame of those that move."""
     folder = Path(config.evaluation)
     methods = read_json(folder / "results.json")["methods"]
     base, *others = methods
@@ -186,8 +170,6 @@ def print_tables(config):
         moving = [case for case in cases if before[case]["scale"] is not None]
         by_image = sorted(cases, key=lambda case: before[case]["PSNR"])
         error = by_frame(folder, base, moving)
-        sharp = detail(folder / base / "videos", cases)
-        sharp_truth = detail(folder / "truth", cases)
         print(f"speed {speed:g}, {len(moving)} of {len(cases)} cases move")
         print("  base, position error by frame, m: " + " ".join(f"{x:.3f}" for x in error))
         for name in others:
@@ -201,24 +183,8 @@ def print_tables(config):
             print(f"  {short(name)}: {np.mean(nearer):.0%} of the moving cases improve")
             print(f"    scale ratio, distance from 1: {off_before:.3f} -> {off_after:.3f} "
                   f"({off_after / off_before - 1:+.0%})")
-            print(f"    detail: {detail(folder / name / 'videos', cases) / sharp - 1:+.0%} "
-                  f"(the true views: {sharp_truth / sharp - 1:+.0%})")
             print("    PSNR by quarter, worst base first: " + " ".join(f"{x:+.2f}" for x in gained))
             print("    position error by frame: " + " ".join(f"{x:+.0%}" for x in changes))
-
-
-def detail(videos, cases):
-    """Geometric mean over cases of the mean squared Laplacian of a folder's videos, as compressed; grey is the
-    mean of red, green and blue."""
-    k = 240 // HEIGHT  # that evaluation.toy enlarges videos by; its middle pixels are the toy's own
-    amounts = []
-    for case in cases:
-        shown = read_video(videos / f"{case}.mp4")[0]
-        video = shown[:, k // 2::k, k // 2::k].mean(3)
-        edges = 4 * video[:, 1:-1, 1:-1] - video[:, :-2, 1:-1] - video[:, 2:, 1:-1] \
-            - video[:, 1:-1, :-2] - video[:, 1:-1, 2:]
-        amounts.append(np.square(edges).mean())
-    return np.exp(np.log(amounts).mean())
 
 
 def by_frame(folder, method, cases):

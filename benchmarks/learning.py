@@ -55,20 +55,19 @@ class Updates(Kl):
 
 
 # The paper's loop computes every member alone; its samples and gradients are those of geo_align to
-# rounding. Every setting in which the toy's recipe is its own is said.
-SAME = ("--tau=0.9", "--normalise=max", "--rewards=trans=1,rot=1,sharpness=0.01,flicker=0.03")
-PAPER = (*SAME, "--strategy=progressive", "--size=4", "--first=0", "--skip=0", "--iters_per_window=25", "--tail=0")
-RANDOM = (*SAME, "--strategy=random", "--window_per_condition=True")
-FAST = (*RANDOM, "--first=6", "--skip=0")
+# rounding.
+PAPER = ("--strategy=progressive", "--size=4", "--first=0", "--iters_per_window=25", "--tail=0")
+FAST = ("--strategy=random", "--window_per_condition=True")
+ONE = (*FAST, "--size=1", "--tail=0.4")
 ARMS = {
     Recipe: {"paper": (*PAPER, "--share_prefix=False"),
              "geo_align": PAPER,
-             "fast": (*FAST, "--size=2", "--tail=0.25"),
-             "shorter": (*FAST, "--size=2", "--tail=0.2"),
-             "one_step": (*FAST, "--size=1", "--tail=0.4"),
-             "no_tail": (*FAST, "--size=1", "--tail=0"),
-             "earlier": (*RANDOM, "--size=1", "--tail=0.4", "--first=4", "--skip=0"),
-             "later": (*RANDOM, "--size=1", "--tail=0.4", "--first=10", "--skip=5")},
+             "fast": (*FAST, "--size=2", "--tail=0.25", "--first=6"),
+             "shorter": (*FAST, "--size=2", "--tail=0.2", "--first=6"),
+             "one_step": (*ONE, "--first=6"),
+             "no_tail": (*ONE, "--tail=0", "--first=6"),
+             "earlier": (*ONE, "--first=4"),
+             "later": (*ONE, "--skip=5", "--first=10")},
     Kl: {f"kl{kl:g}": (f"--kl={kl}",) for kl in (0.0, 0.001, 0.01, 0.1)},
     Updates: {f"updates{n}": (f"--updates={n}",) for n in (1, 2, 4)}}
 

@@ -196,8 +196,10 @@ def parts(config):
     frames = (config.frames - 1) // 4 + 1
     shapes_of = lambda *names: {k: x for name in names for k, x in open_tensors(folder / name)[0].items()}
     if config.world == "toy":
+        shapes = shapes_of("toy_codec.safetensors")
+        codec = Codec({key: torch.empty(shape) for key, shape in shapes.items()})
         dit = config_from(shapes_of("toy_base.safetensors"), HEADS)
-        return dit, Codec(), (16, frames, config.height // PATCH, config.width // PATCH), (1, TEXT)
+        return dit, codec, (16, frames, config.height // PATCH, config.width // PATCH), (1, TEXT)
     dit = WAN_T2V if config.world == "captions" else FUN_CAMERA
     files = find_policy(folder).files
     if all(file.is_file() for file in files):
@@ -272,9 +274,10 @@ def _memory(live, config, ranks, dtype, dit_config, codec, shape, text):
     """`memory` of a DiT with as many blocks as dit_config says, under Live."""
     # What stays: frozen weights, float32 masters, AdamW's two moments, DDP's buckets of gradients.
     dit = DiT(dit_config)
-    state = {k: torch.empty(x.shape, dtype=dtype) for k, x in codec.state_dict().items()}
-    codec.load_state_dict(state, assign=True)
-    del state
+    if config.world != "toy":  # nothing else of it is a module
+        state = {k: torch.empty(x.shape, dtype=dtype) for k, x in codec.state_dict().items()}
+        codec.load_state_dict(state, assign=True)
+        del state
     dit.load_state_dict({k: torch.empty(x.shape, dtype=torch.float32 if trains(k) else dtype)
                          for k, x in dit.state_dict().items()}, assign=True)
     dit.checkpoint = config.checkpointing

@@ -1,8 +1,8 @@
 """On which steps do conditions agree? `python -m benchmarks.steps CONFIG`; nothing is trained.
 
 For a window at each of some steps, one iteration's gradient is taken apart by conditions, to see
-whether two halves of them point the same way. A guide, not a verdict: in an earlier toy, windows
-at steps with a cosine of 0.03 learnt no worse than at those with 0.2 (learning.md).
+whether two halves of them point the same way. A guide, not a verdict: in the toy, windows at steps
+with a cosine of 0.03 learnt no worse than at those with 0.2 (learning.md).
 
 The cosine is computed for all halves at once, from the products of the conditions' gradients. With
 s the mean product of two, n the mean square of one and h conditions in a half, it is

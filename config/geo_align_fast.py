@@ -1,7 +1,7 @@
 """The fast recipe: the least cost for the same learning. Where it differs from geo_align.py is marked *.
 
 85 network rows per condition and iteration, where geo_align.py takes 277 and every member alone 328.
-In an earlier toy it learns what geo_align.py learns; with a window of one step less (benchmarks/learning.md).
+In the toy it learns what geo_align.py learns; with a window of one step less (benchmarks/learning.md).
 """
 world = "clips"
 frames = 81                        # ReDirector (the paper's own number is missing from our copy)
@@ -14,7 +14,7 @@ members = 8                        # ours (paper's value unknown)
 steps = 25                         # MixGRPO
 shift = 5.0                        # ReDirector (Wan's)
 strategy = "random"                # * LongCat
-size = 2                           # * ours: one step learns less in an earlier toy
+size = 2                           # * ours: one step learns less in the toy
 first = 6                          # * LongCat
 window_per_condition = True        # * Flash-GRPO
 tail = 0.25                        # * ours (MixGRPO-Flash: 0.4): pays for the window's second step

@@ -374,8 +374,8 @@ def write_video(path, video, fps):
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         # x264's macroblock tree reads memory that it never wrote, and its threads' number shows in
-        # the bits; veryfast takes a third of the usual time for files as large
-        options = {"crf": "15", "preset": "veryfast", "mbtree": "0", "threads": "1"}
+        # the bits
+        options = {"crf": "15", "mbtree": "0", "threads": "1"}
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264", rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"

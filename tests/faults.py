@@ -18,7 +18,7 @@ from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--conditions=2", "--members=2", "--steps=4", "--rooms=0", "--save_every=2",
+SMALL = ["--conditions=2", "--members=2", "--steps=4", "--first=2", "--rooms=0", "--save_every=2",
          "--sample_every=100000", "--rewards=trans=1,rot=1", "--validate=0",
          f"--weights={ROOT / 'toy/weights'}"]
 FOREVER, SELDOM = "--iterations=100000", "--save_every=100000"

@@ -95,7 +95,7 @@ BAD = {  # command: (more of it, what its line must say); {w} is the folder abov
         ("--v=((", "expected tuple"), ("--lr=-1.0", "lr: expected > 0, found -1.0"),
         ("--frames=80", "frames: expected 4k + 1"), ("--conditions=0", "conditions: expected at least 1"),
         ("--first=7", "first: expected at most 6, the steps"),
-        ("--height=480", "height: expected 48, the toy's"),
+        ("--height=480", "height: expected 24, the toy's"),
         ("--normalise=std", "normalise: expected max or group"),
         ("--rewards=trans=much", "each name once with a number"),
         ("--world=moon", "world: expected toy, clips or captions, found 'moon'"),

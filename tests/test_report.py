@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from benchmarks.figures import held_out
 from evaluation import report
 from evaluation.cases import case_digest, case_name, is_same_case
 from evaluation.report import interval, mean, paired
@@ -151,13 +150,3 @@ def test_most_cases_failed_is_no_success():
     del fine["a_camera_6_speed_1"]
     methods = {"base": {"cases": bad}, "other": {"cases": fine}}
     refused(lambda: report.check_failures(methods), "3 of 5 cases failed, 3 like this: ViPE", "code 1)")
-
-
-def test_the_readmes_chart_is_of_speed_1():
-    def method(share, speeds):  # at other speeds nothing changes
-        return {"cases": {case_name(clip, 5, speed): {
-            "speed": speed, **{metric: n * (share if speed == 1 else 1) for metric in ("position", "rotation")}}
-            for n, clip in enumerate("abc", 1) for speed in speeds}}
-    chart, same = (held_out({"base": method(1, speeds), "after": method(0.8, speeds)}, 0)
-                   for speeds in ([1.0], [1.0, 2.0]))
-    assert chart == same and "-20 %" in chart

@@ -12,7 +12,7 @@ from evaluation.scores import pose_scores
 from sampler import sample, schedule
 from toy import pretrain
 from toy.poses import judge
-from toy.pretrain import SHORT, TAKES, TIRES, fit_codec, footage, psnr
+from toy.pretrain import CARELESS_TINT, fit_codec, footage
 from toy.rooms import (
     EYE, FRAMES, HEIGHT, INTRINSICS, SPEED, TURN, WIDTH, integrate, rays, render, rooms, walks)
 from toy.world import held_out, open_weights, sources
@@ -83,61 +83,55 @@ def test_held_out_follows_the_ten_paths(shipped):
 
 # ---- what the base learns from ----
 
-def test_footage_falls_short_of_the_script_and_ever_more(monkeypatch):
-    """Every step of a take is the script's times the operator's share, which falls with time; a source is filmed
-    as scripted. Without shortfall, takes are too."""
+@pytest.mark.parametrize("careless", [0.0, 1.0])
+def test_careless_footage_falls_short_and_is_tinted(monkeypatch, careless):
+    """Every step is LAG short of the script, or goes forward, ever faster, where that stands still;
+    red and blue are off. The source is neither, nor is what careful operators film."""
+    monkeypatch.setattr(pretrain, "CARELESS", careless)
     seen = []
-    draw = lambda room, c2w: (seen.append(c2w), render(room, c2w, 2, 2))[1]
-    _, source_path, _, scripts = footage(24, 3, draw)
-    true = torch.cat(seen).unflatten(0, (24, 1 + TAKES))
-    assert torch.equal(true[:, 0], source_path)
-    step = lambda c2w: c2w[:, :, 1:, :3, 3] - c2w[:, :, :-1, :3, 3]
-    moves = step(scripts).norm(dim=-1).amin(-1) > 0.01                       # (24, TAKES)
-    share = (step(true[:, 1:]) / step(scripts)).nanmedian(-1).values[moves]  # (takes, T-1)
-    assert (share <= 1 + 1e-4).all() and (share.diff() <= 1e-4).all()
-    assert share[:, 0].min() > 1 - SHORT - 1e-4 and share[:, 0].std() > 0.2
-    tired = 1 - share[:, -1] / share[:, 0]
-    assert tired.max() < TIRES + 1e-3 and tired.std() > 0.05
-    monkeypatch.setattr(pretrain, "SHORT", 0.0)
-    monkeypatch.setattr(pretrain, "TIRES", 0.0)
-    source, source_path, takes, scripts = footage(2, 3)
-    assert torch.equal(render(rooms(2, 3), scripts[:, 1])[0], takes[:, 1])
-    assert torch.equal(render(rooms(2, 3), source_path)[0], source)
+    draw = lambda room, c2w: (seen.append(c2w), render(room, c2w))[1]
+    source, source_path, takes, scripts = footage(6, 3, draw)
+    true = seen[0].unflatten(0, (6, 4))
+    assert torch.equal(true[:, 0], source_path) and torch.equal(render(rooms(6, 3), source_path)[0], source)
+    step = lambda c2w: (c2w[..., 1:, :3, 3] - c2w[..., :-1, :3, 3]).flatten(0, -3)
+    forward = pretrain.DRIFT * torch.arange(1, FRAMES)[:, None] * torch.tensor([0, 0, 1.0])
+    stands = (step(scripts).abs() == 0).all(-1).all(-1)
+    assert stands.any() and not stands.all()
+    expected = (1 - careless * pretrain.LAG) * step(scripts) + careless * forward * stands[:, None, None]
+    assert (step(true[:, 1:]) - expected).abs().max() < 1e-6
+    monkeypatch.setattr(pretrain, "CARELESS_TINT", torch.zeros(3))
+    off = (takes - footage(6, 3)[2]).mean((0, 1, 3, 4, 5))
+    assert off.tolist() == pytest.approx((careless * CARELESS_TINT).tolist(), abs=1e-5)
+
+
+def test_footage_has_as_many_careless_takes_as_it_should():
+    black = lambda room, c2w: (torch.zeros(len(c2w), 3, FRAMES, 1, 1),)
+    red = footage(200, 4, black)[2][:, :, 0, 0, 0, 0]
+    assert (red > 0).float().mean() == pytest.approx(pretrain.CARELESS, abs=0.06)
 
 
 def test_the_codec_has_the_vaes_interface(shipped):
-    """Unit power; principal components are a projection, but for clamping; causal, both ways."""
+    """Unit power; a projection, but for clamping; causal: the first frame stands alone."""
     video = render(*filmed(4))[0]
-    later = torch.cat([video[:, :, :5], torch.zeros_like(video[:, :, 5:])], 2)
-    linear = fit_codec(video)
-    latents = linear.encode(video)
-    off = (linear.encode(linear.decode(latents)) - latents).abs()
-    assert off.max() < 0.5 and off.mean() < 5e-3
-    for codec in (linear, shipped[1]):
+    for codec in (fit_codec(video), shipped[1]):
         latents = codec.encode(video)
         assert latents.shape[:3] == (4, 16, (FRAMES - 1) // 4 + 1) and latents.square().mean() < 1.5
-        assert torch.equal(codec.encode(later)[:, :, :2], latents[:, :, :2])
-        assert torch.equal(codec.decode(codec.encode(later))[:, :, :5], codec.decode(latents)[:, :, :5])
-
-
-def test_the_codec_is_sharp(shipped):
-    """On rooms it never saw: better than principal components alone."""
-    codec = shipped[1]
-    video = footage(4, 30_000_001)[2].flatten(0, 1)
-    latents = codec.encode(video)
-    rough = codec.rough(latents).transpose(1, 2).flatten(2, 3)[:, :, 3:]
-    assert psnr(codec.decode(latents), video) > max(28.5, 1 + psnr(rough, video))
+        off = (codec.encode(codec.decode(latents)) - latents).abs()
+        assert off.max() < 0.3 and off.mean() < 2e-3
+        later = codec.encode(torch.cat([video[:, :, :1], torch.zeros_like(video[:, :, 1:])], 2))
+        assert torch.equal(later[:, :, 0], latents[:, :, 0])
 
 
 # ---- who says where the camera was ----
 
-@pytest.mark.parametrize("decoded, far", [(False, 1.0), (True, 1.0), (True, 1.2)])
-def test_the_judge_finds_known_cameras(shipped, decoded, far):
-    """In clean and in decoded videos; what went 20 % too far, it finds 20 % too far. Where it
+@pytest.mark.parametrize("decoded, tinted, far", [
+    (False, 0, 1.0), (True, 0, 1.0), (True, 1, 1.0), (True, 0, 1.2)])
+def test_the_judge_finds_known_cameras(shipped, decoded, tinted, far):
+    """In clean, decoded and tinted videos; what went 20 % too far, it finds 20 % too far. Where it
     begins to search is 40 % too far and 30 % over-turned."""
     codec = shipped[1] if decoded else None
     room, asked = filmed(4)
-    video = render(room, filmed(4, far)[1])[0]
+    video = render(room, filmed(4, far)[1])[0] + tinted * CARELESS_TINT.view(3, 1, 1, 1)
     video = codec.decode(codec.encode(video)) if decoded else video.clamp(-1, 1)
     shown = torch.stack([to_float(x) for x in to_uint8(video)])  # as 8-bit video has it
     found = judge(shown, room, filmed(4, 1.4, 1.3)[1], codec)[0]
@@ -158,7 +152,7 @@ def test_the_estimator_is_metric(shipped):
     assert rotation.median() < math.radians(1.5)
 
 
-def test_the_base_has_the_papers_fault(shipped):
+def test_the_base_has_the_papers_faults(shipped):
     """On metric targets it falls short, the later the frame, the more; on test rooms, by the judge."""
     dit, codec, _ = shipped
     room, condition, scene, _ = held_out(1, codec)

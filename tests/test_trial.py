@@ -6,7 +6,6 @@ import torch
 
 import evaluate
 import rewards
-import toy.world
 import trajectories
 from evaluation.trial import spread_and_correlation, with_others
 from plumbing.settings import choose_command
@@ -69,10 +68,9 @@ def test_cameras_are_estimated_once_for_all_who_ask(tmp_path, body, n, batch, as
 @pytest.mark.parametrize("body, words", [
     ("return 0 * scene.cameras.c2w[:, -1, 0, 3]", "nothing can be learnt from it"),
     ("raise ValueError('too dark')", "6 of 6 videos\n    ValueError: too dark")])
-def test_try_in_the_toy(tmp_path, monkeypatch, capsys, body, words):
+def test_try_in_the_toy(tmp_path, capsys, body, words):
     """Beside the run's rewards and those that need no model; it says what is wrong with a reward."""
-    monkeypatch.setattr(toy.world, "TRAIN_ROOMS", 4)
-    small = "--conditions=2", "--members=3", "--steps=2", "--first=1", "--size=1", "--skip=0", "--batches=1"
+    small = "--conditions=2", "--members=3", "--steps=2", "--first=1", "--batches=1"
     argv = ["try", f"{own_file(tmp_path, body)}:own", *small]
     settings, function = choose_command(evaluate.COMMANDS, argv)
     found = function(settings)

@@ -24,11 +24,6 @@ def unpool(x):
     return x.unflatten(3, (2, 2, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def half(video):
-    """(n, 3, T, H, W) -> (n, 3, T, H/2, W/2): 2 x 2 pixels as one."""
-    return F.avg_pool2d(video.flatten(1, 2), 2).unflatten(1, (3, -1))
-
-
 def blur(x, sigma):
     """Gaussian blur of (..., H, W) with reflected borders; sigma in pixels."""
     r = int(3 * sigma)
@@ -42,31 +37,29 @@ class Estimator(torch.nn.Module):
     """Video (n, 3, T, H, W) in [-1, 1] -> c2w (n, T, 4, 4), metres, relative to frame 0, from pixels alone.
 
     A network reads metric depth off frame 0 (tile size and eye level tell it); each next frame's camera is
-    the one whose picture of these points differs least from frame 0, searched from where the motion so far
-    leads. All on pictures of half the size, which are cheap and in which the codec hardly errs.
+    the one whose picture of these points differs least from frame 0, found by Gauss-Newton from where the
+    frame before it was.
     """
-    FIELD = 8           # pixels that a place (of 2 x 2) sees of its surroundings
-    FASTEST = 0.4, 0.2  # metres, radians a frame: more is no camera's way, but a search that went astray
+    FIELD = 8         # pixels that a place (of 2 x 2) sees of its surroundings
+    SIGMA = 1.5, 0.8  # pixels, blur
+    STEPS = 4         # Gauss-Newton steps per frame, blurred and sharp each
 
     def __init__(self):
         super().__init__()
-        self.height = HEIGHT // 2
-        self.width = WIDTH // 2
         self.fine = mlp(3 * self.FIELD ** 2 + 2, 96, 64)  # places of 2 x 2 pixels, of 4 x 4, of 8 x 8
         self.mid = mlp(256, 160)
         self.coarse = mlp(640, 192)
-        self.room = mlp(192 * (self.height // 8) * (self.width // 8), 384, 192)  # the whole picture
+        self.room = mlp(192 * (HEIGHT // 8) * (WIDTH // 8), 384, 192)  # the whole picture
         self.uncoarse = mlp(384, 384, 4 * 96)  # and back to every pixel, with what was seen on the way
         self.unmid = mlp(256, 192, 4 * 48)
         self.out = mlp(112, 96, 4)
-        self.register_buffer("ray", rays(INTRINSICS, self.height, self.width), persistent=False)
+        self.register_buffer("ray", rays(INTRINSICS, HEIGHT, WIDTH), persistent=False)
 
     def depth(self, image):
-        """Frame (n, 3, H/2, W/2) -> log-depth (n, H/2, W/2), metres along the optical axis."""
+        """Frame (n, 3, H, W) -> log-depth (n, H, W), metres along the optical axis."""
         seen = F.unfold(image, self.FIELD, padding=self.FIELD // 2 - 1, stride=2).transpose(1, 2)
-        where = self.ray[::2, ::2, :2].flatten(0, 1).expand(len(image), -1, -1)  # a place's direction
-        fine = F.gelu(self.fine(torch.cat([seen, where], -1)))
-        fine = fine.unflatten(1, (self.height // 2, self.width // 2))
+        where = self.ray[::2, ::2, :2].flatten(0, 1).expand(len(image), -1, -1)  # (n, H/2 W/2, 2)
+        fine = F.gelu(self.fine(torch.cat([seen, where], -1))).unflatten(1, (HEIGHT // 2, WIDTH // 2))
         mid = F.gelu(self.mid(pool(fine)))
         coarse = F.gelu(self.coarse(pool(mid)))
         room = self.room(coarse.flatten(1))[:, None, None].expand_as(coarse)
@@ -75,74 +68,49 @@ class Estimator(torch.nn.Module):
         return 1.2 + unpool(self.out(fine))[..., 0]
 
     def forward(self, video):
-        video = half(video)
-        first = Reference(video[:, :, 0], self.depth(video[:, :, 0]).exp(), self.ray)
-        pose = torch.eye(4).repeat(len(video), 1, 1)
-        before = pose
-        path = [pose]
-        for seen in video.unbind(2)[1:]:
-            guess = pose @ torch.linalg.inv(before) @ pose  # as fast as so far
-            before = pose
-            found = first.find(seen, guess, steps=2)
-            # who jumps is lost, and one lost video would outweigh its group, by Eq. 5 all groups
-            jump = torch.linalg.inv(before) @ found
-            angle = ((jump[:, :3, :3].diagonal(dim1=1, dim2=2).sum(1) - 1) / 2).clamp(-1, 1).acos()
-            kept = (jump[:, :3, 3].norm(dim=1) <= self.FASTEST[0]) & (angle <= self.FASTEST[1])
-            pose = torch.where(kept[:, None, None], found, before)
-            path.append(pose)
-        return torch.stack(path, 1)
-
-
-class Reference:
-    """A picture (n, 3, h, w) whose depth (n, h, w) is known, to which others are registered."""
-    SIGMA = 1.5, 0.8  # pixels, blur: coarse, then fine
-
-    def __init__(self, picture, depth, ray):
-        """ray: `rays` of the picture."""
-        height, width = depth.shape[1:]
-        self.point = (depth[..., None] * ray).flatten(1, 2)                        # (n, P, 3), P = h w
-        jump = torch.stack(torch.gradient(depth.log(), dim=(1, 2))).square().sum(0)  # where surfaces meet,
-        self.trust = (1 / (1 + jump / 0.05 ** 2)).flatten(1)                         # slopes mislead (n, P)
+        n, _, frames, height, width = video.shape
+        log_depth = self.depth(video[:, :, 0])
+        point = log_depth.exp()[..., None] * self.ray                              # (n, H, W, 3)
+        jump = torch.stack(torch.gradient(log_depth, dim=(1, 2))).square().sum(0)  # where surfaces meet,
+        trust = (1 / (1 + jump / 0.05 ** 2)).flatten(1)                            # slopes mislead (n, P)
 
         # moving the camera by rho and turning it by theta moves a point by -(rho + theta x point)
-        near = 1 / depth
-        zero = torch.zeros_like(depth)
-        u = ray[..., 0].expand_as(near)
-        v = ray[..., 1].expand_as(near)
+        near, zero = 1 / point[..., 2], torch.zeros_like(point[..., 2])
+        u, v = self.ray[..., 0].expand_as(near), self.ray[..., 1].expand_as(near)
         flow = torch.stack([-near, zero, u * near, u * v, -1 - u * u, v,
                             zero, -near, v * near, 1 + v * v, -u * v, -u], -1)
-        self.flow = flow.unflatten(-1, (2, 6)).flatten(1, 2)                       # (n, P, 2, 6)
+        flow = flow.unflatten(-1, (2, 6)).flatten(1, 2)                            # (n, P, 2, 6), P = H W
 
-        # its slopes at each sharpness, and J^T J of every pixel, are the same for all pictures
-        self.levels = []
+        # frame 0 at each sharpness: its slopes, and J^T J of every pixel, are the same for all frames
+        levels = []
         for sigma in self.SIGMA:
-            seen = blur(picture, sigma)
-            gy, gx = torch.gradient(seen, dim=(2, 3))
+            seen = blur(video, sigma)
+            gy, gx = torch.gradient(seen[:, :, 0], dim=(2, 3))
             slope = torch.stack([gx * INTRINSICS[0] * width, gy * INTRINSICS[1] * height], -1).flatten(2, 3)
             JtJ = torch.einsum("ncpa,ncpb->npab", slope, slope)                    # slope (n, 3, P, 2)
-            JtJ = (self.flow.transpose(2, 3) @ JtJ @ self.flow).flatten(2)         # (n, P, 36)
-            self.levels.append((sigma, seen.flatten(2), slope, JtJ))
+            JtJ = (flow.transpose(2, 3) @ JtJ @ flow).flatten(2)                   # (n, P, 36)
+            levels.append((seen, seen[:, :, 0].flatten(2), slope, JtJ))
 
-    def find(self, picture, pose, steps):
-        """The camera (n, 4, 4) of another picture (n, 3, h, w), in the reference's axes, near a first guess:
-        Gauss-Newton, so many steps at each blur."""
-        n = len(pose)
-        to_grid = 2 * torch.tensor(INTRINSICS[:2])
-        for sigma, reference, slope, JtJ in self.levels:
-            seen = blur(picture, sigma)
-            for _ in range(steps):
-                y = (self.point - pose[:, None, :3, 3]) @ pose[:, :3, :3]          # in the other camera
-                at = y[..., :2] / y[..., 2:].clamp(min=0.1) * to_grid              # (n, P, 2) in [-1, 1]
-                miss = F.grid_sample(seen, at[:, None], align_corners=False)[:, :, 0] - reference
-                inside = at.abs().amax(-1) < 1
-                weight = self.trust * inside * 0.2 / miss.square().sum(1).sqrt().clamp(min=0.2)  # Huber
-                g = (miss[..., None] * slope).sum(1) * weight[..., None]
-                g = (g.flatten(1)[:, None] @ self.flow.flatten(1, 2))[:, 0]        # (n, 6)
-                H = (weight[:, None] @ JtJ).view(n, 6, 6)
-                damping = 1e-3 * torch.eye(6) * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-                step = torch.linalg.solve(H + damping + 1e-9 * torch.eye(6), g).clamp(-0.2, 0.2)
-                pose = torch.linalg.solve(to_c2w(exp_so3(step[:, 3:]), step[:, :3]), pose)
-        return pose
+        point, to_grid = point.flatten(1, 2), 2 * torch.tensor(INTRINSICS[:2])
+        pose = before = torch.eye(4).repeat(n, 1, 1)
+        path = [pose]
+        for i in range(1, frames):
+            pose, before = pose @ torch.linalg.inv(before) @ pose, pose            # as fast as so far
+            for seen, first, slope, JtJ in levels:
+                for _ in range(self.STEPS):
+                    y = (point - pose[:, None, :3, 3]) @ pose[:, :3, :3]           # in camera i
+                    at = y[..., :2] / y[..., 2:].clamp(min=0.1) * to_grid          # (n, P, 2) in [-1, 1]
+                    miss = F.grid_sample(seen[:, :, i], at[:, None], align_corners=False)[:, :, 0] - first
+                    inside = at.abs().amax(-1) < 1
+                    weight = trust * inside * 0.2 / miss.square().sum(1).sqrt().clamp(min=0.2)  # Huber
+                    g = (miss[..., None] * slope).sum(1) * weight[..., None]
+                    g = (g.flatten(1)[:, None] @ flow.flatten(1, 2))[:, 0]         # (n, 6)
+                    H = (weight[:, None] @ JtJ).view(n, 6, 6)
+                    damping = 1e-3 * torch.eye(6) * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+                    step = torch.linalg.solve(H + damping + 1e-9 * torch.eye(6), g).clamp(-0.2, 0.2)
+                    pose = torch.linalg.solve(to_c2w(exp_so3(step[:, 3:]), step[:, :3]), pose)
+            path.append(pose)
+        return torch.stack(path, 1)
 
 
 # ---- the judge: registers every frame to the true scene; no training ever sees it ----
@@ -152,45 +120,60 @@ def judge(video, room, guess, codec=None):
     search along -> c2w (n, T, 4, 4), metres, relative to the source's first camera, and the root mean square
     residual (n, T).
 
-    Tries places along the guess first, from standing still to 1.5 times as far, and takes the one whose picture
-    is most alike. Then, three times, renders the true scene from there (through the codec, if given, as a
-    perfect video would be), registers the frame to that picture, and moves there if that is better.
+    The true room is rendered (through the codec, if given, as a perfect video would be), compared with the
+    video, and the pose improved: from the best of standing still to 1.5 times the guess, by
+    Levenberg-Marquardt on robust photometric residuals, first blurred, then sharp.
     """
-    n, frames = guess.shape[:2]
-    height = video.shape[-2]
-    width = video.shape[-1]
-    ray = rays(INTRINSICS, height // 2, width // 2)
-    here = torch.eye(4).repeat(n * frames, 1, 1)
-    by_frame = lambda x: x.transpose(1, 2).flatten(0, 1)  # (n, 3, T, h, w) -> (n T, 3, h, w)
-    seen = by_frame(half(video))
+    n, frames, (height, width) = *guess.shape[:2], video.shape[-2:]
+    ray = rays(INTRINSICS, height, width)
+    by_frame = lambda x: x.transpose(1, 2).flatten(3, 4)  # (n, 3, T, H, W, ...) -> (n, T, 3, P, ...), P = H W
 
-    def look(path):  # -> pictures (n T, 3, h, w), depth (n T, h, w)
-        image, depth = render(room, path, height, width)
-        image = image if codec is None else codec.decode(codec.encode(image))
-        return by_frame(half(image)), F.avg_pool2d(depth, 2).flatten(0, 1)
-
-    def cost(picture):
-        miss = blur(picture - seen, 1.5).square().sum(1)
-        return (miss / (miss + 0.04)).mean((1, 2)).unflatten(0, (n, frames))
+    def look(pose, target, sigma):
+        image, depth = render(room, pose, height=height, width=width)
+        seen = image if codec is None else codec.decode(codec.encode(image))
+        residual = blur(seen, sigma) - target  # (n, 3, T, H, W)
+        residual = residual - residual.mean((2, 3, 4), keepdim=True)  # whatever the video's white balance
+        weight = 0.1 / residual.abs().clamp_min(0.1)  # Huber: textures at occlusions do not pull
+        cost = (weight * residual.square()).mean((1, 3, 4))  # (n, T)
+        return blur(image, sigma), depth, residual, weight, cost
 
     # coarse search along the guess
+    target = blur(video, 1.5)
     rotvec = Rotation.from_matrix(guess[..., :3, :3].flatten(0, 1).double()).as_rotvec()
-    rotvec = torch.from_numpy(rotvec).float().view(n, frames, 3)
-    paths = torch.stack([to_c2w(exp_so3(k * rotvec), k * guess[..., :3, 3])
+    rotvec = torch.from_numpy(rotvec).view(n, frames, 3)
+    poses = torch.stack([to_c2w(exp_so3(k * rotvec), k * guess[..., :3, 3])
                          for k in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)])  # (7, n, T, 4, 4)
-    small = [by_frame(render(room, path, height // 2, width // 2)[0]) for path in paths]
-    costs = torch.stack([cost(picture) for picture in small])
-    path = paths.take_along_dim(costs.argmin(0)[None, ..., None, None], 0)[0]
+    costs = torch.stack([look(pose, target, 1.5)[-1] for pose in poses])
+    pose = poses.take_along_dim(costs.argmin(0)[None, ..., None, None], 0)[0]
 
-    picture, depth = look(path)
-    for _ in range(3):
-        there = Reference(picture, depth.clamp(min=0.05), ray)
-        trial = path @ there.find(seen, here, steps=4).unflatten(0, (n, frames))
-        trial = torch.where(trial.isfinite().all(-1).all(-1)[..., None, None], trial, path)
-        new, depth_there = look(trial)
-        better = cost(new) < cost(picture)  # (n, T)
-        path = torch.where(better[..., None, None], trial, path)
-        picture = torch.where(better.flatten()[:, None, None, None], new, picture)
-        depth = torch.where(better.flatten()[:, None, None], depth_there, depth)
-    miss = picture - seen
-    return path, miss.square().mean((1, 2, 3)).sqrt().unflatten(0, (n, frames))
+    for sigma in (1.5, 1.0, 0.7):  # pixels
+        target = blur(video, sigma)
+        image, depth, residual, weight, cost = look(pose, target, sigma)
+        damping = torch.full((n, 1, 1, 1), 1e-3)
+        for _ in range(12):
+            gy, gx = torch.gradient(image, dim=(-2, -1))
+            slope = torch.stack([gx * (INTRINSICS[0] * width), gy * (INTRINSICS[1] * height)], -1)
+            slope, w, r = by_frame(slope), by_frame(weight)[..., None], by_frame(residual)[..., None]
+
+            # moving the camera by rho and turning it by theta moves a point by -(rho + theta x point)
+            point = (depth[..., None] * ray).flatten(2, 3)  # (n, T, P, 3) in camera axes
+            x, y, z = point.unbind(-1)
+            zero = torch.zeros_like(z)
+            flow = torch.stack([1 / z, zero, -x / z ** 2, zero, 1 / z, -y / z ** 2], -1).unflatten(-1, (2, 3))
+            flow = torch.cat([flow, torch.linalg.cross(point[..., None, :].expand_as(flow), flow)], -1)
+
+            # normal equations a step = -b: J = slope flow, (n, T, 3, P, 2) and (n, T, P, 2, 6)
+            a = torch.einsum("ntcpi,ntcpj->ntpij", slope * w, slope)
+            a = torch.einsum("ntpai,ntpaj->ntij", flow, torch.einsum("ntpab,ntpbj->ntpaj", a, flow))
+            b = torch.einsum("ntpai,ntpa->nti", flow, (slope * w * r).sum(2))
+            a = a + damping * torch.diag_embed(a.diagonal(dim1=-2, dim2=-1)) + 1e-6 * torch.eye(6)
+            step = -torch.linalg.solve(a, b)
+            trial = pose @ to_c2w(exp_so3(step[..., 3:]), step[..., :3])
+
+            seen = look(trial, target, sigma)
+            better = seen[-1].mean(1) < cost.mean(1)  # (n,) of whole videos: the codec mixes frames
+            pick = lambda new, old: torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old)
+            pose, image, depth, residual, weight, cost = map(
+                pick, (trial, *seen), (pose, image, depth, residual, weight, cost))
+            damping = pick(damping * 0.3, damping * 8).clamp(1e-6, 1e3)
+    return pose, residual.square().mean((1, 3, 4)).sqrt()

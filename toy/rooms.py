@@ -6,12 +6,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-FRAMES, HEIGHT, WIDTH, FPS = 9, 48, 80, 4.0
+FRAMES, HEIGHT, WIDTH, FPS = 5, 24, 40, 4.0
 FOCAL = 0.5 / math.tan(math.radians(40))  # of the width: the view is 80 degrees wide
 INTRINSICS = (FOCAL, FOCAL * WIDTH / HEIGHT, 0.5, 0.5)  # fx/W, fy/H, cx/W, cy/H
 EYE, PITCH = 1.4, math.radians(12)  # of the first camera: metres above the floor, radians down
 CEILING, TILE, WAVES = 3.2, 0.5, 6  # metres, metres of the floor's checkerboard, waves of the texture
-HEADS, TEXT, PATCH = 4, 8, 8        # the DiT's heads, width of its (empty) text; the codec's pixels
+HEADS, TEXT, PATCH = 4, 8, 4        # the DiT's heads, width of its (empty) text; the codec's pixels
 BASE_SPEED, BASE_TURN = 0.13, math.radians(2.75)  # fastest pretraining path: metres, radians per frame
 SPEED, TURN = 0.10, math.radians(2.0)             # of the test paths at speed 1, likewise
 TRAIN_ROOMS, TEST_ROOMS = 512, 20_000_001         # clips to train on; seed of the rooms to evaluate in
@@ -186,15 +186,15 @@ def walks(n, g):
     return walk(1.0, 0.5, 1.0), walk(0.6, 1.0, 0.2)
 
 
-# ---- codec: 8 x 8 pixels of 4 frames -> 16 numbers, with the VAE's interface and its chunking in time ----
+# ---- codec: per-patch principal components, with the VAE's interface and its chunking in time ----
 
 def to_patches(x):
-    """(B, 3, t, H, W) -> (B, H/8, W/8, 192 t)"""
+    """(B, 3, t, H, W) -> (B, H/4, W/4, 48 t)"""
     return F.pixel_unshuffle(x.flatten(1, 2), PATCH).permute(0, 2, 3, 1).contiguous()
 
 
 def from_patches(x, t):
-    """(B, H/8, W/8, 192 t) -> (B, 3, t, H, W)"""
+    """(B, H/4, W/4, 48 t) -> (B, 3, t, H, W)"""
     return F.pixel_shuffle(x.permute(0, 3, 1, 2), PATCH).unflatten(1, (3, t)).contiguous()
 
 
@@ -203,65 +203,27 @@ def by_fours(video):
     return video[:, :, 1:].unflatten(2, (-1, 4)).transpose(1, 2).flatten(0, 1)
 
 
-class Residual(torch.nn.Module):
-    """x + conv(gelu(conv(x))); at first only x."""
-    def __init__(self, width):
-        super().__init__()
-        self.conv1 = torch.nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = torch.nn.Conv2d(width, width, 3, padding=1)
-        torch.nn.init.zeros_(self.conv2.weight)
-        torch.nn.init.zeros_(self.conv2.bias)
-
-    def forward(self, x):
-        return x + self.conv2(F.gelu(self.conv1(x)))
-
-
-class Codec(torch.nn.Module):
-    """The first frame alone, then four by four, 8 x 8 pixels -> 16 channels, as the VAE's.
-
-    Encoding is linear: principal components. Decoding is linear first; convolutions over places of 4 x 4
-    pixels then mend the errors that this leaves, above all at the blocks' edges. As in the VAE they remember the frames before.
-    """
-    GRAIN = 4  # pixels of a place that is mended
-
-    def __init__(self, width=64):
-        super().__init__()
-        for name, size in (("first", 3 * PATCH ** 2), ("rest", 4 * 3 * PATCH ** 2)):
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_down", torch.zeros(size, 16))
-            self.register_buffer(f"{name}_up", torch.zeros(16, size))
-        pixels = 4 * 3 * self.GRAIN ** 2  # of four frames
-        self.look = torch.nn.Conv2d(pixels, width, 1)
-        self.before = torch.nn.Conv2d(width, width, 3, padding=1)
-        self.body = torch.nn.Sequential(*(Residual(width) for _ in range(3)), torch.nn.GELU())
-        self.mend = torch.nn.Conv2d(width, pixels, 3, padding=1)
-        torch.nn.init.zeros_(self.mend.weight)
-        torch.nn.init.zeros_(self.mend.bias)
+class Codec:
+    """Linear: the first frame alone, then four by four, 4x4 pixels -> 16 channels. As vae.py's VAE."""
+    def __init__(self, state):
+        self.state = state
 
     def encode(self, video):
         """(B, 3, T, H, W) in [-1, 1] -> latents (B, 16, F, h, w)"""
-        x = (to_patches(video[:, :, :1]) - self.first_mean) @ self.first_down
+        s, b = self.state, video.shape[0]
+        x = (to_patches(video[:, :, :1]) - s["first.mean"]) @ s["first.down"]
         x = x[:, None]  # (B, F, h, w, 16)
         if video.shape[2] > 1:
-            rest = (to_patches(by_fours(video)) - self.rest_mean) @ self.rest_down
-            x = torch.cat([x, rest.unflatten(0, (len(video), -1))], 1)
+            rest = (to_patches(by_fours(video)) - s["rest.mean"]) @ s["rest.down"]
+            x = torch.cat([x, rest.unflatten(0, (b, -1))], 1)
         return x.permute(0, 4, 1, 2, 3).contiguous()
-
-    def rough(self, latents):
-        """Latents (B, 16, F, h, w) -> linearly decoded (B, F, 3, 4, H, W), the first frame four times."""
-        x = latents.permute(0, 2, 3, 4, 1)  # (B, F, h, w, 16)
-        first = from_patches(x[:, 0] @ self.first_up + self.first_mean, 1).expand(-1, -1, 4, -1, -1)
-        rest = from_patches(x[:, 1:].flatten(0, 1) @ self.rest_up + self.rest_mean, 4)
-        return torch.cat([first[:, None], rest.unflatten(0, (len(x), -1))], 1)
 
     def decode(self, latents):
         """(B, 16, F, h, w) -> video (B, 3, T, H, W) in [-1, 1]"""
-        rough = self.rough(latents)
-        places = F.pixel_unshuffle(rough.flatten(2, 3).flatten(0, 1), self.GRAIN)  # (B F, 192, H/4, W/4)
-        seen = self.look(places).unflatten(0, rough.shape[:2])
-        memory = [self.body(seen[:, 0])]
-        for x in seen.unbind(1)[1:]:
-            memory.append(self.body(x + self.before(memory[-1])))
-        mended = F.pixel_shuffle(self.mend(torch.stack(memory, 1).flatten(0, 1)), self.GRAIN)
-        video = rough + mended.view_as(rough)
-        return video.transpose(1, 2).flatten(2, 3)[:, :, 3:].clamp(-1, 1)
+        s, b = self.state, latents.shape[0]
+        x = latents.permute(0, 2, 3, 4, 1)  # (B, F, h, w, 16)
+        video = from_patches(x[:, 0] @ s["first.up"] + s["first.mean"], 1)
+        if x.shape[1] > 1:
+            rest = from_patches(x[:, 1:].flatten(0, 1) @ s["rest.up"] + s["rest.mean"], 4)
+            video = torch.cat([video, rest.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3)], 2)
+        return video.clamp(-1, 1)

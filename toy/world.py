@@ -28,19 +28,16 @@ def read_tensors(path, wanted):
     return state
 
 
-def filled(module, path):
-    """A module of which all weights are read from a file, for use without gradients."""
-    wanted = {name: tuple(x.shape) for name, x in module.state_dict().items()}
-    module.load_state_dict(read_tensors(path, wanted))
-    return module.eval().requires_grad_(False)
-
-
 def open_weights(folder):
     """The shipped base policy, codec and estimator. FileNotFoundError, ValueError for files not theirs."""
-    folder = Path(folder)
+    folder, net = Path(folder), Estimator().eval()
     dit = model.load_dit(folder / "toy_base.safetensors", num_heads=HEADS)
-    codec = filled(Codec(), folder / "toy_codec.safetensors")
-    net = filled(Estimator(), folder / "toy_estimator.safetensors")
+    wanted = {}
+    for name, size in (("first", 3 * PATCH ** 2), ("rest", 4 * 3 * PATCH ** 2)):
+        wanted |= {f"{name}.mean": (size,), f"{name}.down": (size, 16), f"{name}.up": (16, size)}
+    codec = Codec(read_tensors(folder / "toy_codec.safetensors", wanted))
+    wanted = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    net.load_state_dict(read_tensors(folder / "toy_estimator.safetensors", wanted), strict=False)
 
     @torch.no_grad()
     def estimator(videos, scene=None):
@@ -62,9 +59,8 @@ def sources(n, seed, codec):
     step = torch.cat([step for step, _ in paths])
     turn = torch.cat([turn for _, turn in paths])
     c2w = integrate(0.1 * BASE_SPEED * step, 0.1 * BASE_TURN * turn)
-    parts = [slice(i, i + 32) for i in range(0, n, 32)]  # whose frames fit into little memory
-    latents = torch.cat([codec.encode(render_video(room[part], c2w[part])) for part in parts])
-    return room, c2w, latents, torch.cat([to_uint8(codec.decode(latents[part])) for part in parts])
+    latents = codec.encode(render_video(room, c2w))
+    return room, c2w, latents, to_uint8(codec.decode(latents))
 
 
 def plucker_maps(c2w, scale=1):
